@@ -1,0 +1,333 @@
+"""`SparseAdapter`: named deltas with metadata, as one directory. The bytes are specified in docs/format.md."""
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sparselet.container import TensorStream
+from sparselet.delta import SparseDelta, check_shape, index_dtype
+from sparselet.errors import (
+    AbsurdShape,
+    BadConfig,
+    BadContainer,
+    BadDtype,
+    BadShape,
+    MissingFile,
+    MissingTensor,
+    NonFiniteValue,
+    SparseletError,
+    UnknownTensor,
+    UnsafePath,
+    UnsupportedVersion,
+)
+from sparselet.files import atomic_write, check_inside, write_json
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+FORMAT_VERSION = 1
+PREFIX = "base_model.model."  # PEFT's, before every name in the weights file
+VALUES, INDICES = ".sparse_values", ".sparse_indices"
+# In the files of a training checkpoint whose selection phase has not ended (docs/format.md); never needed to apply it.
+PENDING, PROGRESS = ".sparse_pending", ".sparse_progress"
+
+_MAX_CONFIG_BYTES = 64 * 2**20
+_VALUE_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+class UnfinishedAdapterWarning(UserWarning):
+    """The adapter was saved while its mask was still being selected."""
+
+
+class SparseAdapter(Mapping[str, SparseDelta]):
+    """A sparse expert: `{target name: SparseDelta}` with metadata.
+
+    A target's name is that of its module in the base model, such as `model.layers.0.self_attn.q_proj`.
+
+    metadata: what adapter_config.json holds beside the deltas (task, density, score, base model, metrics, …).
+    fingerprints: the base model's, by target (`sparselet.fingerprint`); absent ones are not checked.
+    modules: tensors of `modules_to_save`, trained in full, by their name in the base model.
+
+        adapter = SparseAdapter({"model.layers.0.self_attn.q_proj": SparseDelta.from_dense(change)})
+        adapter.save("my-adapter")
+        SparseAdapter.load("my-adapter")
+    """
+
+    def __init__(
+        self,
+        deltas: Mapping[str, SparseDelta],
+        metadata: Mapping[str, Any] | None = None,
+        fingerprints: Mapping[str, Mapping[str, str] | None] | None = None,
+        modules: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        for name in deltas:
+            check_target_name(name)
+        self._deltas = {name: deltas[name] for name in sorted(deltas)}
+        self.metadata: dict[str, Any] = dict(metadata or {})
+        self.fingerprints = {name: (fingerprints or {}).get(name) for name in self._deltas}
+        self.modules = dict(modules or {})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SparseAdapter":
+        """Read and check an adapter directory.
+
+        Raises a FormatError that names the file, the field or tensor, what was expected and what came.
+        """
+        file = AdapterFile(path)
+        return cls({name: file[name] for name in file}, file.metadata, file.fingerprints, file.read_modules())
+
+    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Write the adapter as a directory; files already there are replaced, each atomically.
+
+        dtype: store the values as this dtype (float32, bfloat16, float16); by default as they are.
+        Raises BadDtype, NonFiniteValue, WriteFailed.
+        """
+        path = Path(path)
+        config = adapter_config(self)
+        with atomic_write(path / WEIGHTS_FILE) as file:
+            self._write_weights(file, dtype)
+        write_json(path / CONFIG_FILE, config)
+        return path
+
+    def _write_weights(self, file: IO[bytes], dtype: torch.dtype | None) -> None:
+        deltas = {name: delta.to(dtype) if dtype else delta for name, delta in self.items()}
+        for name, delta in deltas.items():
+            require_finite(delta.values, name)
+        plain = all(d.values.dtype == torch.float32 and d.indices.dtype == torch.int32 for d in deltas.values())
+        if plain and not self.modules:
+            with TensorStream(file, tensor_names(deltas)) as stream:
+                for name, delta in deltas.items():
+                    add_delta(stream, name, delta)
+            return
+        tensors = {PREFIX + name: tensor.contiguous() for name, tensor in self.modules.items()}
+        for name, delta in deltas.items():
+            tensors[PREFIX + name + VALUES] = delta.values.cpu().contiguous()
+            tensors[PREFIX + name + INDICES] = delta.indices.cpu().contiguous()
+        file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+    def __getitem__(self, name: str) -> SparseDelta:
+        return self._deltas[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._deltas)
+
+    def __len__(self) -> int:
+        return len(self._deltas)
+
+    @property
+    def nnz(self) -> int:
+        """Selected entries of all targets."""
+        return sum(delta.nnz for delta in self.values())
+
+    @property
+    def density(self) -> float:
+        """Selected fraction of all targets' entries."""
+        return self.nnz / max(1, sum(delta.size for delta in self.values()))
+
+    def __repr__(self) -> str:
+        task = self.metadata.get("task")
+        return f"SparseAdapter({f'{task}, ' if task else ''}{len(self)} targets, nnz {self.nnz}, density {self.density:.4g})"
+
+
+class AdapterFile(Mapping[str, SparseDelta]):
+    """An adapter directory opened for reading target by target: the configuration and all shapes are checked at once,
+    a delta's entries when it is read."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.metadata, self.shapes, self.fingerprints = _read_config(self.path)
+        weights = check_inside(self.path, WEIGHTS_FILE)
+        if not weights.is_file():
+            raise MissingFile(f"{weights} is missing; an adapter is {CONFIG_FILE} and {WEIGHTS_FILE}.")
+        self._weights = weights
+        try:
+            self._file = safetensors.safe_open(weights, framework="pt")
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise BadContainer(f"{weights} is not a whole safetensors file: {error}") from error
+        self._names = set(self._file.keys())
+        self.unfinished = any(name.endswith((PENDING, PROGRESS)) for name in self._names)
+        self._check_names()
+        if self.unfinished:
+            warnings.warn(
+                f"{self.path} was saved while its mask was still being selected; train on, or take a later checkpoint.",
+                UnfinishedAdapterWarning,
+                stacklevel=2,
+            )
+
+    def __getitem__(self, name: str) -> SparseDelta:
+        shape = self.shapes[name]
+        try:
+            delta = SparseDelta(
+                shape,
+                self._file.get_tensor(PREFIX + name + INDICES),
+                self._file.get_tensor(PREFIX + name + VALUES),
+                self._block_size(name),
+            )
+            require_finite(delta.values, name)
+        except SparseletError as error:
+            raise type(error)(f"{self._weights}: {name}: {error}") from error
+        return delta
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def read_modules(self) -> dict[str, Tensor]:
+        """The tensors of `modules_to_save`, by their name in the base model."""
+        return {name.removeprefix(PREFIX): self._file.get_tensor(name) for name in sorted(self._module_names())}
+
+    def _check_names(self) -> None:
+        for name in self.shapes:
+            for suffix in (VALUES, INDICES):
+                if PREFIX + name + suffix not in self._names:
+                    raise MissingTensor(f"{self._weights}: the configuration names {name}, but {PREFIX}{name}{suffix} is missing.")
+            self._check_header(name)
+        known = {PREFIX + name + suffix for name in self.shapes for suffix in (VALUES, INDICES, PENDING, PROGRESS)}
+        unknown = sorted(self._names - known - self._module_names())
+        if unknown:
+            raise UnknownTensor(f"{self._weights}: {unknown[0]} belongs to no target in {CONFIG_FILE} ({len(unknown)} such).")
+
+    def _module_names(self) -> set[str]:
+        modules = self.metadata.get("modules_to_save") or []
+        return {
+            name
+            for name in self._names
+            if not name.endswith((VALUES, INDICES, PENDING, PROGRESS))
+            and name.startswith(PREFIX)
+            and any(f".{module}." in f".{name.removeprefix(PREFIX)}" for module in modules)
+        }
+
+    def _check_header(self, name: str) -> None:
+        """Check dtypes and shapes from the file's header, before any tensor is read."""
+        where = f"{self._weights}: {name}"
+        rows, columns = self.shapes[name]
+        values, indices = (self._file.get_slice(PREFIX + name + suffix) for suffix in (VALUES, INDICES))
+        if values.get_dtype() not in _VALUE_DTYPES:
+            raise BadDtype(f"{where}{VALUES} is {values.get_dtype()}; expected one of {', '.join(_VALUE_DTYPES)}.")
+        shape, count = values.get_shape(), indices.get_shape()
+        tiles = len(shape) == 3 and shape[1] == shape[2] > 1
+        if len(count) != 1 or not (len(shape) == 1 or tiles) or shape[0] != count[0]:
+            raise BadShape(f"{where}: values {shape} and indices {count}; expected [n] or [n, B, B], and [n].")
+        block = shape[1] if tiles else 1
+        if rows % block or columns % block:
+            raise BadShape(f"{where}: tiles of {block}×{block} do not divide a target of {rows}×{columns}.")
+        units = rows * columns // block**2
+        if count[0] > units:
+            raise BadShape(f"{where}: {count[0]} indices, but the target has only {units} units.")
+        expected = "I32" if index_dtype(units) == torch.int32 else "I64"
+        if indices.get_dtype() != expected:
+            raise BadDtype(f"{where}{INDICES} is {indices.get_dtype()}; expected {expected} for {units} units.")
+
+    def _block_size(self, name: str) -> int:
+        shape = self._file.get_slice(PREFIX + name + VALUES).get_shape()
+        return shape[1] if len(shape) == 3 else 1
+
+
+def adapter_config(adapter: Mapping[str, SparseDelta]) -> dict[str, Any]:
+    """The content of adapter_config.json for an adapter: its metadata, and what follows from its deltas."""
+    blocks = {delta.block_size for delta in adapter.values() if delta.nnz}
+    metadata = dict(getattr(adapter, "metadata", {}))
+    fingerprints = getattr(adapter, "fingerprints", {})
+    shapes = {name: delta.shape for name, delta in adapter.items()}
+    size = sum(delta.size for delta in adapter.values())
+    metadata.setdefault("density", sum(delta.nnz for delta in adapter.values()) / size if size else 0.0)
+    metadata.setdefault("block_size", blocks.pop() if len(blocks) == 1 else 1)
+    metadata.setdefault("inference_mode", True)
+    metadata.setdefault("target_modules", sorted(shapes))
+    return {**metadata, **config_of_targets(shapes, fingerprints)}
+
+
+def config_of_targets(
+    shapes: Mapping[str, tuple[int, int]], fingerprints: Mapping[str, Mapping[str, str] | None]
+) -> dict[str, Any]:
+    """The fields of adapter_config.json that every adapter has, whoever writes it."""
+    return {
+        "peft_type": "SPARSELET",
+        "format_version": FORMAT_VERSION,
+        "targets": {
+            name: {"shape": list(shape), "fingerprint": dict(fingerprints.get(name) or {}) or None}
+            for name, shape in shapes.items()
+        },
+    }
+
+
+def tensor_names(targets: Mapping[str, Any]) -> list[str]:
+    """Every tensor name of an adapter with these targets, in the order they are written."""
+    return [PREFIX + name + suffix for name in sorted(targets) for suffix in (INDICES, VALUES)]
+
+
+def add_delta(stream: TensorStream, name: str, delta: SparseDelta) -> None:
+    """Write one target's delta to an open weights file."""
+    stream.add(PREFIX + name + INDICES, delta.indices)
+    stream.add(PREFIX + name + VALUES, delta.values)
+
+
+def require_finite(values: Tensor, name: str) -> None:
+    """Raise NonFiniteValue if any value is NaN or infinite."""
+    finite = torch.isfinite(values)
+    if not finite.all():
+        raise NonFiniteValue(f"{name}: {int((~finite).sum())} of {values.numel()} values are NaN or infinite.")
+
+
+def check_target_name(name: str) -> None:
+    """Raise UnsafePath unless `name` is a dotted module name without path parts."""
+    parts = name.split(".") if isinstance(name, str) else [""]
+    if not all(part and part.isprintable() and not set(part) & set("/\\:\0 ") for part in parts):
+        raise UnsafePath(f"{name!r} is not a module name; expected parts joined by dots, without path parts.")
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]], dict[str, dict[str, str] | None]]:
+    if not path.is_dir():
+        raise MissingFile(f"{path} is not a directory; an adapter is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}.")
+    file = check_inside(path, CONFIG_FILE)
+    if not file.is_file():
+        raise MissingFile(f"{file} is missing; an adapter is {CONFIG_FILE} and {WEIGHTS_FILE}.")
+    if file.stat().st_size > _MAX_CONFIG_BYTES:
+        raise AbsurdShape(f"{file} has {file.stat().st_size} bytes; the limit is {_MAX_CONFIG_BYTES}.")
+    try:
+        config = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BadConfig(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise BadConfig(f"{file}: expected an object, got {type(config).__name__}.")
+    if config.get("peft_type") != "SPARSELET":
+        raise BadConfig(f"{file}: peft_type is {config.get('peft_type')!r}; a sparse adapter has 'SPARSELET'.")
+    version = config.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BadConfig(f"{file}: format_version is {version!r}; expected a positive integer.")
+    if version > FORMAT_VERSION:
+        raise UnsupportedVersion(f"{file}: format_version {version} is newer than {FORMAT_VERSION}; upgrade sparselet.")
+    targets = config.get("targets")
+    if not isinstance(targets, dict):
+        raise BadConfig(f"{file}: targets is {type(targets).__name__}; expected an object of target names.")
+    shapes: dict[str, tuple[int, int]] = {}
+    fingerprints: dict[str, dict[str, str] | None] = {}
+    for name in sorted(targets):
+        try:
+            check_target_name(name)
+            shapes[name], fingerprints[name] = _read_target(targets[name])
+        except SparseletError as error:
+            raise type(error)(f"{file}: target {name}: {error}") from error
+    modules = config.get("modules_to_save")
+    if modules is not None and not (isinstance(modules, list) and all(isinstance(m, str) and m for m in modules)):
+        raise BadConfig(f"{file}: modules_to_save is {modules!r}; expected a list of names or null.")
+    own = {"peft_type", "format_version", "targets"}
+    return {key: value for key, value in config.items() if key not in own}, shapes, fingerprints
+
+
+def _read_target(record: Any) -> tuple[tuple[int, int], dict[str, str] | None]:
+    if not isinstance(record, dict) or not isinstance(record.get("shape"), list):
+        raise BadConfig(f"expected an object with a shape, got {record!r:.80}.")
+    found = record.get("fingerprint")
+    keys = ("dtype", "sample", "signs")
+    if found is not None and not (isinstance(found, dict) and all(isinstance(found.get(key), str) for key in keys)):
+        raise BadConfig(f"fingerprint is {found!r:.80}; expected {', '.join(keys)}, or null.")
+    return check_shape(tuple(record["shape"])), found

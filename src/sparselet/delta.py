@@ -1,0 +1,218 @@
+"""`SparseDelta`: the change of one target, and its algebra."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparselet import kernels
+from sparselet.errors import (
+    AbsurdShape,
+    BadDtype,
+    BadShape,
+    BlockSizeError,
+    DuplicateIndex,
+    IndexOutOfBounds,
+    ShapeMismatch,
+    UnsortedIndices,
+)
+
+MAX_SIDE = 2**26  # the largest vocabulary is near 2**20
+MAX_ENTRIES = 2**38  # a terabyte of float32: beyond any weight of any model
+
+
+@dataclass(frozen=True, eq=False)
+class SparseDelta:
+    """ΔW of one 2-D target, kept at its mask only.
+
+    shape: (rows, columns) of the target's parameter as the base model stores it: (out, in) for `nn.Linear`, (in, out)
+        for GPT-2's `Conv1D`.
+    indices: int32 [n] (int64 where the target has more than 2³¹ − 1 units), ascending and unique. Flat row-major
+        entries when `block_size` is 1, flat row-major tiles otherwise.
+    values: floating, [n], or [n, block_size, block_size] for tiles. A selected entry may be exactly 0 and stays
+        selected.
+    block_size: 1 for an element mask, B for a mask of non-overlapping B×B tiles of the parameter.
+
+    Raises BadShape, AbsurdShape, BadDtype, BlockSizeError, IndexOutOfBounds, UnsortedIndices, DuplicateIndex.
+    """
+
+    shape: tuple[int, int]
+    indices: Tensor
+    values: Tensor
+    block_size: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", check_shape(self.shape))
+        check_block_size(self.block_size, self.shape)
+        if not self.values.is_floating_point():
+            raise BadDtype(f"values must be floating, got {self.values.dtype}.")
+        if self.indices.dtype not in (torch.int32, torch.int64):
+            raise BadDtype(f"indices must be int32 or int64, got {self.indices.dtype}.")
+        tile = (self.block_size, self.block_size) if self.block_size > 1 else ()
+        if self.indices.ndim != 1 or tuple(self.values.shape) != (*self.indices.shape, *tile):
+            raise BadShape(
+                f"indices {list(self.indices.shape)} and values {list(self.values.shape)} do not belong together; "
+                f"expected [n] and {['n', *tile]}."
+            )
+        check_indices(self.indices, self.units)
+        object.__setattr__(self, "indices", self.indices.to(index_dtype(self.units)))
+
+    @classmethod
+    def from_dense(cls, dense: Tensor, mask: Tensor | None = None, block_size: int = 1) -> "SparseDelta":
+        """Keep the entries of `dense` [rows, columns] under `mask`; without one, the entries that are not 0.
+
+        mask: bool, of dense's shape (a tile is kept when any of its entries is), or [rows/B, columns/B], one a tile.
+        Raises BadShape, BlockSizeError, ShapeMismatch.
+        """
+        check_block_size(block_size, check_shape(tuple(dense.shape)))
+        grid = (dense.shape[0] // block_size, dense.shape[1] // block_size)
+        if mask is None:
+            mask = dense != 0
+        if mask.dtype != torch.bool or tuple(mask.shape) not in (tuple(dense.shape), grid):
+            raise ShapeMismatch(
+                f"mask must be bool of shape {list(dense.shape)} or {list(grid)}, got {mask.dtype} {list(mask.shape)}."
+            )
+        if tuple(mask.shape) != grid:
+            mask = kernels.as_tiles(mask.contiguous(), block_size).any(dim=-1).any(dim=-1)
+        units = mask.reshape(-1).nonzero().squeeze(1)
+        return cls((dense.shape[0], dense.shape[1]), units, kernels.gather(dense.contiguous(), units, block_size), block_size)
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> "SparseDelta":
+        """The delta that changes nothing: an element mask without entries."""
+        return cls(shape, torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=dtype))
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """ΔW as a dense tensor of `shape`, zero outside the mask, in `dtype` (default: that of the values)."""
+        dense = torch.zeros(self.shape, dtype=dtype or self.values.dtype, device=self.values.device)
+        kernels.write(dense, self.indices, self.values, self.block_size)
+        return dense
+
+    def mask(self) -> Tensor:
+        """The mask as a dense bool tensor of `shape`."""
+        mask = torch.zeros(self.shape, dtype=torch.bool, device=self.values.device)
+        kernels.write(mask, self.indices, torch.ones_like(self.values, dtype=torch.bool), self.block_size)
+        return mask
+
+    @property
+    def size(self) -> int:
+        """Entries of the target, selected or not."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def units(self) -> int:
+        """What a mask of this block size chooses from: entries of the target, or its tiles."""
+        return self.size // self.block_size**2
+
+    @property
+    def nnz(self) -> int:
+        """Selected entries, whatever their value."""
+        return self.values.numel()
+
+    @property
+    def density(self) -> float:
+        """Selected fraction of the target's entries."""
+        return self.nnz / self.size
+
+    def expand(self) -> "SparseDelta":
+        """The same delta with an element mask: each tile spelt out as its entries."""
+        if self.block_size == 1:
+            return self
+        entries, order = kernels.tile_entries(self.indices, self.shape, self.block_size).reshape(-1).sort()
+        return SparseDelta(self.shape, entries, self.values.reshape(-1)[order])
+
+    def restrict(self, mask: "SparseDelta | Tensor") -> "SparseDelta":
+        """Keep only the entries that are also in `mask`: another delta's mask, or a dense bool tensor of `shape`.
+
+        Tiles stay tiles when the other mask has the same tiles; otherwise the result has an element mask.
+        Raises ShapeMismatch.
+        """
+        if isinstance(mask, Tensor):
+            mask = SparseDelta.from_dense(torch.zeros(mask.shape), mask)
+        mine, other = self._on_common_units(mask)
+        kept = torch.isin(mine.indices, other.indices, assume_unique=True)
+        return SparseDelta(mine.shape, mine.indices[kept], mine.values[kept], mine.block_size)
+
+    def overlap(self, other: "SparseDelta") -> int:
+        """How many entries both masks select. Raises ShapeMismatch."""
+        mine, other = self._on_common_units(other)
+        shared = torch.isin(mine.indices, other.indices, assume_unique=True).sum().item()
+        return int(shared) * mine.block_size**2
+
+    def scale(self, factor: float) -> "SparseDelta":
+        """factor · ΔW, with the same mask and dtype."""
+        return SparseDelta(self.shape, self.indices, self.values * factor, self.block_size)
+
+    def to(self, target: torch.dtype | torch.device | str) -> "SparseDelta":
+        """The same delta with values of another dtype, or on another device."""
+        values = self.values.to(target)
+        return SparseDelta(self.shape, self.indices.to(values.device), values, self.block_size)
+
+    def __add__(self, other: "SparseDelta") -> "SparseDelta":
+        """The sum of both changes; its mask is the union of both masks. Raises ShapeMismatch."""
+        mine, other = self._on_common_units(other)
+        union = torch.unique(torch.cat([mine.indices, other.indices]))
+        dtype = torch.promote_types(mine.values.dtype, other.values.dtype)
+        total = torch.zeros((len(union), *mine.values.shape[1:]), dtype=dtype, device=mine.values.device)
+        for delta in (mine, other):
+            total[torch.searchsorted(union, delta.indices)] += delta.values.to(dtype)
+        return SparseDelta(mine.shape, union, total, mine.block_size)
+
+    def __mul__(self, factor: float) -> "SparseDelta":
+        return self.scale(factor)
+
+    __rmul__ = __mul__
+
+    def __repr__(self) -> str:
+        kind = "element" if self.block_size == 1 else f"block {self.block_size}"
+        return f"SparseDelta({self.shape[0]}×{self.shape[1]}, {kind}, nnz {self.nnz}, density {self.density:.4g})"
+
+    def _on_common_units(self, other: "SparseDelta") -> tuple["SparseDelta", "SparseDelta"]:
+        if self.shape != other.shape:
+            raise ShapeMismatch(f"one delta has shape {list(self.shape)}, the other {list(other.shape)}.")
+        return (self, other) if self.block_size == other.block_size else (self.expand(), other.expand())
+
+
+def index_dtype(units: int) -> torch.dtype:
+    """int32, or int64 where a target has more units than int32 can number."""
+    return torch.int32 if units <= 2**31 - 1 else torch.int64
+
+
+def check_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """`shape` as (rows, columns). Raises BadShape unless it is two positive integers, AbsurdShape if it is too large."""
+    if len(shape) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in shape):
+        raise BadShape(f"a target has two positive sides, got {list(shape)}.")
+    if max(shape) > MAX_SIDE or shape[0] * shape[1] > MAX_ENTRIES:
+        raise AbsurdShape(f"shape {list(shape)} is larger than any target ({MAX_SIDE} a side, {MAX_ENTRIES} entries).")
+    return shape[0], shape[1]
+
+
+def check_block_size(block_size: int, shape: tuple[int, int], name: str | None = None) -> None:
+    """Raise BlockSizeError unless `block_size` is positive and divides both sides; the message names what fits."""
+    target = f"{name} {list(shape)}" if name else f"shape {list(shape)}"
+    if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
+        raise BlockSizeError(f"block_size must be a positive integer, got {block_size!r}.")
+    if shape[0] % block_size or shape[1] % block_size:
+        smaller = min(shape)
+        fits = [b for b in range(1, smaller + 1) if shape[0] % b == 0 and shape[1] % b == 0]
+        raise BlockSizeError(
+            f"block_size {block_size} does not divide the sides of {target}. Sizes that fit: {', '.join(map(str, fits))}."
+        )
+
+
+def check_indices(indices: Tensor, units: int) -> None:
+    """Raise unless `indices` [n] ascend strictly and lie in [0, units)."""
+    if indices.numel() == 0:
+        return
+    lowest, highest = indices.aminmax()
+    if lowest < 0 or highest >= units:
+        wrong = lowest if lowest < 0 else highest
+        raise IndexOutOfBounds(f"index {int(wrong)} lies outside the target, which has {units} units.")
+    step = indices[1:] - indices[:-1]
+    if (step <= 0).any():
+        at = int((step <= 0).nonzero()[0])
+        if step[at] == 0:
+            raise DuplicateIndex(f"index {int(indices[at])} occurs twice (positions {at} and {at + 1}).")
+        raise UnsortedIndices(
+            f"indices must ascend, but position {at} holds {int(indices[at])} and position {at + 1} {int(indices[at + 1])}."
+        )

@@ -1,0 +1,168 @@
+"""The tree of errors. Everything sparselet raises on purpose is a `SparseletError`.
+
+SparseletError
+├── ArgumentError                     a value given by the caller is wrong (also a ValueError)
+│   ├── DensityOutOfRange
+│   ├── BlockSizeError
+│   ├── ShapeMismatch
+│   ├── UnknownScore
+│   ├── UnknownMethod
+│   ├── NoTargets
+│   └── ConfigError                   a configuration file, flag or field
+├── FormatError                       a file is not what docs/format.md says
+│   ├── MissingFile
+│   ├── UnsafePath                    a name with path parts, a link out of the directory
+│   ├── BadConfig                     adapter_config.json
+│   ├── UnsupportedVersion
+│   ├── BadContainer                  truncated or malformed safetensors
+│   ├── UnknownTensor
+│   ├── MissingTensor
+│   ├── BadDtype
+│   ├── BadShape
+│   ├── AbsurdShape
+│   ├── IndexOutOfBounds
+│   ├── UnsortedIndices
+│   ├── DuplicateIndex
+│   └── NonFiniteValue
+├── WrongBase                         the adapter belongs to another base model
+├── UnknownTarget                     the model has no such target
+├── SelectionError                    the mask is missing, or cannot be chosen now
+├── NonFiniteScore
+├── TaskError                         bad rows or splits of a task
+├── ModelError                        a base model cannot be had or loaded
+├── OutputExists
+├── WriteFailed                       disk full, no permission
+└── MissingExtra                      an optional dependency is not installed
+"""
+
+
+class SparseletError(Exception):
+    """Base of every error that sparselet raises on purpose."""
+
+
+class ArgumentError(SparseletError, ValueError):
+    """A value given by the caller is wrong."""
+
+
+class DensityOutOfRange(ArgumentError):
+    """A density is not in (0, 1]."""
+
+
+class BlockSizeError(ArgumentError):
+    """A block size that is not a positive integer, or does not divide a target's sides."""
+
+
+class ShapeMismatch(ArgumentError):
+    """Two things that must have one shape have two."""
+
+
+class UnknownScore(ArgumentError):
+    """No score has this name."""
+
+
+class UnknownMethod(ArgumentError):
+    """No merge method has this name, or it takes no such parameter."""
+
+
+class NoTargets(ArgumentError):
+    """No layer of the model is a target."""
+
+
+class ConfigError(ArgumentError):
+    """A configuration has an unknown key, or a value of the wrong kind."""
+
+
+class FormatError(SparseletError):
+    """A file is not what docs/format.md says."""
+
+
+class MissingFile(FormatError):
+    """A file that an adapter or a model must have is absent."""
+
+
+class UnsafePath(FormatError):
+    """A name with path parts, or a link that leaves its directory."""
+
+
+class BadConfig(FormatError):
+    """adapter_config.json cannot be read, or a field of it is missing or wrong."""
+
+
+class UnsupportedVersion(FormatError):
+    """The file was written by a later format version."""
+
+
+class BadContainer(FormatError):
+    """The safetensors container is truncated or malformed."""
+
+
+class UnknownTensor(FormatError):
+    """The file holds a tensor that the configuration does not name."""
+
+
+class MissingTensor(FormatError):
+    """The configuration names a tensor that the file does not hold."""
+
+
+class BadDtype(FormatError):
+    """A tensor's dtype is not allowed."""
+
+
+class BadShape(FormatError):
+    """A tensor's shape does not fit its target."""
+
+
+class AbsurdShape(FormatError):
+    """A claimed size is beyond what any model has."""
+
+
+class IndexOutOfBounds(FormatError):
+    """An index lies outside its target."""
+
+
+class UnsortedIndices(FormatError):
+    """Indices do not ascend."""
+
+
+class DuplicateIndex(FormatError):
+    """An index occurs twice."""
+
+
+class NonFiniteValue(FormatError):
+    """A value is NaN or infinite."""
+
+
+class WrongBase(SparseletError):
+    """The adapter was trained on another base model."""
+
+
+class UnknownTarget(SparseletError):
+    """The model has no such target."""
+
+
+class SelectionError(SparseletError):
+    """The mask has not been selected, or cannot be selected now."""
+
+
+class NonFiniteScore(SparseletError):
+    """A score is NaN or infinite, so that no mask can be chosen by it."""
+
+
+class TaskError(SparseletError):
+    """A task's directory, split or row is wrong."""
+
+
+class ModelError(SparseletError):
+    """A base model cannot be found, fetched or loaded."""
+
+
+class OutputExists(SparseletError):
+    """The output is there already and would be overwritten."""
+
+
+class WriteFailed(SparseletError):
+    """A file could not be written; nothing half-written is left."""
+
+
+class MissingExtra(SparseletError, ImportError):
+    """An optional dependency is not installed."""

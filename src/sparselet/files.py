@@ -1,0 +1,116 @@
+"""Writing files whole or not at all, and naming them safely.
+
+Every write goes to a temporary name in the same directory, is flushed to the disk, and is then renamed over the final
+name, so that a reader sees the old file or the new one and never a part.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from sparselet.errors import OutputExists, UnsafePath, WriteFailed
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a binary file that appears under `path` only when the block ends without an error.
+
+    Raises WriteFailed (disk full, no permission); the temporary file is removed then.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise WriteFailed(f"cannot write {path}: {error.strerror or error}. Nothing was changed.") from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary directory that becomes `path` when the block ends without an error, and vanishes otherwise.
+
+    Raises OutputExists if `path` is there and not an empty directory, WriteFailed if it cannot be written.
+    """
+    path = Path(path)
+    refuse_existing(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())
+        _sync_directory(temporary)
+        os.replace(temporary, path)
+        temporary = None
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise WriteFailed(f"cannot write {path}: {error.strerror or error}. Nothing was changed.") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` as indented JSON with sorted keys, atomically. The same content gives the same bytes."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def refuse_existing(path: str | Path) -> None:
+    """Raise OutputExists unless `path` is free or an empty directory."""
+    path = Path(path)
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() or path.is_symlink():
+        raise OutputExists(f"{path} exists already. Choose another output, or remove it first.")
+
+
+def check_inside(directory: Path, name: str) -> Path:
+    """The path of the file `name` in `directory`, once it is known to lie there.
+
+    Raises UnsafePath for a name with path parts or a symbolic link that leaves the directory.
+    """
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise UnsafePath(f"{name!r} is not a plain file name; path parts are not allowed.")
+    path = directory / name
+    if path.is_symlink() and not path.resolve().is_relative_to(directory.resolve()):
+        raise UnsafePath(f"{path} is a symbolic link out of its directory. Copy the file itself there.")
+    return path
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

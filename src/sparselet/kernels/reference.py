@@ -1,0 +1,66 @@
+"""Every operation on masked entries, defined in plain torch. Faster versions must equal these.
+
+A mask is a sorted 1-D integer tensor of *unit* ids: flat row-major entries of the weight when `block_size` is 1,
+flat row-major tiles of `block_size × block_size` otherwise. Values have shape [n] for entries, [n, B, B] for tiles.
+"""
+
+import torch
+from torch import Tensor
+
+
+def gather(weight: Tensor, units: Tensor, block_size: int = 1) -> Tensor:
+    """Copy the masked entries of `weight` [rows, columns] into a new tensor, [n] or [n, B, B], of its dtype."""
+    if block_size == 1:
+        return weight.reshape(-1).index_select(0, units)
+    tiles = as_tiles(weight, block_size)
+    return tiles[units // tiles.shape[1], units % tiles.shape[1]]
+
+
+def write(weight: Tensor, units: Tensor, values: Tensor, block_size: int = 1) -> None:
+    """Overwrite the masked entries of the contiguous `weight` [rows, columns] in place, casting to its dtype."""
+    values = values.to(weight.dtype)
+    if block_size == 1:
+        weight.view(-1)[units] = values
+    else:
+        tiles = as_tiles(weight, block_size)
+        tiles[units // tiles.shape[1], units % tiles.shape[1]] = values
+
+
+def weight_gradient(x: Tensor, grad_output: Tensor, transposed: bool = False) -> Tensor:
+    """∂L/∂W of `y = x Wᵀ` (W [out, in]), or of `y = x W` (W [in, out]) when `transposed`.
+
+    x [..., in], grad_output [..., out], of one dtype. Returns a tensor of W's shape in that dtype.
+    """
+    x = x.reshape(-1, x.shape[-1])
+    grad_output = grad_output.reshape(-1, grad_output.shape[-1])
+    return x.t() @ grad_output if transposed else grad_output.t() @ x
+
+
+def masked_weight_gradient(
+    x: Tensor, grad_output: Tensor, units: Tensor, block_size: int = 1, transposed: bool = False
+) -> Tensor:
+    """The entries of `weight_gradient` under a mask, [n] or [n, B, B]: the dense product, then a gather."""
+    return gather(weight_gradient(x, grad_output, transposed), units, block_size)
+
+
+def tile_sum(entries: Tensor, block_size: int) -> Tensor:
+    """Sum of `entries` [rows, columns] over each tile, as a flat tensor of rows·columns / B² numbers."""
+    if block_size == 1:
+        return entries.reshape(-1)
+    return as_tiles(entries, block_size).sum(dim=(2, 3)).reshape(-1)
+
+
+def as_tiles(matrix: Tensor, block_size: int) -> Tensor:
+    """A view [rows/B, columns/B, B, B] of `matrix` [rows, columns]: tile (r, c) holds rows r·B… and columns c·B…."""
+    rows, columns = matrix.shape
+    return matrix.view(rows // block_size, block_size, columns // block_size, block_size).permute(0, 2, 1, 3)
+
+
+def tile_entries(units: Tensor, shape: tuple[int, int], block_size: int) -> Tensor:
+    """Flat entry ids of the given tiles, int64 [n, B, B], in the order of a tile's own rows and columns."""
+    columns = shape[1]
+    tile_columns = columns // block_size
+    units = units.long()
+    top_left = (units // tile_columns) * (block_size * columns) + (units % tile_columns) * block_size
+    step = torch.arange(block_size, device=units.device)
+    return top_left[:, None, None] + step[None, :, None] * columns + step[None, None, :]

@@ -1,0 +1,93 @@
+"""From scores to masks: exactly k units, ties to the lower index, per target or over all targets."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sparselet.delta import index_dtype
+from sparselet.errors import DensityOutOfRange, NonFiniteScore
+
+
+def check_density(density: float) -> float:
+    """`density` as a float. Raises DensityOutOfRange unless it is in (0, 1]."""
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+        raise DensityOutOfRange(f"density must be in (0, 1], got {density!r}. It is a fraction, not a percentage.")
+    return float(density)
+
+
+def units_to_keep(density: float, units: int) -> int:
+    """k = max(1, round(density · units)) (paper, Eq. 3, for tiles). Raises DensityOutOfRange."""
+    return max(1, round(check_density(density) * units))
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """The ids of the k largest of `scores` [units], ascending; of equal scores the lower ids are taken.
+
+    Raises NonFiniteScore.
+    """
+    _require_finite(scores)
+    if k <= 0:
+        return torch.empty(0, dtype=index_dtype(scores.numel()), device=scores.device)
+    if k >= scores.numel():
+        return torch.arange(scores.numel(), dtype=index_dtype(scores.numel()), device=scores.device)
+    threshold = torch.topk(scores, k, sorted=False).values.min()
+    return _at_threshold(scores, threshold, k)
+
+
+def top_k_global(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+    """The k largest scores of all targets together, as ascending ids by target; a target may get none.
+
+    Of equal scores, those of the earlier target (in the mapping's order), then the lower ids, are taken.
+    Raises NonFiniteScore.
+    """
+    threshold = global_threshold(scores, k)
+    above = sum(int((target > threshold).sum()) for target in scores.values())
+    left = min(k, sum(target.numel() for target in scores.values())) - above
+    masks = {}
+    for name, target in scores.items():
+        strictly = int((target > threshold).sum())
+        equal = int((target == threshold).sum())
+        taken = min(left, equal)
+        left -= taken
+        masks[name] = _at_threshold(target, threshold, strictly + taken)
+    return masks
+
+
+def global_threshold(scores: Mapping[str, Tensor], k: int) -> Tensor:
+    """The k-th highest score over all targets (paper, Eq. 5), a scalar. Raises NonFiniteScore."""
+    for target in scores.values():
+        _require_finite(target)
+    everything = torch.cat([target.reshape(-1) for target in scores.values()])
+    return torch.topk(everything, min(k, everything.numel()), sorted=False).values.min()
+
+
+def dropped_layers(scores: Mapping[str, Tensor], density: float) -> set[str]:
+    """The targets of the layers to drop (paper, Eq. 6): all those whose every score lies below the global threshold.
+
+    The threshold is Eq. 5's with k = density · all units. The targets of one layer, told by the first number in their
+    names, stand or fall together; a target without a number is a layer of its own.
+    Raises DensityOutOfRange, NonFiniteScore.
+    """
+    threshold = global_threshold(scores, units_to_keep(density, sum(target.numel() for target in scores.values())))
+    kept = {layer_of(name) for name, target in scores.items() if bool((target >= threshold).any())}
+    return {name for name in scores if layer_of(name) not in kept}
+
+
+def layer_of(target: str) -> str:
+    """The name of a target's layer: up to and with the first part that is a number, or else the target's own name."""
+    match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", target)
+    return match.group(0) if match else target
+
+
+def _at_threshold(scores: Tensor, threshold: Tensor, k: int) -> Tensor:
+    chosen = scores > threshold
+    equal = (scores == threshold).nonzero().squeeze(1)[: k - int(chosen.sum())]
+    chosen[equal] = True
+    return chosen.nonzero().squeeze(1).to(index_dtype(scores.numel()))
+
+
+def _require_finite(scores: Tensor) -> None:
+    if not torch.isfinite(scores).all():
+        raise NonFiniteScore("a score is NaN or infinite; the loss has probably diverged. Lower the learning rate.")

@@ -1,0 +1,18 @@
+"""The PEFT method. Importing this package registers it with PEFT."""
+
+from sparselet.tuner.config import SparseletConfig
+from sparselet.tuner.layer import SparseletLayer
+from sparselet.tuner.model import SparseletModel, UnselectedMaskWarning, get_tuner, to_adapter
+from sparselet.tuner.selection import Selection, freeze_masks, reselect
+
+__all__ = [
+    "Selection",
+    "SparseletConfig",
+    "SparseletLayer",
+    "SparseletModel",
+    "UnselectedMaskWarning",
+    "freeze_masks",
+    "get_tuner",
+    "reselect",
+    "to_adapter",
+]

@@ -1,0 +1,321 @@
+"""The PEFT tuner: puts `SparseletLayer`s into a model, and moves adapters between files and layers."""
+
+import contextlib
+import importlib.metadata
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from sparselet.adapter import INDICES, PENDING, PREFIX, PROGRESS, VALUES, SparseAdapter, config_of_targets, require_finite
+from sparselet.delta import SparseDelta
+from sparselet.errors import ArgumentError, MissingTensor, NoTargets, ShapeMismatch, UnknownTarget
+from sparselet.fingerprint import require_same_base
+from sparselet.tuner.config import PEFT_TYPE, SparseletConfig
+from sparselet.tuner.layer import SparseletLayer
+from sparselet.tuner.targets import describe_linear_layers, find_qkv, is_linear
+
+_alive: "weakref.WeakSet[SparseletModel]" = weakref.WeakSet()
+
+
+class UnselectedMaskWarning(UserWarning):
+    """An adapter was saved although its mask was never selected."""
+
+
+class SparseletModel(BaseTuner):
+    """A base model with sparse adapters in its target layers; made by `peft.get_peft_model(model, SparseletConfig())`.
+
+    The adapters' values live in the model's own weights: forward costs nothing extra, and after every step of a torch
+    optimizer the weights are up to date.
+    """
+
+    prefix = "sparse_"
+    tuner_layer_cls = SparseletLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        _alive.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _alive.add(self)
+
+    def layers(self) -> dict[str, SparseletLayer]:
+        """The adapted layers by target name, in the model's order."""
+        return {m.target_name: m for m in self.model.modules() if isinstance(m, SparseletLayer)}
+
+    def _prepare_adapter_config(self, peft_config: SparseletConfig, model_config: dict[str, Any]) -> SparseletConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = find_qkv(self.model)
+        return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to the model. Raises NoTargets where no layer matches, UnknownTarget for one it lacks."""
+        config = self.peft_config[adapter_name]
+        for name in config.targets or {}:
+            try:
+                model.get_submodule(name)
+            except AttributeError as error:
+                raise UnknownTarget(f"the model has no layer {name}, which the adapter changes.") from error
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except ValueError as error:
+            if "odules" not in str(error) or isinstance(error, ArgumentError):
+                raise
+            raise NoTargets(f"{error} The model's linear layers are: {describe_linear_layers(model)}.") from error
+        _refuse_shared_weights(self.layers())
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
+        assert isinstance(peft_config, SparseletConfig)
+        if peft_config.targets is not None:
+            return key in peft_config.targets
+        return super()._check_target_module_exists(peft_config, key)
+
+    def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        peft_config: SparseletConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, SparseletLayer):
+            target.add_adapter(adapter_name, peft_config)
+            return
+        if not is_linear(target):
+            raise ArgumentError(
+                f"{current_key} is a {type(target).__name__}; only nn.Linear and Conv1D with floating weights can be "
+                "targets (quantized layers cannot be changed in place)."
+            )
+        layer = SparseletLayer(target, current_key)
+        layer.set_adapter(adapter_name if adapter_name in self.active_adapters else [])
+        layer.add_adapter(adapter_name, peft_config)
+        self._replace_module(parent, target_name, layer, target)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter everywhere; if it was active, the base weights come back bit for bit."""
+        # PEFT passes over every module whose name contains the prefix, such as Mixtral's `block_sparse_moe`.
+        self.prefix = f"{SparseletModel.prefix}values."
+        try:
+            super().delete_adapter(adapter_name)
+        finally:
+            del self.prefix
+
+    def refresh(self, force: bool = False) -> None:
+        """Write every active adapter's values into the weights, where they have changed."""
+        for layer in self.layers().values():
+            layer.refresh(force=force and any(value.requires_grad for value in layer.sparse_values.values()))
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        self.refresh()
+
+    @property
+    def _enable_peft_forward_hooks(self) -> Callable[..., contextlib.AbstractContextManager[None]]:
+        # PEFT drops adapter_names silently where this is missing, and fails after the last adapter is deleted where it
+        # is not.
+        if not self.peft_config:
+            raise AttributeError("_enable_peft_forward_hooks")
+        return _refuse_adapter_names
+
+    # Files
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The adapter's tensors as the file holds them; also notes in the config what the file must record."""
+        assert isinstance(config, SparseletConfig)
+        tensors: dict[str, Tensor] = {}
+        layers = _named_layers(model, adapter_name)
+        unselected = [name for name, layer in layers.items() if not layer.sparse_mask[adapter_name].selections]
+        for key, layer in layers.items():
+            state, delta = layer.sparse_mask[adapter_name], layer.delta(adapter_name)
+            require_finite(delta.values, layer.target_name)
+            tensors[f"{key}{VALUES}.{adapter_name}"] = delta.values
+            tensors[f"{key}{INDICES}.{adapter_name}"] = delta.indices
+            if state.selecting:
+                pending = state.pending if state.pending is not None else torch.empty(0)
+                tensors[f"{key}{PENDING}.{adapter_name}"] = pending.cpu()
+                tensors[f"{key}{PROGRESS}.{adapter_name}"] = torch.tensor([state.selections, int(state.dense)])
+        if unselected and config.targets is None:
+            warnings.warn(
+                f"adapter {adapter_name!r} is saved although the mask of {len(unselected)} of {len(layers)} targets was "
+                "never selected: it holds every entry that was trained, and is larger than its density says. "
+                "Call sparselet.reselect and sparselet.freeze_masks, or train with sparselet.MaskSchedule().",
+                UnselectedMaskWarning,
+                stacklevel=4,
+            )
+        config._record.update(record(layers.values()))
+        return tensors
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Give each layer the mask that the file holds, and return the values under the model's names.
+
+        Raises UnknownTarget, MissingTensor, ShapeMismatch, WrongBase, and a FormatError for wrong entries.
+        """
+        assert isinstance(config, SparseletConfig)
+        layers = {layer.target_name: (key, layer) for key, layer in _named_layers(model, adapter_name).items()}
+        files, rest = _split_by_target(state_dict)
+        unknown = sorted(set(files) - set(layers))
+        if unknown:
+            raise UnknownTarget(f"the model has no target {unknown[0]}, which the adapter changes ({len(unknown)} such).")
+        missing = sorted(set(layers) - set(files))
+        if missing:
+            raise MissingTensor(f"the adapter holds nothing for the target {missing[0]} ({len(missing)} such).")
+        _check_targets(config, {name: layer for name, (_, layer) in layers.items()})
+        for name, parts in files.items():
+            key, layer = layers[name]
+            _load_target(layer, adapter_name, parts)
+            rest[f"{key}{VALUES}.{adapter_name}"] = layer.sparse_values[adapter_name].detach()
+            rest[f"{key}{INDICES}.{adapter_name}"] = layer.sparse_indices[adapter_name]
+        return rest
+
+
+def to_adapter(model: nn.Module, adapter_name: str = "default", metadata: Mapping[str, Any] | None = None) -> SparseAdapter:
+    """A model's adapter as a `SparseAdapter`, with the configuration and `metadata` as its metadata.
+
+    model: a `PeftModel` or anything that holds the tuner. Raises ArgumentError for an unknown adapter.
+    """
+    tuner = get_tuner(model)
+    if adapter_name not in tuner.peft_config:
+        raise ArgumentError(f"no adapter is called {adapter_name!r}; there are {', '.join(tuner.peft_config)}.")
+    layers = {n: layer for n, layer in tuner.layers().items() if adapter_name in layer.sparse_values}
+    config = tuner.peft_config[adapter_name].to_dict()
+    own = {"peft_type", "format_version", "targets"}
+    described = {key: value for key, value in config.items() if key not in own} | {"inference_mode": True}
+    modules = {
+        name.replace(f".modules_to_save.{adapter_name}.", "."): tensor.detach().cpu()
+        for name, tensor in tuner.model.state_dict().items()
+        if f".modules_to_save.{adapter_name}." in f".{name}"
+    }
+    return SparseAdapter(
+        {name: layer.delta(adapter_name) for name, layer in layers.items()},
+        {**described, "versions": versions(), **(metadata or {})},
+        {name: layer.base_fingerprint() for name, layer in layers.items()},
+        modules,
+    )
+
+
+def get_tuner(model: nn.Module) -> SparseletModel:
+    """The tuner in a model, however it is wrapped. Raises ArgumentError if there is none."""
+    for module in model.modules():
+        if isinstance(module, SparseletModel):
+            return module
+    raise ArgumentError("the model has no sparse adapter; wrap it with peft.get_peft_model(model, SparseletConfig()).")
+
+
+def record(layers: Any) -> dict[str, Any]:
+    """What adapter_config.json says of the targets in `layers`, and the versions that made the adapter."""
+    layers = list(layers)
+    shapes = {layer.target_name: layer.shape for layer in layers}
+    fingerprints = {layer.target_name: layer.base_fingerprint() for layer in layers}
+    return {**config_of_targets(shapes, fingerprints), "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries that determine an adapter's bytes."""
+    return {name: importlib.metadata.version(name) for name in ("sparselet", "torch", "peft", "transformers")}
+
+
+def register() -> None:
+    """Make PEFT know the method: `get_peft_model`, `PeftModel.from_pretrained` and the rest then work. Idempotent."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SparseletConfig  # pyright: ignore[reportArgumentType]
+    PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = SparseletModel  # pyright: ignore[reportArgumentType]
+    PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = SparseletModel.prefix  # pyright: ignore[reportArgumentType]
+
+
+def _refuse_adapter_names(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
+    if kwargs.get("adapter_names") is not None:
+        raise ArgumentError(
+            "adapter_names is not supported: the active adapters are written into the weights, so all rows of a batch "
+            "see the same ones. Group the rows by adapter and call set_adapter between the groups."
+        )
+    return contextlib.nullcontext()
+
+
+def _named_layers(model: nn.Module, adapter_name: str) -> dict[str, SparseletLayer]:
+    return {
+        key: module
+        for key, module in model.named_modules()
+        if isinstance(module, SparseletLayer) and adapter_name in module.sparse_values
+    }
+
+
+def _split_by_target(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    files: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in state_dict.items():
+        for suffix in (VALUES, INDICES, PENDING, PROGRESS):
+            if key.endswith(suffix):
+                files.setdefault(key.removesuffix(suffix).removeprefix(PREFIX), {})[suffix] = tensor
+                break
+        else:
+            rest[key] = tensor
+    return files, rest
+
+
+def _check_targets(config: SparseletConfig, layers: Mapping[str, SparseletLayer]) -> None:
+    recorded = config.targets or {}
+    for name, layer in layers.items():
+        shape = tuple(recorded.get(name, {}).get("shape", layer.shape))
+        if shape != layer.shape:
+            raise ShapeMismatch(f"{name}: the adapter was made for shape {list(shape)}, the model has {list(layer.shape)}.")
+    fingerprints = {name: recorded[name].get("fingerprint") for name in layers if name in recorded}
+    require_same_base(fingerprints, {name: layer.base_fingerprint() for name, layer in layers.items()}, "adapter and model")
+
+
+def _load_target(layer: SparseletLayer, adapter_name: str, parts: Mapping[str, Tensor]) -> None:
+    for suffix in (VALUES, INDICES):
+        if suffix not in parts:
+            raise MissingTensor(f"{layer.target_name}{suffix} is missing from the adapter.")
+    values, units = parts[VALUES], parts[INDICES]
+    block = values.shape[1] if values.ndim == 3 else 1
+    delta = SparseDelta(layer.shape, units, values, block)
+    require_finite(delta.values, layer.target_name)
+    state = layer.sparse_mask[adapter_name]
+    progress, pending = parts.get(PROGRESS), parts.get(PENDING)
+    if progress is not None and bool(progress[1]):
+        layer.set_dense(adapter_name, delta.to_dense())
+    else:
+        layer.set_mask(adapter_name, delta.indices, delta.values, block if values.ndim == 3 else 1)
+    state.selecting = progress is not None
+    state.selections = int(progress[0]) if progress is not None else 1
+    state.pending = pending if pending is not None and pending.numel() else None
+
+
+def _refuse_shared_weights(layers: Mapping[str, SparseletLayer]) -> None:
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        weight = layer.get_base_layer().weight
+        other = owners.setdefault(id(weight), name)
+        if other != name:
+            raise ArgumentError(f"{name} and {other} share one weight, so they cannot both be targets; exclude one.")
+
+
+def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    # Fused and foreign optimizers may change parameters without touching their version counters.
+    for tuner in list(_alive):
+        tuner.refresh(force=True)
+
+
+register_optimizer_step_post_hook(_after_optimizer_step)
+register()

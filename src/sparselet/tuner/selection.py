@@ -1,0 +1,272 @@
+"""Choosing the masks of a model in training: `reselect`, and `freeze_masks` to end the phase."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparselet import kernels
+from sparselet.errors import SelectionError
+from sparselet.masks import dropped_layers, layer_of, top_k, top_k_global, units_to_keep
+from sparselet.scores import Candidate, get_score
+from sparselet.tuner.config import SparseletConfig
+from sparselet.tuner.layer import SparseletLayer, seeded
+from sparselet.tuner.model import get_tuner
+
+Batch = Mapping[str, Any]
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What one selection did: targets with a mask, entries kept, the fraction of them that is new, layers kept."""
+
+    targets: int
+    entries: int
+    changed: float
+    active_layers: int
+
+
+def reselect(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    loss: Loss | None = None,
+) -> Selection:
+    """Choose the active adapter's masks anew (paper, Algorithm 1; design: several batches are averaged).
+
+    Runs forward and backward on each of `batches` at W + Ŵ with no mask, scores every entry by the config's score, and
+    keeps the best. Values that leave the mask are remembered while the phase lasts and return if selected again; with
+    `initial_mask` other than "dense" they are dropped. With `optimizer`, its moments follow: entries that stay keep
+    theirs, newcomers start from zero under the optimizer's own step count. Call it after `optimizer.step()`; gradients
+    of the adapter are dropped, those of other parameters are left alone.
+
+    model: a `PeftModel` with exactly one active, trainable sparse adapter.
+    batches: what `loss` takes; by default keyword arguments of the model, whose output must have a `loss`.
+    Returns what was done. Raises SelectionError (no batch, no loss, several adapters, an optimizer whose state cannot
+    follow), NonFiniteScore.
+    """
+    config, name, layers = _trained_layers(model)
+    first = not any(layer.sparse_mask[name].selections for layer in layers.values())
+    score = "gm" if first and config.initial_mask == "gradient" else config.score
+    scorer = _Scorer(layers, name, config, score)
+    _backward(model, batches, loss, scorer)
+    masks = scorer.masks()
+    entries = changed = 0
+    for target, layer in layers.items():
+        before = _units(layer, name)
+        _move_mask(layer, name, masks[target], config, optimizer)
+        changed += _newcomers(before, masks[target])
+        entries += masks[target].numel()
+    kept = [target for target in masks if masks[target].numel()]
+    return Selection(
+        targets=len(kept),
+        entries=entries * config.block_size**2,
+        changed=changed / max(1, entries),
+        active_layers=len({layer_of(target) for target in kept}),
+    )
+
+
+def freeze_masks(model: nn.Module) -> None:
+    """End the selection phase: the masks stay, and everything kept for choosing new ones is dropped.
+
+    Raises SelectionError if a mask was never selected.
+    """
+    _, name, layers = _trained_layers(model)
+    unselected = [target for target, layer in layers.items() if not layer.sparse_mask[name].selections]
+    if unselected:
+        raise SelectionError(f"the mask of {unselected[0]} was never selected; call sparselet.reselect(model, batches) first.")
+    for layer in layers.values():
+        layer.sparse_mask[name].pending = None
+        layer.sparse_mask[name].selecting = False
+
+
+class _Scorer:
+    """Receives each target's dense gradient inside the backward pass, and scores it there where it can."""
+
+    def __init__(self, layers: dict[str, SparseletLayer], name: str, config: SparseletConfig, score: str) -> None:
+        self.layers, self.name, self.config = layers, name, config
+        self.score = get_score(score)
+        self.together = config.scope == "global" or config.layer_drop
+        self.expected: dict[str, int] = {}  # gradients still to come in this backward pass
+        self.last = False  # whether this is the last batch
+        self.batches = 0
+        self.gradients: dict[str, Tensor] = {}
+        self.scores: dict[str, Tensor] = {}
+        self.chosen: dict[str, Tensor] = {}
+
+    def __call__(self, layer: SparseletLayer, gradient: Tensor) -> None:
+        target = layer.target_name
+        gradient = gradient.detach().to(layer.sparse_values[self.name].dtype)
+        if target in self.gradients:
+            self.gradients[target] += gradient
+        else:
+            self.gradients[target] = gradient
+        self.expected[target] -= 1
+        if self.last and self.expected[target] == 0:
+            self.finish(target)
+
+    def finish(self, target: str) -> None:
+        """Score one target by its accumulated gradient, and drop the gradient."""
+        layer, config = self.layers[target], self.config
+        state = layer.sparse_mask[self.name]
+        gradient = self.gradients.pop(target, None)
+        if gradient is None:
+            raise SelectionError(f"{target} got no gradient from the scoring batches; is it used in the forward pass?")
+        kept = units_to_keep(config.density, gradient.numel() // config.block_size**2)
+        # The start of initial_mask="gradient" is no mask yet: its entries have no claim to stay.
+        present = None if state.dense or not state.selections else layer.sparse_indices[self.name]
+        scores = self.score(
+            Candidate(
+                values=layer.dense_values(self.name),
+                gradient=gradient.div_(self.batches),
+                block_size=config.block_size,
+                kept=kept,
+                mask=present,
+                generator=seeded(config.seed, target, state.selections),
+            )
+        )
+        if self.together:
+            self.scores[target] = scores
+        else:
+            self.chosen[target] = top_k(scores, kept)
+
+    def masks(self) -> dict[str, Tensor]:
+        """The new mask of every target, once all gradients have been scored."""
+        for target in list(self.gradients):
+            self.finish(target)
+        missing = [target for target in self.layers if target not in self.scores and target not in self.chosen]
+        if missing:
+            self.finish(missing[0])
+        if not self.together:
+            return self.chosen
+        scores = {target: self.scores[target] for target in self.layers}
+        dropped = dropped_layers(scores, self.config.density) if self.config.layer_drop else set()
+        nothing = torch.empty(0, dtype=torch.int32)
+        left = {target: score for target, score in scores.items() if target not in dropped}
+        if self.config.scope == "global":
+            chosen = top_k_global(left, units_to_keep(self.config.density, sum(s.numel() for s in scores.values())))
+        else:
+            chosen = {target: top_k(s, units_to_keep(self.config.density, s.numel())) for target, s in left.items()}
+        return {target: chosen.get(target, nothing) for target in self.layers}
+
+
+def _backward(model: nn.Module, batches: Iterable[Batch], loss: Loss | None, scorer: _Scorer) -> None:
+    """Forward and backward at W + Ŵ on each batch, with the scorer listening and all other gradients untouched."""
+    # Reading one batch ahead tells which is the last.
+    upcoming = iter(batches)
+    batch = next(upcoming, None)
+    if batch is None:
+        raise SelectionError("no batch to score on; give at least one.")
+    own = {id(layer.sparse_values[scorer.name]) for layer in scorer.layers.values()}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        for layer in scorer.layers.values():
+            layer.recorder = scorer
+            if layer.sparse_mask[scorer.name].pending is not None:
+                layer.show_dense(scorer.name)
+        while batch is not None:
+            following = next(upcoming, None)
+            scorer.last, scorer.batches = following is None, scorer.batches + 1
+            for layer in scorer.layers.values():
+                layer.calls = 0
+            with torch.enable_grad():
+                value = _loss(model, batch) if loss is None else loss(model, batch)
+                scorer.expected = {target: layer.calls for target, layer in scorer.layers.items()}
+                value.backward()
+            batch = following
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+        for layer in scorer.layers.values():
+            layer.recorder = None
+            if layer.sparse_mask[scorer.name].pending is not None:
+                layer.restore()
+                layer.refresh()
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    output = model(**batch)
+    value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if value is None:
+        raise SelectionError("the model returned no loss for a scoring batch; put labels into it, or pass loss=.")
+    return value
+
+
+def _trained_layers(model: nn.Module) -> tuple[SparseletConfig, str, dict[str, SparseletLayer]]:
+    tuner = get_tuner(model)
+    names = tuner.active_adapters
+    if len(names) != 1:
+        raise SelectionError(f"exactly one adapter must be active to select its mask; active are {names}.")
+    layers = {
+        target: layer
+        for target, layer in tuner.layers().items()
+        if names[0] in layer.sparse_values and layer.sparse_values[names[0]].requires_grad
+    }
+    if not layers:
+        raise SelectionError(f"adapter {names[0]!r} is not trainable, so its mask cannot be selected.")
+    if not all(layer.sparse_mask[names[0]].selecting for layer in layers.values()):
+        raise SelectionError(f"the masks of adapter {names[0]!r} are frozen; its selection phase has ended.")
+    return tuner.peft_config[names[0]], names[0], layers
+
+
+def _units(layer: SparseletLayer, name: str) -> Tensor | None:
+    """The present mask, or None while all entries are trained."""
+    return None if layer.sparse_mask[name].dense else layer.sparse_indices[name]
+
+
+def _newcomers(before: Tensor | None, after: Tensor) -> int:
+    if before is None:
+        return 0
+    return int((~torch.isin(after, before.to(after.device), assume_unique=True)).sum())
+
+
+def _move_mask(
+    layer: SparseletLayer, name: str, units: Tensor, config: SparseletConfig, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Set one target's mask; values and optimizer moments follow their entries."""
+    state, parameter = layer.sparse_mask[name], layer.sparse_values[name]
+    units = units.to(parameter.device)
+    before, shape = _units(layer, name), parameter.shape
+    full = layer.dense_values(name)
+    layer.set_mask(name, units, kernels.gather(full, units, config.block_size))
+    if config.initial_mask == "dense":
+        state.pending = full.cpu() if config.offload else full
+    state.selections += 1
+    if optimizer is not None:
+        _move_moments(optimizer, parameter, before, units, shape, layer, config.block_size)
+
+
+def _move_moments(
+    optimizer: torch.optim.Optimizer,
+    parameter: nn.Parameter,
+    before: Tensor | None,
+    after: Tensor,
+    shape: torch.Size,
+    layer: SparseletLayer,
+    block_size: int,
+) -> None:
+    """Carry the optimizer's state of a parameter over from the mask `before` (None: all entries) to `after`."""
+    state = optimizer.state.get(parameter, {})
+    for key, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.ndim == 0:
+            continue
+        if tensor.shape != shape:
+            raise SelectionError(
+                f"{type(optimizer).__name__} keeps {key!r} of {layer.target_name} with shape {list(tensor.shape)}, not "
+                f"{list(shape)}, so it cannot follow the mask. Use an optimizer with one moment an entry, such as AdamW."
+            )
+        if before is None:
+            state[key] = kernels.gather(tensor.contiguous(), after, block_size)
+            continue
+        moved = torch.zeros((len(after), *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
+        if len(before):
+            place = torch.searchsorted(before, after).clamp_max(len(before) - 1)
+            stays = before[place] == after
+            moved[stays] = tensor[place[stays]]
+        state[key] = moved
