@@ -4,7 +4,7 @@ import contextlib
 import importlib.metadata
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -120,13 +120,15 @@ class SparseletModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         self.refresh()
 
-    @property
-    def _enable_peft_forward_hooks(self) -> Callable[..., contextlib.AbstractContextManager[None]]:
-        # PEFT drops adapter_names silently where this is missing, and fails after the last adapter is deleted where it
-        # is not.
-        if not self.peft_config:
-            raise AttributeError("_enable_peft_forward_hooks")
-        return _refuse_adapter_names
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # Without this, PEFT would drop adapter_names silently.
+        if kwargs.get("adapter_names") is not None:
+            raise ArgumentError(
+                "adapter_names is not supported: the active adapters are written into the weights, so all rows of a "
+                "batch see the same ones. Group the rows by adapter and call set_adapter between the groups."
+            )
+        yield
 
     # Files
 
@@ -241,15 +243,6 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SparseletConfig  # pyright: ignore[reportArgumentType]
     PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = SparseletModel  # pyright: ignore[reportArgumentType]
     PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = SparseletModel.prefix  # pyright: ignore[reportArgumentType]
-
-
-def _refuse_adapter_names(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
-    if kwargs.get("adapter_names") is not None:
-        raise ArgumentError(
-            "adapter_names is not supported: the active adapters are written into the weights, so all rows of a batch "
-            "see the same ones. Group the rows by adapter and call set_adapter between the groups."
-        )
-    return contextlib.nullcontext()
 
 
 def _named_layers(model: nn.Module, adapter_name: str) -> dict[str, SparseletLayer]:
