@@ -27,7 +27,7 @@ from sparselet.errors import (
     UnsafePath,
     UnsupportedVersion,
 )
-from sparselet.files import atomic_write, check_inside, write_json
+from sparselet.files import atomic_write, check_inside, json_bytes
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -39,6 +39,7 @@ PENDING, PROGRESS = ".sparse_pending", ".sparse_progress"
 
 _MAX_CONFIG_BYTES = 64 * 2**20
 _VALUE_DTYPES = ("F64", "F32", "F16", "BF16")
+_STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class UnfinishedAdapterWarning(UserWarning):
@@ -89,15 +90,17 @@ class SparseAdapter(Mapping[str, SparseDelta]):
         Raises BadDtype, NonFiniteValue, WriteFailed.
         """
         path = Path(path)
-        config = adapter_config(self)
-        with atomic_write(path / WEIGHTS_FILE) as file:
-            self._write_weights(file, dtype)
-        write_json(path / CONFIG_FILE, config)
+        # Both are whole before either takes its place.
+        with atomic_write(path / CONFIG_FILE) as config, atomic_write(path / WEIGHTS_FILE) as weights:
+            config.write(json_bytes(adapter_config(self)))
+            self._write_weights(weights, dtype)
         return path
 
     def _write_weights(self, file: IO[bytes], dtype: torch.dtype | None) -> None:
         deltas = {name: delta.to(dtype) if dtype else delta for name, delta in self.items()}
         for name, delta in deltas.items():
+            if delta.values.dtype not in _STORED:
+                raise BadDtype(f"{name}: values are {delta.values.dtype}; a file holds {', '.join(map(str, _STORED))}.")
             require_finite(delta.values, name)
         plain = all(d.values.dtype == torch.float32 and d.indices.dtype == torch.int32 for d in deltas.values())
         if plain and not self.modules:
@@ -105,10 +108,12 @@ class SparseAdapter(Mapping[str, SparseDelta]):
                 for name, delta in deltas.items():
                     add_delta(stream, name, delta)
             return
-        tensors = {PREFIX + name: tensor.contiguous() for name, tensor in self.modules.items()}
+        tensors = {PREFIX + name: tensor for name, tensor in self.modules.items()}
         for name, delta in deltas.items():
-            tensors[PREFIX + name + VALUES] = delta.values.cpu().contiguous()
-            tensors[PREFIX + name + INDICES] = delta.indices.cpu().contiguous()
+            tensors[PREFIX + name + VALUES] = delta.values
+            tensors[PREFIX + name + INDICES] = delta.indices
+        # The library refuses tensors that share memory, as those of tied modules or of one mask for two targets do.
+        tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
     def __getitem__(self, name: str) -> SparseDelta:
@@ -169,10 +174,13 @@ class AdapterFile(Mapping[str, SparseDelta]):
                 self._file.get_tensor(PREFIX + name + VALUES),
                 self._block_size(name),
             )
-            require_finite(delta.values, name)
         except SparseletError as error:
             raise type(error)(f"{self._weights}: {name}: {error}") from error
+        require_finite(delta.values, f"{self._weights}: {name}")
         return delta
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes  # the mapping's own would read the delta
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

@@ -69,9 +69,14 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write `content` as indented JSON with sorted keys, atomically. The same content gives the same bytes."""
+    """Write `content` as `json_bytes`, atomically."""
     with atomic_write(path) as file:
-        file.write((json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+        file.write(json_bytes(content))
+
+
+def json_bytes(content: Any) -> bytes:
+    """`content` as indented JSON with sorted keys. The same content gives the same bytes."""
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -97,9 +102,16 @@ def check_inside(directory: Path, name: str) -> Path:
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise UnsafePath(f"{name!r} is not a plain file name; path parts are not allowed.")
     path = directory / name
-    if path.is_symlink() and not path.resolve().is_relative_to(directory.resolve()):
+    if path.is_symlink() and not _stays_inside(path, directory):
         raise UnsafePath(f"{path} is a symbolic link out of its directory. Copy the file itself there.")
     return path
+
+
+def _stays_inside(link: Path, directory: Path) -> bool:
+    try:
+        return link.resolve(strict=True).is_relative_to(directory.resolve())
+    except (OSError, RuntimeError):  # it leads nowhere, or round in a circle
+        return False
 
 
 def _sync_directory(path: Path) -> None:

@@ -11,6 +11,7 @@ from sparselet.adapter import (
     SparseAdapter,
     adapter_config,
     add_delta,
+    require_finite,
     tensor_names,
 )
 from sparselet.container import TensorStream
@@ -42,10 +43,10 @@ def merge(
     method: a name in `sparselet.METHODS`. parameters: what that method takes beside deltas and weights.
     weights: one factor an expert, 1 each by default.
 
-    Raises ArgumentError (no expert, weights of the wrong count), UnknownMethod, ShapeMismatch, WrongBase.
+    Raises ArgumentError (no expert, weights of the wrong count), UnknownMethod, ShapeMismatch, WrongBase, NonFiniteValue.
     """
     plan = _Plan([AdapterFile(a) if isinstance(a, (str, Path)) else a for a in adapters], method, weights, parameters)
-    return SparseAdapter(dict(plan.deltas()), plan.metadata(), plan.fingerprints())
+    return SparseAdapter(dict(plan.deltas()), plan.metadata(), plan.fingerprints)
 
 
 def merge_to(
@@ -71,7 +72,7 @@ def merge_to(
                 plan.count(delta)
                 if progress is not None:
                     progress(name)
-        described = SparseAdapter(sizes, {**plan.metadata(), **plan.measured()}, plan.fingerprints())
+        described = SparseAdapter(sizes, {**plan.metadata(), **plan.measured()}, plan.fingerprints)
         write_json(directory / CONFIG_FILE, adapter_config(described))
     return Path(output)
 
@@ -95,6 +96,7 @@ class _Plan:
         if any(w != w or w in (float("inf"), float("-inf")) for w in self.weights):
             raise ArgumentError(f"weights must be finite numbers, got {self.weights}.")
         self.shapes = _common_shapes(self.adapters)
+        self.fingerprints = _common_fingerprints(self.adapters)
         self._entries = 0
         self._blocks: set[int] = set()
         for i, adapter in enumerate(self.adapters):
@@ -106,9 +108,11 @@ class _Plan:
         for name, shape in self.shapes.items():
             parts = [adapter[name] if name in adapter else SparseDelta.empty(shape) for adapter in self.adapters]
             try:
-                yield name, METHODS[self.method](parts, self.weights, **self.parameters)
+                merged = METHODS[self.method](parts, self.weights, **self.parameters)
             except SparseletError as error:
                 raise type(error)(f"{name}: {error}") from error
+            require_finite(merged.values, name)
+            yield name, merged
 
     def count(self, delta: SparseDelta) -> None:
         """Note what a merged target adds to the adapter's size."""
@@ -123,15 +127,6 @@ class _Plan:
             "density": self._entries / size if size else 0.0,
             "block_size": next(iter(self._blocks)) if len(self._blocks) == 1 else 1,
         }
-
-    def fingerprints(self) -> dict[str, Mapping[str, str] | None]:
-        """Each target's base fingerprint, from the first adapter that has one. Raises WrongBase if two disagree."""
-        found: dict[str, Mapping[str, str] | None] = {}
-        for i, adapter in enumerate(self.adapters):
-            own = {name: fp for name, fp in getattr(adapter, "fingerprints", {}).items() if fp}
-            require_same_base(own, found, f"{_label(adapter, i)} and the adapters before it")
-            found = {**own, **found}
-        return found
 
     def metadata(self) -> dict[str, Any]:
         """The merged adapter's metadata: the base model, and the recipe of the merge."""
@@ -171,6 +166,16 @@ def _common_shapes(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
             if shapes.setdefault(name, shape) != shape:
                 raise ShapeMismatch(f"{name}: {_label(adapter, i)} has shape {list(shape)}, an earlier one {list(shapes[name])}.")
     return dict(sorted(shapes.items()))
+
+
+def _common_fingerprints(adapters: Sequence[Adapter]) -> dict[str, Mapping[str, str] | None]:
+    """Each target's base fingerprint, from the first adapter that has one. Raises WrongBase if two disagree."""
+    found: dict[str, Mapping[str, str] | None] = {}
+    for i, adapter in enumerate(adapters):
+        own = {name: fp for name, fp in getattr(adapter, "fingerprints", {}).items() if fp}
+        require_same_base(own, found, f"{_label(adapter, i)} and the adapters before it")
+        found = {**own, **found}
+    return found
 
 
 def _metadata(adapter: Adapter) -> dict[str, Any]:

@@ -132,7 +132,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         if not loaded:
             check_block_size(config.block_size, self.shape, self.target_name)
         dense = config.initial_mask == "dense" and not loaded
-        state = MaskState(config.block_size, dense, selecting=not loaded)
+        state = MaskState(1 if loaded else config.block_size, dense, selecting=not loaded)  # the file tells, once read
         units = torch.empty(0, dtype=index_dtype(weight.numel()), device=weight.device)
         values = torch.zeros(self.shape if dense else (0,), dtype=self._values_dtype(), device=weight.device)
         self.sparse_mask[name] = state

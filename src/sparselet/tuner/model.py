@@ -285,11 +285,12 @@ def _load_target(layer: SparseletLayer, adapter_name: str, parts: Mapping[str, T
     delta = SparseDelta(layer.shape, units, values, block)
     require_finite(delta.values, layer.target_name)
     state = layer.sparse_mask[adapter_name]
+    state.block_size = block
     progress, pending = parts.get(PROGRESS), parts.get(PENDING)
     if progress is not None and bool(progress[1]):
         layer.set_dense(adapter_name, delta.to_dense())
     else:
-        layer.set_mask(adapter_name, delta.indices, delta.values, block if values.ndim == 3 else 1)
+        layer.set_mask(adapter_name, delta.indices, delta.values, block)
     state.selecting = progress is not None
     state.selections = int(progress[0]) if progress is not None else 1
     state.pending = pending if pending is not None and pending.numel() else None

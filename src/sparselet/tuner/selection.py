@@ -50,6 +50,9 @@ def reselect(
     follow), NonFiniteScore.
     """
     config, name, layers = _trained_layers(model)
+    if optimizer is not None:
+        for layer in layers.values():
+            _require_movable(optimizer, layer.sparse_values[name], layer.target_name)
     first = not any(layer.sparse_mask[name].selections for layer in layers.values())
     score = "gm" if first and config.initial_mask == "gradient" else config.score
     scorer = _Scorer(layers, name, config, score)
@@ -232,41 +235,43 @@ def _move_mask(
     """Set one target's mask; values and optimizer moments follow their entries."""
     state, parameter = layer.sparse_mask[name], layer.sparse_values[name]
     units = units.to(parameter.device)
-    before, shape = _units(layer, name), parameter.shape
+    before = _units(layer, name)
     full = layer.dense_values(name)
     layer.set_mask(name, units, kernels.gather(full, units, config.block_size))
     if config.initial_mask == "dense":
         state.pending = full.cpu() if config.offload else full
     state.selections += 1
     if optimizer is not None:
-        _move_moments(optimizer, parameter, before, units, shape, layer, config.block_size)
+        _move_moments(optimizer, parameter, before, units, config.block_size)
+
+
+def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The tensors an optimizer keeps of a parameter, but for scalars such as the step count."""
+    state = optimizer.state.get(parameter, {})
+    return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
+
+
+def _require_movable(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, target: str) -> None:
+    for key, tensor in _moments(optimizer, parameter).items():
+        if tensor.shape != parameter.shape:
+            raise SelectionError(
+                f"{type(optimizer).__name__} keeps {key!r} of {target} with shape {list(tensor.shape)}, not "
+                f"{list(parameter.shape)}, so it cannot follow the mask. Use an optimizer with one moment an entry, "
+                "such as AdamW."
+            )
 
 
 def _move_moments(
-    optimizer: torch.optim.Optimizer,
-    parameter: nn.Parameter,
-    before: Tensor | None,
-    after: Tensor,
-    shape: torch.Size,
-    layer: SparseletLayer,
-    block_size: int,
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, before: Tensor | None, after: Tensor, block_size: int
 ) -> None:
     """Carry the optimizer's state of a parameter over from the mask `before` (None: all entries) to `after`."""
-    state = optimizer.state.get(parameter, {})
-    for key, tensor in state.items():
-        if not isinstance(tensor, Tensor) or tensor.ndim == 0:
-            continue
-        if tensor.shape != shape:
-            raise SelectionError(
-                f"{type(optimizer).__name__} keeps {key!r} of {layer.target_name} with shape {list(tensor.shape)}, not "
-                f"{list(shape)}, so it cannot follow the mask. Use an optimizer with one moment an entry, such as AdamW."
-            )
+    for key, tensor in _moments(optimizer, parameter).items():
         if before is None:
-            state[key] = kernels.gather(tensor.contiguous(), after, block_size)
+            optimizer.state[parameter][key] = kernels.gather(tensor.contiguous(), after, block_size)
             continue
         moved = torch.zeros((len(after), *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
         if len(before):
             place = torch.searchsorted(before, after).clamp_max(len(before) - 1)
             stays = before[place] == after
             moved[stays] = tensor[place[stays]]
-        state[key] = moved
+        optimizer.state[parameter][key] = moved

