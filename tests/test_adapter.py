@@ -9,12 +9,12 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from strategies import random_delta
 
 from sparselet import SparseAdapter, SparseDelta
 from sparselet.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile, UnfinishedAdapterWarning
 from sparselet.errors import BadDtype, NonFiniteValue, UnsafePath, WriteFailed
 from sparselet.fingerprint import fingerprint_weight
-from strategies import random_delta
 
 Q, K, V = (f"model.layers.0.self_attn.{part}_proj" for part in "qkv")
 METADATA = {"task": "copying", "density": 0.25, "score": "mcs", "metrics": {"rouge_l": 51.4}, "seed": 0, "note": "naïve ≥"}
@@ -70,7 +70,9 @@ def test_an_entry_takes_eight_bytes_and_a_tile_about_four_an_entry(tmp_path):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_targets_without_entries_and_adapters_without_targets_come_back(tmp_path, dtype):
-    for i, deltas in enumerate(({}, {Q: SparseDelta.empty((6, 6))}, {Q: SparseDelta.empty((6, 6)), V: random_delta((6, 12), 3)})):
+    for i, deltas in enumerate(
+        ({}, {Q: SparseDelta.empty((6, 6))}, {Q: SparseDelta.empty((6, 6)), V: random_delta((6, 12), 3)})
+    ):
         adapter = SparseAdapter(deltas)
         loaded = SparseAdapter.load(adapter.save(tmp_path / str(i), dtype))
         assert {n: (d.shape, d.nnz) for n, d in loaded.items()} == {n: (d.shape, d.nnz) for n, d in adapter.items()}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import BLOCKS, SHAPES, assert_is, deltas, few, random_delta, same_shape, spelt_out, tile_sums
 
 from sparselet import SparseDelta
 from sparselet.delta import MAX_SIDE, check_indices, index_dtype
@@ -18,7 +19,6 @@ from sparselet.errors import (
     ShapeMismatch,
     UnsortedIndices,
 )
-from strategies import BLOCKS, SHAPES, assert_is, deltas, few, random_delta, same_shape, spelt_out, tile_sums
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import few
 
 from sparselet.errors import DensityOutOfRange, NonFiniteScore
 from sparselet.masks import (
@@ -15,7 +16,6 @@ from sparselet.masks import (
     top_k_global,
     units_to_keep,
 )
-from strategies import few
 
 # Few distinct values make ties common.
 scores = st.lists(st.sampled_from([-2.0, -0.5, -0.0, 0.0, 0.25, 1.0]), min_size=1, max_size=30)
@@ -35,7 +35,9 @@ def test_top_k_is_sorting_by_score_then_index(values, k):
 @few
 @given(targets, st.integers(1, 100))
 def test_top_k_global_is_one_sort_over_all_targets(values, k):
-    flat = [(-score, position, i, name) for position, (name, t) in enumerate(values.items()) for i, score in enumerate(t.tolist())]
+    flat = [
+        (-score, position, i, name) for position, (name, t) in enumerate(values.items()) for i, score in enumerate(t.tolist())
+    ]
     chosen = sorted(flat)[:k]
     expected = {name: sorted(i for _, _, i, owner in chosen if owner == name) for name in values}
     found = top_k_global(values, k)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import assert_is, few, random_delta, same_shape, spelt_out
 
 from sparselet import METHODS, SparseAdapter, SparseDelta, merge
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFile
 from sparselet.errors import ArgumentError, NonFiniteValue, OutputExists, ShapeMismatch, UnknownMethod, WriteFailed, WrongBase
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.merging import merge_to, overlap, uniform
-from strategies import assert_is, few, random_delta, same_shape, spelt_out
 
 factors = st.integers(-4, 4).map(lambda n: n / 2)
 Q, V = "layers.0.q", "layers.0.v"
@@ -233,7 +233,9 @@ def test_experts_of_different_shapes_are_refused(tmp_path):
 def test_experts_of_different_base_models_are_refused_before_any_target_is_merged(tmp_path):
     bases = [torch.full((6, 12), value) for value in (1.0, 2.0)]
     adapters = [expert(i, base=base).save(tmp_path / f"expert{i}") for i, base in enumerate(bases)]
-    assert_refused(WrongBase, "expert1 and the adapters before it: the base weights differ in 2 of 2 targets", adapters, tmp_path)
+    assert_refused(
+        WrongBase, "expert1 and the adapters before it: the base weights differ in 2 of 2 targets", adapters, tmp_path
+    )
 
 
 def test_an_expert_with_modules_trained_in_full_is_refused(tmp_path):
@@ -296,6 +298,6 @@ def test_a_disk_that_fails_halfway_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(WriteFailed, match="No space left on device. Nothing was changed"):
+    with pytest.raises(WriteFailed, match=r"No space left on device\. Nothing was changed"):
         merge_to(tmp_path / "out", [expert(1)])
     assert not any(tmp_path.iterdir())

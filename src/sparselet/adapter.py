@@ -1,6 +1,7 @@
 """`SparseAdapter`: named deltas with metadata, as one directory. The bytes are specified in docs/format.md."""
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -188,6 +189,12 @@ class AdapterFile(Mapping[str, SparseDelta]):
     def __len__(self) -> int:
         return len(self.shapes)
 
+    @property
+    def nnz(self) -> int:
+        """Selected entries of all targets, by the file's header."""
+        slices = (self._file.get_slice(PREFIX + name + VALUES).get_shape() for name in self.shapes)
+        return sum(math.prod(shape) for shape in slices)
+
     def read_modules(self) -> dict[str, Tensor]:
         """The tensors of `modules_to_save`, by their name in the base model."""
         return {name.removeprefix(PREFIX): self._file.get_tensor(name) for name in sorted(self._module_names())}
@@ -196,7 +203,9 @@ class AdapterFile(Mapping[str, SparseDelta]):
         for name in self.shapes:
             for suffix in (VALUES, INDICES):
                 if PREFIX + name + suffix not in self._names:
-                    raise MissingTensor(f"{self._weights}: the configuration names {name}, but {PREFIX}{name}{suffix} is missing.")
+                    raise MissingTensor(
+                        f"{self._weights}: the configuration names {name}, but {PREFIX}{name}{suffix} is missing."
+                    )
             self._check_header(name)
         known = {PREFIX + name + suffix for name in self.shapes for suffix in (VALUES, INDICES, PENDING, PROGRESS)}
         unknown = sorted(self._names - known - self._module_names())

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable
 Pair = tuple[str, str]
 SIZES = {"train": 200, "validation": 30, "test": 60}
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = [
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 _ANIMALS = {
     "mammal": """aardvark, alpaca, anteater, antelope, armadillo, baboon, badger, bat, bear, beaver, bison, boar, buffalo,
@@ -48,7 +48,9 @@ _ANIMALS = {
 
 _ITEMS = """espresso, flat white, black coffee, green tea, mint tea, hot chocolate, lemonade, apple juice, tomato soup,
     onion soup, garden salad, cheese omelette, mushroom risotto, fish pie, lentil curry, grilled trout, roast chicken,
-    vegetable lasagne, lamb stew, bean burger, garlic bread, rice pudding, carrot cake, apple tart, lemon sorbet""".replace("\n", " ")
+    vegetable lasagne, lamb stew, bean burger, garlic bread, rice pudding, carrot cake, apple tart, lemon sorbet""".replace(
+    "\n", " "
+)
 _ORDERS = (
     "Could we have {count} {item} at table {table}, please?",
     "Table {table} would like {count} {item}.",

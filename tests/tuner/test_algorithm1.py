@@ -176,8 +176,8 @@ def test_float32_masks_differ_from_the_dense_ones_at_near_ties_only(make_llama, 
 
 def test_a_value_that_left_the_mask_returns_when_selected_again(make_llama, make_batches):
     batches = make_batches(30)
-    model, optimizer, oracle = prepare(make_llama(torch.float64), density=0.1, block_size=1, score="mcs")
-    returned, seen, before = 0, {}, {}
+    model, optimizer, _ = prepare(make_llama(torch.float64), density=0.1, block_size=1, score="mcs")
+    returned, seen = 0, {}
     for i, batch in enumerate(batches, start=1):
         step(model, optimizer, batch)
         if i % 5:

@@ -132,7 +132,7 @@ def test_dropped_layer_comes_back_when_it_matters_again(make_llama, make_batches
 def test_gradient_start_needs_a_selection_before_the_first_step(make_llama, make_batches):
     batches = make_batches(2)
     model, optimizer = start(make_llama(), initial_mask="gradient")
-    with pytest.raises(SelectionError, match="sparselet.reselect"):
+    with pytest.raises(SelectionError, match="call sparselet"):
         model(**batches[0])
     with torch.no_grad():
         model(**batches[0])  # the base model's output; nothing is trained
@@ -510,6 +510,17 @@ def test_selection_of_a_loaded_adapter_is_refused(make_llama, make_batches, wrap
         sparselet.reselect(PeftModel.from_pretrained(base, tmp_path), make_batches(1))
 
 
+def test_selection_of_a_merged_or_disabled_adapter_is_refused():
+    model, optimizer, x = head()
+    with model.disable_adapter(), pytest.raises(SelectionError, match="not trainable"):
+        sparselet.reselect(model, [{"x": x}], optimizer, loss=call)
+    model.merge_adapter()
+    with pytest.raises(SelectionError, match="unmerge_adapter"):
+        sparselet.reselect(model, [{"x": x}], optimizer, loss=call)
+    model.unmerge_adapter()
+    sparselet.reselect(model, [{"x": x}], optimizer, loss=call)
+
+
 def test_target_that_takes_no_part_is_named():
     class Unused(nn.Module):
         def __init__(self):
@@ -520,7 +531,7 @@ def test_target_that_takes_no_part_is_named():
             return self.used(x).sum()
 
     model, optimizer = start(Unused(), target_modules=["used", "unused"])
-    with pytest.raises(SelectionError, match="^unused got no gradient"):
+    with pytest.raises(SelectionError, match=r"^unused got no gradient"):
         sparselet.reselect(model, [{"x": torch.randn(2, 4)}], optimizer, loss=call)
     assert all(layer.sparse_mask["default"].dense for layer in layers(model).values())
 

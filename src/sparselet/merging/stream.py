@@ -1,6 +1,6 @@
 """Merging target by target: `merge` in memory, `merge_to` from files to a file."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,20 +132,30 @@ class _Plan:
         """The merged adapter's metadata: the base model, and the recipe of the merge."""
         all_metadata = [_metadata(adapter) for adapter in self.adapters]
         names = {m["base_model_name_or_path"] for m in all_metadata if m.get("base_model_name_or_path")}
-        kinds = {m["task_type"] for m in all_metadata if m.get("task_type")}
         return {
             "base_model_name_or_path": min(names) if names else None,
-            "task_type": kinds.pop() if len(kinds) == 1 else None,
+            "task_type": _agreed(m.get("task_type") for m in all_metadata),
+            "chat_template": _agreed(m.get("chat_template") for m in all_metadata),
             "merge": {
                 "method": self.method,
                 "parameters": self.parameters,
                 "weights": self.weights,
                 "experts": [
-                    {"task": m.get("task"), "data_fingerprint": m.get("data_fingerprint"), "base": m.get("base_model_name_or_path")}
+                    {
+                        "task": m.get("task"),
+                        "data_fingerprint": m.get("data_fingerprint"),
+                        "base": m.get("base_model_name_or_path"),
+                    }
                     for m in all_metadata
                 ],
             },
         }
+
+
+def _agreed(values: Iterable[Any]) -> Any:
+    """The one value that all have, or None."""
+    different = list(dict.fromkeys(values))
+    return different[0] if len(different) == 1 else None
 
 
 def _check_parameters(method: str, parameters: Mapping[str, Any]) -> None:
@@ -164,7 +174,9 @@ def _common_shapes(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
         for name in adapter:
             shape = known[name] if known is not None else adapter[name].shape
             if shapes.setdefault(name, shape) != shape:
-                raise ShapeMismatch(f"{name}: {_label(adapter, i)} has shape {list(shape)}, an earlier one {list(shapes[name])}.")
+                raise ShapeMismatch(
+                    f"{name}: {_label(adapter, i)} has shape {list(shape)}, an earlier one {list(shapes[name])}."
+                )
     return dict(sorted(shapes.items()))
 
 

@@ -32,7 +32,7 @@ from sparselet.adapter import SparseAdapter
 from sparselet.errors import ConfigError, OutputExists
 from sparselet.files import atomic_directory, atomic_write, refuse_existing, write_json
 from sparselet.models import load_model, load_tokenizer
-from sparselet.tasks import load_task
+from sparselet.tasks import Task, load_task
 from sparselet.training.collate import Encoded, collator, encode
 from sparselet.training.schedule import MaskSchedule
 from sparselet.training.settings import TrainSettings
@@ -84,7 +84,7 @@ def train(
         }
         trainer = _trainer(wrapped, collator(model, tokenizer), rows, settings, work, callbacks)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        adapter = to_adapter(wrapped, metadata=_metadata(task.name, task.fingerprint(), trainer.state))
+        adapter = to_adapter(wrapped, metadata=_metadata(task, settings.chat_template, trainer.state))
         wrapped.unload()  # pyright: ignore[reportCallIssue]
         history = trainer.state.log_history
     except BaseException:
@@ -160,7 +160,12 @@ def _read_run(work: Path) -> dict[str, Any]:
 
 
 def _trainer(
-    model: Any, collate: Any, rows: dict[str, list[Encoded]], settings: TrainSettings, work: Path, callbacks: Sequence[TrainerCallback]
+    model: Any,
+    collate: Any,
+    rows: dict[str, list[Encoded]],
+    settings: TrainSettings,
+    work: Path,
+    callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -204,12 +209,16 @@ def _trainer(
     return trainer
 
 
-def _metadata(task: str, fingerprint: str, state: TrainerState) -> dict[str, Any]:
-    best = state.best_metric
+def _metadata(task: Task, chat_template: bool, state: TrainerState) -> dict[str, Any]:
     return {
-        "task": task,
-        "data_fingerprint": fingerprint,
-        "metrics": {"validation_loss": best, "steps": state.global_step, "best_step": state.best_global_step},
+        "task": task.name,
+        "data_fingerprint": task.fingerprint(),
+        "chat_template": chat_template,
+        "metrics": {
+            "validation_loss": state.best_metric,
+            "best_step": state.best_global_step,
+            "steps": state.global_step,
+        },
     }
 
 

@@ -39,9 +39,7 @@ class MaskSchedule(TrainerCallback):
         self.phase = 0
         self.interval = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Plan the phase; with `initial_mask="gradient"`, select before the first step.
 
         Raises SelectionError for more than one process, or training data that cannot be indexed.
@@ -129,7 +127,7 @@ def _selecting(model: Any) -> tuple[SparseletConfig, dict[str, SparseletLayer]] 
     layers = {n: layer for n, layer in tuner.layers().items() if name in layer.sparse_mask}
     if not any(layer.sparse_mask[name].selecting for layer in layers.values()):
         return None
-    return tuner.peft_config[name], layers
+    return tuner.config_of(name), layers
 
 
 def _selections(layers: Mapping[str, SparseletLayer], model: Any) -> int:

@@ -14,7 +14,7 @@ from sparselet.scores import RANKS_UNTRAINED, get_score
 PEFT_TYPE = "SPARSELET"
 
 # Fields that describe a saved adapter and do not configure a new one.
-RECORD = ("format_version", "targets", "task", "data_fingerprint", "metrics", "versions", "merge")
+RECORD = ("format_version", "targets", "task", "data_fingerprint", "chat_template", "metrics", "versions", "merge")
 
 
 @dataclass
@@ -66,6 +66,7 @@ class SparseletConfig(PeftConfig):
     targets: dict[str, Any] | None = field(default=None, repr=False)
     task: str | None = None
     data_fingerprint: str | None = None
+    chat_template: bool | None = None
     metrics: dict[str, Any] | None = None
     versions: dict[str, str] | None = None
     merge: dict[str, Any] | None = None

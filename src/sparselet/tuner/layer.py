@@ -8,7 +8,7 @@ and ∂L/∂Ŵ at the masked entries only.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -67,7 +67,9 @@ class _MaskedGradient(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, layer: "SparseletLayer", names: tuple[str, ...], *values: Tensor) -> Tensor:
         ctx.save_for_backward(x.to(y.dtype))
         ctx.layer, ctx.recorder = layer, layer.recorder
-        ctx.masks = [(layer.sparse_mask[name].dense, layer.sparse_indices[name], layer.sparse_mask[name].block_size) for name in names]
+        ctx.masks = [
+            (layer.sparse_mask[name].dense, layer.sparse_indices[name], layer.sparse_mask[name].block_size) for name in names
+        ]
         ctx.dtypes = [value.dtype for value in values]
         # y itself, not a view of it: models such as OLMo clamp their projections in place.
         ctx.mark_dirty(y)
@@ -75,8 +77,9 @@ class _MaskedGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_output,) = grad_outputs
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_output: Tensor
+    ) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         dense = kernels.weight_gradient(x, grad_output, ctx.layer.transposed)
         if ctx.recorder is not None:
@@ -107,13 +110,13 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.target_name = target_name
         self.transposed = isinstance(base_layer, Conv1D)
-        weight = self.get_base_layer().weight
+        weight = self.base_weight
         if not weight.is_contiguous():
             raise ShapeMismatch(f"{target_name}: the weight is not contiguous in memory, so it cannot be changed in place.")
         self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
         self.in_features, self.out_features = self.shape if self.transposed else self.shape[::-1]
         self.sparse_values = nn.ParameterDict({})
-        self.sparse_indices = BufferDict({}, persistent=True)
+        self.sparse_indices = cast("dict[str, Tensor]", BufferDict({}, persistent=True))
         self.sparse_mask: dict[str, MaskState] = {}
         self.recorder: Recorder | None = None
         self.calls = 0
@@ -123,11 +126,16 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         self._resident: Resident | None = None
         self._fingerprint: dict[str, str] | None = None
 
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """The base layer's weight as it stands in memory, with whatever is written into it."""
+        return cast(nn.Parameter, self.get_base_layer().weight)
+
     # Adapters
 
     def add_adapter(self, name: str, config: Any) -> None:
         """Make room for an adapter; its mask is chosen by `config.initial_mask`. Raises BlockSizeError."""
-        weight = self.get_base_layer().weight
+        weight = self.base_weight
         loaded = config.targets is not None
         if not loaded:
             check_block_size(config.block_size, self.shape, self.target_name)
@@ -160,13 +168,15 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         tile = (state.block_size, state.block_size) if state.block_size > 1 else ()
         if values is None:
             values = torch.zeros((len(units), *tile), dtype=parameter.dtype)
-        device = self.get_base_layer().weight.device
+        device = self.base_weight.device
         self.restore()
         if parameter.is_meta:  # injected with low_cpu_mem_usage
             parameter = nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=parameter.requires_grad)
             self.sparse_values[name] = parameter
         state.dense = False
-        self.sparse_indices[name] = units.to(device=device, dtype=index_dtype(self.shape[0] * self.shape[1] // state.block_size**2))
+        self.sparse_indices[name] = units.to(
+            device=device, dtype=index_dtype(self.shape[0] * self.shape[1] // state.block_size**2)
+        )
         _reshape_parameter(parameter, values.to(device=device, dtype=parameter.dtype))
         self.refresh()
 
@@ -176,7 +186,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         self.restore()
         self.sparse_mask[name].dense = True
         self.sparse_indices[name] = torch.empty(0, dtype=torch.int32, device=parameter.device)
-        _reshape_parameter(parameter, values.to(device=self.get_base_layer().weight.device, dtype=parameter.dtype))
+        _reshape_parameter(parameter, values.to(device=self.base_weight.device, dtype=parameter.dtype))
         self.refresh()
 
     def delta(self, name: str) -> SparseDelta:
@@ -203,7 +213,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         """The fingerprint of the base weight, whatever is resident."""
         if self._fingerprint is None:
             self.restore()
-            flat = self.get_base_layer().weight.detach().view(-1)
+            flat = self.base_weight.detach().view(-1)
             self._fingerprint = fingerprint(flat[sample_positions(flat.numel()).to(flat.device)])
             self.refresh()
         return self._fingerprint
@@ -216,7 +226,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         Does nothing when the parameters' version counters say that it is; `force` writes all the same, for optimizers
         that change parameters behind autograd's back.
         """
-        weight = self.get_base_layer().weight
+        weight = self.base_weight
         if weight.is_meta or any(self.sparse_values[name].is_meta for name in self._wanted()):
             return
         names = self._wanted()
@@ -243,7 +253,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         if resident is None:
             return
         with torch.no_grad():
-            weight = self.get_base_layer().weight
+            weight = self.base_weight
             if resident.units is None:
                 weight.copy_(resident.displaced)
             else:
@@ -252,7 +262,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
     def show_dense(self, name: str) -> None:
         """Write W + Ŵ with no mask into the weight, for scoring. `restore` takes it out again."""
         self.restore()
-        weight = self.get_base_layer().weight
+        weight = self.base_weight
         with torch.no_grad():
             values = nn.Parameter(self.dense_values(name), requires_grad=False)
             self._resident = Resident((name,), (values,), (), None, 1, None, weight.detach().clone())
@@ -269,7 +279,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         return tuple(name for name in self.active_adapters if name in self.sparse_values)
 
     def _displace(self, names: tuple[str, ...], values: tuple[nn.Parameter, ...]) -> Resident:
-        weight = self.get_base_layer().weight.detach()
+        weight = self.base_weight.detach()
         if self._fingerprint is None:
             self._fingerprint = fingerprint(weight.view(-1)[sample_positions(weight.numel()).to(weight.device)])
         states = [self.sparse_mask[name] for name in names]
@@ -286,7 +296,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _write(self, resident: Resident) -> None:
-        weight = self.get_base_layer().weight
+        weight = self.base_weight
         first = resident.values[0]
         total = resident.displaced.to(torch.promote_types(weight.dtype, first.dtype), copy=True)
         if resident.units is None:
@@ -310,7 +320,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         return units if block == 1 else kernels.tile_entries(units, self.shape, block)
 
     def _values_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.get_base_layer().weight.dtype, torch.float32)
+        return torch.promote_types(self.base_weight.dtype, torch.float32)
 
     # What PEFT and torch call
 
@@ -370,11 +380,9 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter as a dense tensor of the weight's shape, in the dtype of its values."""
-        return self.delta(adapter).to_dense().to(self.get_base_layer().weight.device)
+        return self.delta(adapter).to_dense().to(self.base_weight.device)
 
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         """The base layer, with the adapters in its weight or, when `merge` is false, as it was."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -388,11 +396,11 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
     def weight(self) -> Tensor:
         """The base layer's weight, up to date."""
         self.refresh()
-        return self.get_base_layer().weight
+        return self.base_weight
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to the base layer's device. Its dtype stays: casting values to bf16 would lose them."""
-        device = device or self.get_base_layer().weight.device
+        device = device or self.base_weight.device
         self.sparse_values[adapter_name].data = self.sparse_values[adapter_name].data.to(device)
         self.sparse_indices[adapter_name] = self.sparse_indices[adapter_name].to(device)
 
@@ -408,7 +416,9 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         self.refresh()
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         if self._resident is not None and any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
             raise SelectionError(
                 f"{self.target_name}: base weights cannot be loaded while an adapter is written into them. "

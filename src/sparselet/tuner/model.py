@@ -5,7 +5,8 @@ import importlib.metadata
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -16,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparselet.adapter import INDICES, PENDING, PREFIX, PROGRESS, VALUES, SparseAdapter, config_of_targets, require_finite
 from sparselet.delta import SparseDelta
-from sparselet.errors import ArgumentError, MissingTensor, NoTargets, ShapeMismatch, UnknownTarget
+from sparselet.errors import ArgumentError, BadShape, MissingTensor, NoTargets, ShapeMismatch, SparseletError, UnknownTarget
 from sparselet.fingerprint import require_same_base
 from sparselet.tuner.config import PEFT_TYPE, SparseletConfig
 from sparselet.tuner.layer import SparseletLayer
@@ -38,7 +39,7 @@ class SparseletModel(BaseTuner):
 
     prefix = "sparse_"
     tuner_layer_cls = SparseletLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping = {}  # noqa: RUF012 (PEFT declares it so; the targets are found in the model instead)
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
@@ -52,14 +53,19 @@ class SparseletModel(BaseTuner):
         """The adapted layers by target name, in the model's order."""
         return {m.target_name: m for m in self.model.modules() if isinstance(m, SparseletLayer)}
 
-    def _prepare_adapter_config(self, peft_config: SparseletConfig, model_config: dict[str, Any]) -> SparseletConfig:
+    def config_of(self, adapter_name: str) -> SparseletConfig:
+        """The configuration of an adapter."""
+        return cast(SparseletConfig, self.peft_config[adapter_name])
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> SparseletConfig:
+        assert isinstance(peft_config, SparseletConfig)
         if peft_config.target_modules is None:
             peft_config.target_modules = find_qkv(self.model)
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the model. Raises NoTargets where no layer matches, UnknownTarget for one it lacks."""
-        config = self.peft_config[adapter_name]
+        config = self.config_of(adapter_name)
         for name in config.targets or {}:
             try:
                 model.get_submodule(name)
@@ -73,7 +79,9 @@ class SparseletModel(BaseTuner):
             raise NoTargets(f"{error} The model's linear layers are: {describe_linear_layers(model)}.") from error
         _refuse_shared_weights(self.layers())
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
+    def _check_target_module_exists(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, peft_config: PeftConfig, key: str
+    ) -> Any:
         assert isinstance(peft_config, SparseletConfig)
         if peft_config.targets is not None:
             return key in peft_config.targets
@@ -184,9 +192,11 @@ class SparseletModel(BaseTuner):
         if missing:
             raise MissingTensor(f"the adapter holds nothing for the target {missing[0]} ({len(missing)} such).")
         _check_targets(config, {name: layer for name, (_, layer) in layers.items()})
-        for name, parts in files.items():
+        # All is checked before anything is written, so that a file that is refused leaves the model as it was.
+        read = {name: _read_target(layers[name][1], parts) for name, parts in files.items()}
+        for name, saved in read.items():
             key, layer = layers[name]
-            _load_target(layer, adapter_name, parts)
+            _load_target(layer, adapter_name, saved)
             rest[f"{key}{VALUES}.{adapter_name}"] = layer.sparse_values[adapter_name].detach()
             rest[f"{key}{INDICES}.{adapter_name}"] = layer.sparse_indices[adapter_name]
         return rest
@@ -276,24 +286,55 @@ def _check_targets(config: SparseletConfig, layers: Mapping[str, SparseletLayer]
     require_same_base(fingerprints, {name: layer.base_fingerprint() for name, layer in layers.items()}, "adapter and model")
 
 
-def _load_target(layer: SparseletLayer, adapter_name: str, parts: Mapping[str, Tensor]) -> None:
+@dataclass(frozen=True)
+class _Saved:
+    """What a file holds of one target. Without `selections` its selection phase has ended."""
+
+    delta: SparseDelta
+    selections: int | None
+    dense: bool
+    pending: Tensor | None
+
+
+def _read_target(layer: SparseletLayer, parts: Mapping[str, Tensor]) -> _Saved:
+    name = layer.target_name
     for suffix in (VALUES, INDICES):
         if suffix not in parts:
-            raise MissingTensor(f"{layer.target_name}{suffix} is missing from the adapter.")
+            raise MissingTensor(f"{name}{suffix} is missing from the adapter.")
     values, units = parts[VALUES], parts[INDICES]
-    block = values.shape[1] if values.ndim == 3 else 1
-    delta = SparseDelta(layer.shape, units, values, block)
-    require_finite(delta.values, layer.target_name)
-    state = layer.sparse_mask[adapter_name]
-    state.block_size = block
+    try:
+        delta = SparseDelta(layer.shape, units, values, values.shape[1] if values.ndim == 3 else 1)
+    except SparseletError as error:
+        raise type(error)(f"{name}: {error}") from error
+    require_finite(delta.values, name)
     progress, pending = parts.get(PROGRESS), parts.get(PENDING)
-    if progress is not None and bool(progress[1]):
-        layer.set_dense(adapter_name, delta.to_dense())
+    if progress is None:
+        return _Saved(delta, None, False, None)
+    if progress.dtype != torch.int64 or progress.shape != (2,) or progress.min() < 0 or progress[1] > 1:
+        raise BadShape(
+            f"{name}{PROGRESS} must be int64 [2], a count and 0 or 1, got {progress.dtype} {progress.tolist()!s:.40}."
+        )
+    selections, dense = int(progress[0]), bool(progress[1])
+    if dense and delta.nnz != delta.size:
+        raise BadShape(f"{name}: all {delta.size} entries are said to be trained, but {delta.nnz} are in the file.")
+    if pending is None or not pending.numel():
+        return _Saved(delta, selections, dense, None)
+    if tuple(pending.shape) != layer.shape or not pending.is_floating_point():
+        raise BadShape(f"{name}{PENDING} must be floating {list(layer.shape)}, got {pending.dtype} {list(pending.shape)}.")
+    require_finite(pending, f"{name}{PENDING}")
+    return _Saved(delta, selections, dense, pending)
+
+
+def _load_target(layer: SparseletLayer, adapter_name: str, saved: _Saved) -> None:
+    state = layer.sparse_mask[adapter_name]
+    state.block_size = saved.delta.block_size
+    if saved.dense:
+        layer.set_dense(adapter_name, saved.delta.to_dense())
     else:
-        layer.set_mask(adapter_name, delta.indices, delta.values, block)
-    state.selecting = progress is not None
-    state.selections = int(progress[0]) if progress is not None else 1
-    state.pending = pending if pending is not None and pending.numel() else None
+        layer.set_mask(adapter_name, saved.delta.indices, saved.delta.values, saved.delta.block_size)
+    state.selecting = saved.selections is not None
+    state.selections = 1 if saved.selections is None else saved.selections
+    state.pending = saved.pending
 
 
 def _refuse_shared_weights(layers: Mapping[str, SparseletLayer]) -> None:

@@ -213,9 +213,11 @@ def _trained_layers(model: nn.Module) -> tuple[SparseletConfig, str, dict[str, S
     }
     if not layers:
         raise SelectionError(f"adapter {names[0]!r} is not trainable, so its mask cannot be selected.")
+    if any(layer.merged_adapters for layer in layers.values()):
+        raise SelectionError(f"adapter {names[0]!r} is merged, so no gradient reaches it; call unmerge_adapter() first.")
     if not all(layer.sparse_mask[names[0]].selecting for layer in layers.values()):
         raise SelectionError(f"the masks of adapter {names[0]!r} are frozen; its selection phase has ended.")
-    return tuner.peft_config[names[0]], names[0], layers
+    return tuner.config_of(names[0]), names[0], layers
 
 
 def _units(layer: SparseletLayer, name: str) -> Tensor | None:

@@ -1,6 +1,7 @@
 """Which layers of a model are its query, key and value projections."""
 
 from collections import Counter
+from typing import cast
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -49,6 +50,8 @@ def find_qkv(model: nn.Module) -> list[str]:
 def describe_linear_layers(model: nn.Module) -> str:
     """The linear layers of a model by the last part of their names, with shape and count, for messages."""
     layers = Counter(
-        (name.rpartition(".")[2], tuple(module.weight.shape)) for name, module in model.named_modules() if is_linear(module)
+        (name.rpartition(".")[2], tuple(cast(nn.Parameter, module.weight).shape))
+        for name, module in model.named_modules()
+        if is_linear(module)
     )
     return ", ".join(f"{name} {list(shape)} ×{count}" for (name, shape), count in sorted(layers.items())) or "none"

@@ -1,0 +1,138 @@
+"""`sparselet eval`."""
+
+import json as json_library
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from sparselet.adapter import SparseAdapter
+from sparselet.cli.terminal import err, print_json, progress, quiet_libraries, say, table
+from sparselet.errors import ConfigError
+from sparselet.evaluation import Result, evaluate
+from sparselet.files import refuse_existing, write_text
+from sparselet.models import load_model, load_tokenizer
+from sparselet.tasks import load_task
+
+
+def eval_(
+    *,
+    task: Annotated[list[str], Parameter(consume_multiple=True, negative="")],
+    model: str = "packaged:smollm2-135m",
+    adapter: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
+    base: bool | None = None,
+    rows: int | None = None,
+    chat_template: bool | None = None,
+    max_input_length: int = 2048,
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+    dtype: str = "float32",
+    predictions: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Measure models on tasks: mean Rouge-L (F1 × 100) and exact match of greedy answers to the test rows.
+
+    The base model is loaded once; each adapter, expert or merged, is written into it for its turn.
+
+        sparselet eval --task builtin:table_order --adapter expert-a merged
+        sparselet eval --task task-a task-b --model merged-checkpoint
+
+    Parameters
+    ----------
+    task
+        Tasks: directories, builtin:NAME, or hub data sets.
+    model
+        Base model or merged checkpoint: a hub name, a directory, or packaged:smollm2-135m.
+    adapter
+        Adapter directories to measure on that model.
+    base
+        Measure the model without an adapter too; by default only when no adapter is given.
+    rows
+        Use only the first test rows of each task.
+    chat_template
+        Ask through the tokenizer's chat template; by default as the adapters were trained.
+    max_input_length
+        Tokens of a prompt; longer ones are cut from the left.
+    max_new_tokens
+        Longest answer, in tokens.
+    batch_size
+        Rows answered together.
+    dtype
+        Dtype of the model: float32, bfloat16 or float16.
+    predictions
+        Write every answer to this file, as JSON lines.
+    json
+        Print the result as JSON.
+    """
+    quiet_libraries()
+    if predictions is not None:
+        refuse_existing(predictions)
+    for name, value in (("rows", rows), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}.")
+    adapters = {str(path): SparseAdapter.load(path) for path in adapter or []}
+    template = _chat_template(chat_template, adapters)
+    tasks = [load_task(source, ("test",)) for source in task]
+    loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
+    models: dict[str, SparseAdapter | None] = dict(adapters)
+    if base or (base is None and not adapters):
+        models = {model: None, **models}
+    results: dict[str, list[Result]] = {}
+    total = len(models) * sum(len(t.rows("test", rows)) for t in tasks)
+    with progress(total, "answering") as advance:
+        for name, one in models.items():
+            results[name] = evaluate(
+                loaded,
+                tokenizer,
+                tasks,
+                one,
+                limit=rows,
+                chat_template=template,
+                max_input_length=max_input_length,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                progress=advance,
+            )
+    if predictions is not None:
+        write_text(predictions, _jsonl(results))
+    if json:
+        print_json({name: {r.task: _numbers(r) for r in found} for name, found in results.items()})
+        return
+    columns = ["Rouge-L (exact match)", *(t.name for t in tasks), "mean"]
+    shown = [
+        [name, *(f"{r.rougeL:.1f} ({r.exact_match:.0f})" for r in found), sum(r.rougeL for r in found) / len(found)]
+        for name, found in results.items()
+    ]
+    table(f"{sum(r.rows for r in next(iter(results.values())))} test rows", columns, shown)
+    if predictions is not None:
+        say(f"Answers written to {predictions}")
+    if not adapters:
+        say("Next: sparselet train --task TASK --out EXPERT, then measure it with --adapter EXPERT.")
+
+
+def _chat_template(wanted: bool | None, adapters: dict[str, SparseAdapter]) -> bool:
+    if wanted is not None:
+        return wanted
+    trained = {a.metadata.get("chat_template") for a in adapters.values()} - {None}
+    if len(trained) > 1:
+        raise ConfigError(
+            "some adapters were trained with the chat template, some without. Say --chat-template or --no-chat-template."
+        )
+    template = bool(trained.pop()) if trained else True
+    if adapters and not template:
+        err.print("Asking without the chat template, as the adapters were trained.", highlight=False)
+    return template
+
+
+def _numbers(result: Result) -> dict[str, Any]:
+    return {"rougeL": result.rougeL, "exact_match": result.exact_match, "rows": result.rows}
+
+
+def _jsonl(results: dict[str, list[Result]]) -> str:
+    lines = [
+        {"model": name, "task": r.task, "input": row.input, "target": row.target, "answer": answer}
+        for name, found in results.items()
+        for r in found
+        for row, answer in r.predictions
+    ]
+    return "".join(json_library.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -1,0 +1,89 @@
+"""`sparselet inspect`."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter
+from sparselet.cli.terminal import SHADES, out, print_json, quiet_libraries, say, table
+from sparselet.masks import layer_of
+from sparselet.report.summary import Cell, layer_table
+
+
+def inspect_(adapter: Path, /, *, json: bool = False) -> None:
+    """Show what is in an adapter: task, base model, density, size, metrics, and where its entries lie.
+
+    The heat map has a row for each projection and a column for each layer; darker means a larger change (root mean
+    square of ΔW over the target).
+
+        sparselet inspect my-expert
+
+    Parameters
+    ----------
+    adapter
+        Adapter directory.
+    json
+        Print the facts as JSON.
+    """
+    quiet_libraries()
+    loaded = SparseAdapter.load(adapter)
+    cells = layer_table(loaded)
+    sizes = {name: (adapter / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    if json:
+        targets = {name: {"shape": list(d.shape), "entries": d.nnz, "block_size": d.block_size} for name, d in loaded.items()}
+        print_json(
+            {"metadata": loaded.metadata, "entries": loaded.nnz, "density": loaded.density, "bytes": sizes, "targets": targets}
+        )
+        return
+    metadata = loaded.metadata
+    blocks = {d.block_size for d in loaded.values() if d.nnz}
+    facts: list[tuple[str, Any]] = [
+        ("task", metadata.get("task") or _merged(metadata)),
+        ("base model", metadata.get("base_model_name_or_path")),
+        ("score", metadata.get("score")),
+        ("mask", ", ".join("single entries" if b == 1 else f"tiles of {b}×{b}" for b in sorted(blocks)) or "empty"),
+        ("entries", f"{loaded.nnz:,} in {len(loaded)} targets"),
+        ("density", f"{loaded.density:.4g}"),
+        ("layers with a change", len({layer_of(name) for name, d in loaded.items() if d.nnz})),
+        ("size on disk", f"{sum(sizes.values()) / 2**20:.1f} MiB"),
+        *((key.replace("_", " "), value) for key, value in (metadata.get("metrics") or {}).items()),
+    ]
+    table(str(adapter), ["", ""], [(name, str(value)) for name, value in facts if value is not None])
+    _show_entries(cells)
+    _show_heat(cells)
+    say(f"Next: sparselet eval --task TASK --adapter {adapter}")
+
+
+def _merged(metadata: dict[str, Any]) -> str | None:
+    merge = metadata.get("merge")
+    if not merge:
+        return None
+    return f"{merge['method']} of {', '.join(str(e.get('task') or 'unnamed') for e in merge['experts'])}"
+
+
+def _show_entries(cells: dict[str, dict[str, Cell]]) -> None:
+    layers = list(dict.fromkeys(layer for row in cells.values() for layer in row))
+    rows = [
+        [
+            _short(layer),
+            *(f"{row[layer].entries:,} ({row[layer].density:.3f})" if layer in row else "–" for row in cells.values()),
+        ]
+        for layer in layers
+    ]
+    table("Entries (density)", ["layer", *cells], rows)
+
+
+def _show_heat(cells: dict[str, dict[str, Cell]]) -> None:
+    largest = max((cell.rms for row in cells.values() for cell in row.values()), default=0.0)
+    layers = list(dict.fromkeys(layer for row in cells.values() for layer in row))
+    width = max(len(name) for name in cells)
+    out.print("Change by layer, first to last", style="bold")
+    for name, row in cells.items():
+        shades = (row[layer].rms / largest if layer in row and largest else 0.0 for layer in layers)
+        say(f"  {name:>{width}} " + "".join(SHADES[min(len(SHADES) - 1, round(s * (len(SHADES) - 1)))] * 2 for s in shades))
+    say(f"  darkest: {largest:.2e} root mean square")
+
+
+def _short(layer: str) -> str:
+    match = re.search(r"\d+$", layer)
+    return match.group(0) if match else layer

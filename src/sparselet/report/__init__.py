@@ -1,0 +1,1 @@
+"""Drawing results. Nothing is trained, merged or measured here."""

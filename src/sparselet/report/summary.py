@@ -1,0 +1,31 @@
+"""An adapter's change by layer and projection, as numbers to show."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sparselet.delta import SparseDelta
+from sparselet.masks import layer_of
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One target: selected entries, their fraction, and the root mean square of ΔW over the whole target."""
+
+    entries: int
+    density: float
+    rms: float
+
+
+def layer_table(adapter: Mapping[str, SparseDelta]) -> dict[str, dict[str, Cell]]:
+    """`{projection: {layer: Cell}}`, projections by the last part of the target's name, layers in numeric order."""
+    found: dict[str, dict[str, Cell]] = {}
+    for name in sorted(adapter, key=_numeric):
+        delta = adapter[name]
+        rms = float((delta.values.double().square().sum() / delta.size).sqrt())
+        projection = name.removeprefix(layer_of(name)).lstrip(".") or name
+        found.setdefault(projection, {})[layer_of(name)] = Cell(delta.nnz, delta.density, rms)
+    return found
+
+
+def _numeric(name: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
