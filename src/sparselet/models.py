@@ -47,8 +47,6 @@ def load_model(name: str, dtype: str = "float32") -> PreTrainedModel:
         model = auto.from_pretrained(path, config=config, dtype=DTYPES[dtype], use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the base model {name}: {error}") from error
-    # The name the user gave, which stays valid on other machines, rather than a directory of the cache.
-    model.name_or_path = model.config._name_or_path = name
     if torch.cuda.is_available():
         torch.nn.Module.to(model, "cuda")
     return model.eval()

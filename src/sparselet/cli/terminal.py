@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ SHADES = " ░▒▓█"
 
 def quiet_libraries() -> None:
     """Only our own messages, and the libraries' errors."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(
         level=logging.ERROR, format="%(message)s", handlers=[RichHandler(console=err, show_time=False, show_path=False)]
     )

@@ -84,7 +84,7 @@ def train(
         }
         trainer = _trainer(wrapped, collator(model, tokenizer), rows, settings, work, callbacks)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        adapter = to_adapter(wrapped, metadata=_metadata(task, settings.chat_template, trainer.state))
+        adapter = to_adapter(wrapped, metadata=_metadata(task, settings, trainer.state))
         wrapped.unload()  # pyright: ignore[reportCallIssue]
         history = trainer.state.log_history
     except BaseException:
@@ -103,7 +103,6 @@ def peft_config(settings: TrainSettings, model: PreTrainedModel) -> SparseletCon
     """The tuner's configuration that these settings ask for."""
     return SparseletConfig(
         task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
-        base_model_name_or_path=settings.model,
         density=settings.density,
         block_size=settings.block_size,
         score=settings.score,
@@ -173,7 +172,7 @@ def _trainer(
         per_device_train_batch_size=settings.batch_size // settings.gradient_accumulation,
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=settings.warmup,
@@ -209,11 +208,13 @@ def _trainer(
     return trainer
 
 
-def _metadata(task: Task, chat_template: bool, state: TrainerState) -> dict[str, Any]:
+def _metadata(task: Task, settings: TrainSettings, state: TrainerState) -> dict[str, Any]:
     return {
+        # The name that was asked for, which means the same on other machines, not a directory of the cache.
+        "base_model_name_or_path": settings.model,
         "task": task.name,
         "data_fingerprint": task.fingerprint(),
-        "chat_template": chat_template,
+        "chat_template": settings.chat_template,
         "metrics": {
             "validation_loss": state.best_metric,
             "best_step": state.best_global_step,

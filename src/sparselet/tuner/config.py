@@ -47,7 +47,7 @@ class SparseletConfig(PeftConfig):
 
     density: float = 0.1
     block_size: int = 1
-    score: str = "gm"
+    score: str = "mcs_neg"
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None

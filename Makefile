@@ -1,0 +1,35 @@
+# make demo    train three experts, merge and compare them
+# make test    the whole test suite
+# make lint    formatting, style, types
+# make check   lint and test
+# All run in .venv, which is made on first use from constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint check clean
+
+demo: $(INSTALLED)
+	$(BIN)/sparselet demo --out sparselet-demo
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint test
+
+clean:
+	rm -rf $(VENV) sparselet-demo sparselet-demo.partial
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		(echo "sparselet needs Python 3.11 or later; name one with make PYTHON=..." >&2; exit 1)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(INSTALLED)
