@@ -229,6 +229,61 @@ def test_several_scoring_batches_equal_one_large_batch(make_llama, make_batches,
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_score_sees_all_values_and_the_mean_gradient_there(make_llama, make_batches, monkeypatch, count):
+    base, batches, seen = make_llama(torch.float64), make_batches(3), []
+
+    def spy(candidate):
+        seen.append(candidate)
+        return candidate.gradient.abs().flatten()
+
+    monkeypatch.setitem(sparselet.SCORES, "spy", spy)
+    model, optimizer = start(base, score="spy", density=0.1)
+    for selections in range(2):
+        train(model, optimizer, batches)
+        oracle = copy.deepcopy(base)
+        dense = {name: layer.dense_values("default") for name, layer in layers(model).items()}
+        with torch.no_grad():
+            for name, value in dense.items():
+                oracle.get_submodule(name).weight += value
+        before = masks(model)
+        gradients = dense_gradients(oracle, list(dense), batches[:count])
+        sparselet.reselect(model, batches[:count], optimizer)
+        assert len(seen) == 6
+        for name in dense:
+            found = [c for c in seen if torch.equal(c.values, dense[name])]
+            assert len(found) == 1
+            torch.testing.assert_close(found[0].gradient, gradients[name])
+            assert found[0].kept == round(0.1 * dense[name].numel())
+            assert (found[0].mask is None) if selections == 0 else (found[0].mask.tolist() == before[name])
+        seen.clear()
+
+
+def test_grow_and_drop_replaces_a_fifth_of_the_mask(make_llama, make_batches):
+    base, batches = make_llama(torch.float64), make_batches(4)
+    model, optimizer = start(base, score="gd", density=0.2)
+    train(model, optimizer, batches)
+    magnitudes = {n: layer.dense_values("default").abs().flatten() for n, layer in layers(model).items()}
+    sparselet.reselect(model, batches, optimizer)
+    for name, mask in masks(model).items():
+        assert mask == magnitudes[name].topk(len(mask)).indices.sort().values.tolist()
+    for _ in range(2):
+        train(model, optimizer, batches)
+        oracle, before = copy.deepcopy(base), masks(model)
+        dense = {name: layer.dense_values("default") for name, layer in layers(model).items()}
+        with torch.no_grad():
+            for name, value in dense.items():
+                oracle.get_submodule(name).weight += value
+        gradients = dense_gradients(oracle, list(dense), batches)
+        sparselet.reselect(model, batches, optimizer)
+        for name, mask in masks(model).items():
+            inside, replaced = torch.tensor(before[name]), round(0.2 * len(mask))
+            stay = inside[dense[name].flatten()[inside].abs().topk(len(mask) - replaced).indices]
+            growth = gradients[name].abs().flatten()
+            growth[inside] = -1
+            assert mask == sorted(stay.tolist() + growth.topk(replaced).indices.tolist())
+
+
 def test_offload_changes_nothing_but_where_pending_values_live(make_llama, make_batches):
     found, batches = [], make_batches(12)
     for offload in (False, True):

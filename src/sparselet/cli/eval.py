@@ -21,6 +21,8 @@ def eval_(
     model: str = "packaged:smollm2-135m",
     adapter: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
     base: bool | None = None,
+    input_column: str = "input",
+    target_column: str = "target",
     rows: int | None = None,
     chat_template: bool | None = None,
     max_input_length: int = 2048,
@@ -47,6 +49,10 @@ def eval_(
         Adapter directories to measure on that model.
     base
         Measure the model without an adapter too; by default only when no adapter is given.
+    input_column
+        What the tasks' rows call the prompt.
+    target_column
+        What the tasks' rows call the text to produce.
     rows
         Use only the first test rows of each task.
     chat_template
@@ -72,7 +78,7 @@ def eval_(
             raise ConfigError(f"{name} must be at least 1, got {value}.")
     adapters = {str(path): SparseAdapter.load(path) for path in adapter or []}
     template = _chat_template(chat_template, adapters)
-    tasks = [load_task(source, ("test",)) for source in task]
+    tasks = [load_task(source, ("test",), {"input": input_column, "target": target_column}) for source in task]
     loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
     models: dict[str, SparseAdapter | None] = dict(adapters)
     if base or (base is None and not adapters):

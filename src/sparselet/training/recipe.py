@@ -68,7 +68,11 @@ def train(
     checkpoint = _prepare(work, settings, resume)
     started = time.time()
     try:
-        task = load_task(settings.task, ("train", "validation"))
+        task = load_task(
+            settings.task,
+            ("train", "validation"),
+            {"input": settings.input_column, "target": settings.target_column},
+        )
         model, tokenizer = base or (load_model(settings.model, settings.dtype), load_tokenizer(settings.model))
         set_seed(settings.seed)
         wrapped = get_peft_model(model, peft_config(settings, model))

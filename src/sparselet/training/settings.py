@@ -19,6 +19,10 @@ class TrainSettings:
     """Base model: a hub name, a local directory, or packaged:smollm2-135m."""
     task: str = ""
     """Task: a directory with train, validation and test as .jsonl or .parquet; builtin:NAME; or a hub data set."""
+    input_column: str = "input"
+    """What the task's rows call the prompt."""
+    target_column: str = "target"
+    """What the task's rows call the text to produce."""
 
     density: float = 0.1
     """Fraction of each target's entries to train, in (0, 1]."""

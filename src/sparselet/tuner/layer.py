@@ -67,8 +67,11 @@ class _MaskedGradient(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, layer: "SparseletLayer", names: tuple[str, ...], *values: Tensor) -> Tensor:
         ctx.save_for_backward(x.to(y.dtype))
         ctx.layer, ctx.recorder = layer, layer.recorder
+        # The masks as they are now; None stands for all entries.
+        states = [layer.sparse_mask[name] for name in names]
         ctx.masks = [
-            (layer.sparse_mask[name].dense, layer.sparse_indices[name], layer.sparse_mask[name].block_size) for name in names
+            (None if state.dense else layer.sparse_indices[name], state.block_size)
+            for name, state in zip(names, states, strict=True)
         ]
         ctx.dtypes = [value.dtype for value in values]
         # y itself, not a view of it: models such as OLMo clamp their projections in place.
@@ -81,15 +84,18 @@ class _MaskedGradient(torch.autograd.Function):
         ctx: Any, grad_output: Tensor
     ) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        dense = kernels.weight_gradient(x, grad_output, ctx.layer.transposed)
+        transposed = ctx.layer.transposed
         if ctx.recorder is not None:
-            ctx.recorder(ctx.layer, dense)
+            ctx.recorder(ctx.layer, kernels.weight_gradient(x, grad_output, transposed))
             return grad_output, None, None, None, *(None for _ in ctx.masks)
         gradients = [
-            (dense if whole else kernels.gather(dense, units, block)).to(dtype)
-            for (whole, units, block), dtype in zip(ctx.masks, ctx.dtypes, strict=True)
+            kernels.weight_gradient(x, grad_output, transposed)
+            if units is None
+            else kernels.masked_weight_gradient(x, grad_output, units, block, transposed)
+            for units, block in ctx.masks
         ]
-        return grad_output, None, None, None, *gradients
+        typed = (gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return grad_output, None, None, None, *typed
 
 
 class SparseletLayer(nn.Module, BaseTunerLayer):

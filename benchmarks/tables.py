@@ -1,0 +1,92 @@
+"""Write the measured tables of README.md and docs/results.md from benchmarks/results/*.json.
+
+    python benchmarks/tables.py            rewrite them
+    python benchmarks/tables.py --check    fail if a table is not what the results say
+
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME.json holds its figures.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/results.md")
+
+
+def demo_table(results: dict[str, Any]) -> str:
+    """Rouge-L of base, experts and merged model on the demo's tasks."""
+    tasks = list(results["base"])
+    rows = {"base": results["base"]}
+    rows |= {f"expert {name}": found for name, found in results["experts"].items()}
+    rows["merged"] = results["merged"]
+    return markdown(tasks, rows) + f"\nKept of the experts' gain: {100 * results['retention']:.0f} %.\n"
+
+
+def scores_table(results: dict[str, Any]) -> str:
+    """Rouge-L, with exact match in brackets, of everything that `sparselet eval --json` measured."""
+    tasks = list(next(iter(results.values())))
+    rows = {Path(name).name: {t: found[t] for t in tasks} for name, found in results.items()}
+    cells = {n: {t: (f["rougeL"], f["exact_match"]) for t, f in found.items()} for n, found in rows.items()}
+    lines = ["| | " + " | ".join(tasks) + " | mean |", "| --- |" + " ---: |" * (len(tasks) + 1)]
+    for name, found in cells.items():
+        mean = sum(r for r, _ in found.values()) / len(found)
+        lines.append(f"| {name} | " + " | ".join(f"{r:.1f} ({e:.0f})" for r, e in found.values()) + f" | {mean:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def loss_table(results: dict[str, Any]) -> str:
+    """Validation loss by learning rate and task."""
+    tasks = list(next(iter(results.values())))
+    lines = ["| learning rate | " + " | ".join(tasks) + " | mean |", "| --- |" + " ---: |" * (len(tasks) + 1)]
+    for rate, found in results.items():
+        values = [found[task] for task in tasks]
+        lines.append(f"| {rate} | " + " | ".join(f"{v:.4f}" for v in values) + f" | {sum(values) / len(values):.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def markdown(columns: list[str], rows: dict[str, dict[str, float]]) -> str:
+    """Rows of numbers to one decimal, with their mean."""
+    lines = ["| | " + " | ".join(columns) + " | mean |", "| --- |" + " ---: |" * (len(columns) + 1)]
+    for name, row in rows.items():
+        values = [row[column] for column in columns]
+        lines.append(f"| {name} | " + " | ".join(f"{v:.1f}" for v in values) + f" | {sum(values) / len(values):.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def rows_table(results: dict[str, Any]) -> str:
+    """Rows of Rouge-L by task, as they are in the file."""
+    return markdown(list(next(iter(results.values()))), results)
+
+
+TABLES = {"compare_scores": rows_table, "demo": demo_table, "real_tasks": scores_table, "learning_rate": loss_table}
+
+
+def fill(text: str) -> str:
+    """The page with every table it has a place for."""
+    for name, draw in TABLES.items():
+        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if place.search(text):
+            table = draw(json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()))
+            text = place.sub(lambda match, table=table: f"{match.group(1)}{table}{match.group(2)}", text)
+    return text
+
+
+def main() -> None:
+    wrong = []
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text()
+        filled = fill(text)
+        if "--check" in sys.argv[1:]:
+            wrong += [page] if filled != text else []
+        else:
+            path.write_text(filled)
+    if wrong:
+        sys.exit(f"the tables of {', '.join(wrong)} are not what benchmarks/results says; run {Path(__file__).name}")
+
+
+if __name__ == "__main__":
+    main()
