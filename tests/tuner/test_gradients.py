@@ -176,7 +176,7 @@ def test_layer_called_twice_gets_the_sum_of_both_gradients(wrap):
 def test_layer_called_twice_is_scored_by_the_sum_of_both_gradients(batches):
     base, inputs = Twice(), [torch.randn(4, 8, dtype=torch.float64) for _ in range(batches)]
     oracle = copy.deepcopy(base)
-    model = get_peft_model(base, SparseletConfig(target_modules=["shared"], density=0.25))
+    model = get_peft_model(base, SparseletConfig(target_modules=["shared"], density=0.25, score="gm"))
     sparselet.reselect(model, [{"x": x} for x in inputs], loss=lambda model, batch: model(**batch))
     for x in inputs:
         oracle(x).backward()

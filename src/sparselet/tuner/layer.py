@@ -338,7 +338,12 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
             self.calls += 1
         if not torch.is_grad_enabled() or self._disable_adapters or self.merged_adapters:
             return y
-        trained = tuple(name for name in self._wanted() if self.sparse_values[name].requires_grad)
+        # A target without entries, such as one that layer drop left out, keeps no activation for its gradient.
+        trained = tuple(
+            name
+            for name in self._wanted()
+            if self.sparse_values[name].requires_grad and (self.sparse_values[name].numel() or self.recorder is not None)
+        )
         if not trained:
             return y
         for name in trained:
