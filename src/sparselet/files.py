@@ -5,6 +5,7 @@ name, so that a reader sees the old file or the new one and never a part.
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from safetensors import SafetensorError
 
 from sparselet.errors import OutputExists, UnsafePath, WriteFailed
 
@@ -25,18 +28,17 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     path = Path(path)
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
-        _sync_directory(path.parent)
-    except OSError as error:
-        raise WriteFailed(f"cannot write {path}: {error.strerror or error}. Nothing was changed.") from error
+        with naming_failure(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+            temporary = None
+            _sync_directory(path.parent)
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
@@ -53,19 +55,34 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     refuse_existing(path)
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
-        _sync_directory(temporary)
-        os.replace(temporary, path)
-        temporary = None
-        _sync_directory(path.parent)
-    except OSError as error:
-        raise WriteFailed(f"cannot write {path}: {error.strerror or error}. Nothing was changed.") from error
+        with naming_failure(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+            yield temporary
+            os.chmod(temporary, 0o777 & ~_umask())
+            _sync_directory(temporary)
+            os.replace(temporary, path)
+            temporary = None
+            _sync_directory(path.parent)
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def naming_failure(path: str | Path, left: str = "Nothing was changed.") -> Iterator[None]:
+    """Raise WriteFailed, naming `path`, for what the block raises when it cannot write; `left` ends the message.
+
+    torch and safetensors have errors of their own, which do not say that the disk is full; it is looked at then.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise WriteFailed(f"cannot write {path}: {error.strerror or error}. {left}") from error
+    except (RuntimeError, SafetensorError) as error:
+        if not _is_full(Path(path)):
+            raise
+        raise WriteFailed(f"cannot write {path}: {os.strerror(errno.ENOSPC)}. {left}") from error
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -112,6 +129,11 @@ def _stays_inside(link: Path, directory: Path) -> bool:
         return link.resolve(strict=True).is_relative_to(directory.resolve())
     except (OSError, RuntimeError):  # it leads nowhere, or round in a circle
         return False
+
+
+def _is_full(path: Path) -> bool:
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    return shutil.disk_usage(there).free < 2**16  # torch gives up with a part of a buffer unwritten
 
 
 def _sync_directory(path: Path) -> None:

@@ -14,7 +14,7 @@ from tiny import make_model, save_base, save_task, write_rows
 from transformers import Trainer, TrainerCallback
 
 from sparselet import SparseAdapter
-from sparselet.errors import BlockSizeError, ConfigError, DensityOutOfRange, ModelError, OutputExists, TaskError, UnknownScore
+from sparselet.errors import BlockSizeError, ConfigError, DensityOutOfRange, ModelError, OutputExists, TaskError, UnknownScore, WriteFailed
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.models import load_model, load_tokenizer
 from sparselet.training import TrainSettings, train
@@ -257,16 +257,12 @@ MIDDLE = ["save_model", "_save_rng_state", "_save_optimizer_and_scheduler"]
 
 @pytest.mark.parametrize("inside", MIDDLE)
 @pytest.mark.parametrize("step", [4, 10], ids=["selecting", "frozen"])
-def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
-    settings, killed, undisturbed, tmp_path, inside, step
-):
+def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(settings, killed, undisturbed, tmp_path, inside, step):
     changes = {**PHASE, "save_steps": 2}
     expected = undisturbed(**changes)
     output = tmp_path / "killed"
     killed(replace(settings, **changes), output, step, (inside, 1))
-    work = work_directory(output)
-    assert (work / f"checkpoint-{step}").is_dir()
-    assert not (work / f"checkpoint-{step}" / COMPLETE).exists()
+    assert not (work_directory(output) / f"checkpoint-{step}" / COMPLETE).exists()
     record = Record()
     train(replace(settings, **changes), output, resume=True, callbacks=[record])
     assert record.steps[0] == step - 1
@@ -426,6 +422,11 @@ def test_a_test_split_is_not_needed_to_train(settings, tmp_path):
         ({"block_size": 3}, BlockSizeError, "3"),
         ({"layers": (7,)}, ValueError, ""),
         ({"target_modules": ("nothing",)}, ValueError, "nothing"),
+        ({"dtype": "int8"}, ModelError, "dtype must be one of"),
+        ({"scope": "everything"}, ConfigError, "scope must be one of"),
+        ({"initial_mask": "none"}, ConfigError, "initial_mask must be one of"),
+        ({"reselect_every": -1}, ConfigError, "reselect_every"),
+        ({"initial_mask": "random", "score": "mcs", "reselect_every": 5}, ConfigError, "cannot move the mask"),
     ],
     ids=lambda v: str(v) if isinstance(v, dict) else "",
 )
@@ -458,10 +459,6 @@ def test_what_the_model_refuses_leaves_nothing_behind(settings, tmp_path, change
         ({"save_steps": -1}, ConfigError),
         ({"patience": -1}, ConfigError),
         ({"selection_epochs": -1.0}, ConfigError),
-        ({"reselect_every": -1}, ConfigError),
-        ({"scope": "everything"}, ConfigError),
-        ({"initial_mask": "none"}, ConfigError),
-        ({"dtype": "int8"}, ConfigError),
     ],
     ids=lambda v: "-".join(f"{key}_{value}" for key, value in v.items()) if isinstance(v, dict) else None,
 )
@@ -469,6 +466,23 @@ def test_settings_out_of_range_are_refused_at_once(changes, error):
     key = list(changes)[-1]
     with pytest.raises(error, match=key if error is ConfigError and key != "gradient_accumulation" else None):
         TrainSettings(**{"task": "builtin:table_order", **changes})
+
+
+def test_an_adapter_that_could_not_be_written_is_written_by_resuming(settings, undisturbed, tmp_path, monkeypatch):
+    expected = undisturbed()
+
+    def fail(adapter, path, dtype=None):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseAdapter, "save", fail)
+        with pytest.raises(WriteFailed, match=r"expert: No space left on device"):
+            train(settings, tmp_path / "expert")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["expert.partial", "undisturbed"]
+    record = Record()
+    train(settings, tmp_path / "expert", resume=True, callbacks=[record])
+    assert not record.steps
+    assert bytes_of(tmp_path / "expert") == expected
 
 
 # The base model
@@ -509,6 +523,24 @@ def test_a_base_model_is_given_back_after_an_error_too(settings, tmp_path, base_
     assert not model.training
     shutil.rmtree(work_directory(tmp_path / "expert"), ignore_errors=True)
     train(replace(settings, epochs=1), tmp_path / "expert", base=(model, tokenizer))
+    assert_base(model, make_model())
+
+
+def test_a_base_model_handed_in_computes_as_before(settings, tmp_path, base_dir):
+    model, tokenizer = load_model(base_dir), load_tokenizer(base_dir)
+    ids = torch.tensor([tokenizer("ant?")["input_ids"]])
+    before, use_cache = model(input_ids=ids).logits, model.config.use_cache
+    train(replace(settings, epochs=1, gradient_checkpointing=True), tmp_path / "expert", base=(model, tokenizer))
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert model.config.use_cache == use_cache
+    assert not model.is_gradient_checkpointing
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_base_model_is_given_back_when_the_adapter_does_not_fit(settings, tmp_path, base_dir):
+    model, tokenizer = load_model(base_dir), load_tokenizer(base_dir)
+    with pytest.raises(BlockSizeError):
+        train(replace(settings, block_size=16), tmp_path / "expert", base=(model, tokenizer))
     assert_base(model, make_model())
 
 

@@ -616,3 +616,9 @@ def test_density_one_keeps_every_entry(make_llama, make_batches):
 def test_at_least_one_entry_is_kept(make_llama, make_batches):
     model, _ = start(make_llama(), density=1e-9)
     assert sparselet.reselect(model, make_batches(1)).entries == 6
+
+
+def test_a_selection_that_no_score_informs_warns(make_llama, make_batches):
+    model, _ = start(make_llama(), score="mcs_neg")
+    with pytest.warns(UserWarning, match="every mcs_neg score is 0"):
+        sparselet.reselect(model, make_batches(1))

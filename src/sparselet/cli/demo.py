@@ -17,6 +17,7 @@ from sparselet.report.pictures import draw_demo
 from sparselet.report.summary import layer_table
 from sparselet.tasks import BUILTIN_PREFIX, load_task
 from sparselet.training import TrainSettings, train
+from sparselet.training.recipe import work_directory
 from sparselet.tuner.model import versions
 
 TASKS = ("number_words", "animal_class", "table_order")
@@ -101,7 +102,7 @@ def _expert(out: Path, task: str, base: tuple[Any, Any]) -> SparseAdapter:
         return SparseAdapter.load(path)
     bar = TrainingProgress(task)
     try:
-        return train(replace(SETTINGS, task=BUILTIN_PREFIX + task), path, resume=True, base=base, callbacks=[bar])
+        return train(replace(SETTINGS, task=BUILTIN_PREFIX + task), path, resume=work_directory(path).exists(), base=base, callbacks=[bar])
     finally:
         bar.stop()
 

@@ -44,7 +44,7 @@ def _bars(axes: Any, scores: Mapping[str, Mapping[str, float]]) -> None:
     axes.set_ylim(0, 112)
     axes.set_ylabel("Rouge-L")
     axes.set_title("Who gained what: Rouge-L on test rows", loc="left", fontsize=12)
-    axes.legend(ncols=len(scores), loc="upper right", frameon=False, fontsize=9)
+    axes.legend(ncols=len(scores), loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
 
 

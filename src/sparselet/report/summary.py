@@ -17,14 +17,20 @@ class Cell:
 
 
 def layer_table(adapter: Mapping[str, SparseDelta]) -> dict[str, dict[str, Cell]]:
-    """`{projection: {layer: Cell}}`, projections by the last part of the target's name, layers in numeric order."""
+    """`{projection: {layer: Cell}}`: query, key, value, then others by name; layers in numeric order."""
     found: dict[str, dict[str, Cell]] = {}
     for name in sorted(adapter, key=_numeric):
         delta = adapter[name]
         rms = float((delta.values.double().square().sum() / delta.size).sqrt())
         projection = name.removeprefix(layer_of(name)).lstrip(".") or name
         found.setdefault(projection, {})[layer_of(name)] = Cell(delta.nnz, delta.density, rms)
-    return found
+    return {name: found[name] for name in sorted(found, key=_reading_order)}
+
+
+def _reading_order(projection: str) -> tuple[int, str]:
+    """Query, key, value, then the rest by name."""
+    place = "qkv".find(projection.rpartition(".")[2][:1])
+    return (place if place >= 0 else len("qkv"), projection)
 
 
 def _numeric(name: str) -> list[tuple[int, int | str]]:

@@ -3,10 +3,12 @@
 While it runs, checkpoints are kept in `<output>.partial`; the finished adapter appears under `<output>` at once.
 """
 
+import contextlib
 import json
 import logging
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,19 +32,20 @@ from transformers.trainer_callback import PrinterCallback
 
 from sparselet.adapter import SparseAdapter
 from sparselet.errors import ConfigError, OutputExists
-from sparselet.files import atomic_directory, atomic_write, refuse_existing, write_json
+from sparselet.files import atomic_directory, naming_failure, refuse_existing, write_json
 from sparselet.models import load_model, load_tokenizer
 from sparselet.tasks import Task, load_task
 from sparselet.training.collate import Encoded, collator, encode
 from sparselet.training.schedule import MaskSchedule
 from sparselet.training.settings import TrainSettings
-from sparselet.tuner import SparseletConfig, to_adapter
+from sparselet.tuner import SparseletConfig, UnselectedMaskWarning, to_adapter
 from sparselet.tuner.layer import seeded
 
 logger = logging.getLogger("sparselet")
 
 COMPLETE = "complete"  # marks a checkpoint that was written to its end
 RUN_FILE = "run.json"
+DATA = "data_fingerprint"
 
 
 def train(
@@ -60,39 +63,39 @@ def train(
     base: the base model and tokenizer if they are loaded already; the model is given back with its own weights.
     callbacks: more `TrainerCallback`s, such as a progress bar.
 
-    Raises OutputExists, ConfigError, TaskError, ModelError and whatever the tuner refuses.
+    Raises OutputExists, ConfigError, TaskError, ModelError, WriteFailed and whatever the tuner refuses.
     """
     output = Path(output)
     refuse_existing(output)
     work = work_directory(output)
-    checkpoint = _prepare(work, settings, resume)
+    if work.exists() and not resume:
+        raise OutputExists(f"{work} holds an unfinished run. Go on with --resume, or remove it first.")
+    if resume and not work.exists():
+        logger.warning("there is nothing to resume at %s; training starts from the beginning.", work)
+    columns = {"input": settings.input_column, "target": settings.target_column}
+    task = load_task(settings.task, ("train", "validation"), columns)
+    checkpoint = _prepare(work, settings, task)
     started = time.time()
     try:
-        task = load_task(
-            settings.task,
-            ("train", "validation"),
-            {"input": settings.input_column, "target": settings.target_column},
-        )
         model, tokenizer = base or (load_model(settings.model, settings.dtype), load_tokenizer(settings.model))
         set_seed(settings.seed)
-        wrapped = get_peft_model(model, peft_config(settings, model))
-        rows = {
-            split: encode(
-                task.rows(split, limit),
-                tokenizer,
-                settings.chat_template,
-                settings.max_input_length,
-                bool(model.config.is_encoder_decoder),
-            )
-            for split, limit in (("train", settings.train_rows), ("validation", settings.validation_rows))
-        }
-        trainer = _trainer(wrapped, collator(model, tokenizer), rows, settings, work, callbacks)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        adapter = to_adapter(wrapped, metadata=_metadata(task, settings, trainer.state))
-        wrapped.unload()  # pyright: ignore[reportCallIssue]
+        with _wrapped(model, settings) as wrapped:
+            rows = {
+                split: encode(
+                    task.rows(split, limit),
+                    tokenizer,
+                    settings.chat_template,
+                    settings.max_input_length,
+                    bool(model.config.is_encoder_decoder),
+                )
+                for split, limit in (("train", settings.train_rows), ("validation", settings.validation_rows))
+            }
+            trainer = _trainer(wrapped, collator(model, tokenizer), rows, settings, work, callbacks)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            adapter = to_adapter(wrapped, metadata=_metadata(task, settings, trainer.state))
         history = trainer.state.log_history
     except BaseException:
-        if not any(work.glob(f"checkpoint-*/{COMPLETE}")):
+        if _keep_whole(work) is None:
             shutil.rmtree(work, ignore_errors=True)
         raise
     run = {"settings": asdict(settings), "versions": adapter.metadata["versions"], "seconds": time.time() - started}
@@ -101,6 +104,21 @@ def train(
         write_json(directory / RUN_FILE, {**run, "started": started, "resumed": bool(checkpoint), "history": history})
     shutil.rmtree(work, ignore_errors=True)
     return adapter
+
+
+@contextlib.contextmanager
+def _wrapped(model: PreTrainedModel, settings: TrainSettings) -> Iterator[Any]:
+    """The model with a new adapter; afterwards it is as before, whatever happened."""
+    training, use_cache = model.training, getattr(model.config, "use_cache", None)
+    wrapped: Any = get_peft_model(model, peft_config(settings, model))
+    try:
+        yield wrapped
+    finally:
+        wrapped.unload()
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        model.config.use_cache = use_cache  # the Trainer switches it off
+        model.train(training)
 
 
 def peft_config(settings: TrainSettings, model: PreTrainedModel) -> SparseletConfig:
@@ -129,36 +147,44 @@ def work_directory(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def _prepare(work: Path, settings: TrainSettings, resume: bool) -> Path | None:
-    """Make the work directory, or find the checkpoint to go on from. Raises OutputExists, ConfigError."""
+def _prepare(work: Path, settings: TrainSettings, task: Task) -> Path | None:
+    """Make the work directory, or find the checkpoint to go on from. Raises ConfigError, WriteFailed."""
     # Through JSON, so that a run compares equal to what was written of it.
     described = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
+    described[DATA] = task.fingerprint()
     if not work.exists():
-        if resume:
-            logger.warning("there is nothing to resume at %s; training starts from the beginning.", work)
-        work.mkdir(parents=True)
-        write_json(work / RUN_FILE, described)
+        with naming_failure(work):
+            work.mkdir(parents=True)
+        try:
+            write_json(work / RUN_FILE, described)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
         return None
-    if not resume:
-        raise OutputExists(f"{work} holds an unfinished run. Go on with --resume, or remove it first.")
     before = _read_run(work)
     changed = sorted(key for key in described if before.get(key) != described[key])
+    if changed == [DATA]:
+        raise ConfigError(f"the run at {work} was started with other rows in {settings.task}. Remove it to start again.")
     if changed:
         raise ConfigError(
             f"the run at {work} was started with {changed[0]} = {before.get(changed[0])!r}, not {described[changed[0]]!r}. "
             "Resume with the settings it was started with, or remove it first."
         )
-    whole = {int(path.parent.name.rpartition("-")[2]): path.parent for path in work.glob(f"checkpoint-*/{COMPLETE}")}
+    return _keep_whole(work)
+
+
+def _keep_whole(work: Path) -> Path | None:
+    """Remove the checkpoints that were not written to their end. Returns the last of the others."""
     for path in work.glob("checkpoint-*"):
-        if path not in whole.values():
-            shutil.rmtree(path)
-    return whole[max(whole)] if whole else None
+        if not (path / COMPLETE).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+    return max(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _read_run(work: Path) -> dict[str, Any]:
     try:
-        return json.loads((work / RUN_FILE).read_text())
-    except (OSError, ValueError) as error:
+        return dict(json.loads((work / RUN_FILE).read_text()))
+    except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"{work / RUN_FILE} cannot be read, so the run cannot be resumed: {error}. Remove {work}.") from error
 
 
@@ -171,7 +197,7 @@ def _trainer(
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     arguments = TrainingArguments(
-        output_dir=str(work),
+        output_dir=str(work.absolute()),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size // settings.gradient_accumulation,
         per_device_eval_batch_size=settings.batch_size,
@@ -197,10 +223,10 @@ def _trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=settings.seed,
     )
-    extra: list[TrainerCallback] = [MaskSchedule(), _MarkComplete(settings.save_steps), *callbacks]
+    extra: list[TrainerCallback] = [MaskSchedule(), _SaveEvery(settings.save_steps), *callbacks]
     if settings.patience:
         extra.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
-    trainer = _LengthGroupedTrainer(
+    trainer = _Trainer(
         model=model,
         args=arguments,
         data_collator=collate,
@@ -227,13 +253,24 @@ def _metadata(task: Task, settings: TrainSettings, state: TrainerState) -> dict[
     }
 
 
-class _LengthGroupedTrainer(Trainer):
+class _Trainer(Trainer):
     """A Trainer whose sampler groups rows by length and depends on seed and epoch alone, so that a resumed run sees the
-    batches of an undisturbed one (transformers' own draws from the global generator)."""
+    batches of an undisturbed one (transformers' own draws from the global generator); and that marks its checkpoints
+    once they are whole."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows = cast(list[Encoded], self.train_dataset)
         return _LengthGroupedSampler([_length(row) for row in rows], self.args.train_batch_size, self.args.seed)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        assert self.args.output_dir is not None
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        # The last step of an epoch may be saved twice: after the step, and after the evaluation.
+        (checkpoint / COMPLETE).unlink(missing_ok=True)
+        with warnings.catch_warnings(), naming_failure(checkpoint, "Checkpoints before it are kept for --resume."):
+            warnings.simplefilter("ignore", UnselectedMaskWarning)  # the masks will be selected when it goes on
+            super()._save_checkpoint(model, trial)
+            (checkpoint / COMPLETE).touch()
 
 
 class _LengthGroupedSampler(Sampler[int]):
@@ -264,8 +301,8 @@ class _LengthGroupedSampler(Sampler[int]):
             yield from batch
 
 
-class _MarkComplete(TrainerCallback):
-    """Asks for checkpoints between epochs, and marks each once all of its files are written."""
+class _SaveEvery(TrainerCallback):
+    """Asks for checkpoints between epochs."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -273,11 +310,6 @@ class _MarkComplete(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.every and state.global_step % self.every == 0:
             control.should_save = True
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        assert args.output_dir is not None
-        with atomic_write(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE):
-            pass
 
 
 def _length(row: Encoded) -> int:

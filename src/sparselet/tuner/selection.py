@@ -1,5 +1,6 @@
 """Choosing the masks of a model in training: `reselect`, and `freeze_masks` to end the phase."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,12 @@ def reselect(
     scorer = _Scorer(layers, name, config, score)
     _backward(model, batches, loss, scorer)
     masks = scorer.masks()
+    if not scorer.informed:
+        warnings.warn(
+            f"every {score} score is 0, so the masks fall on the lowest indices. Train some steps before the first "
+            "selection, or take a score that needs no values, such as gm.",
+            stacklevel=2,
+        )
     entries = changed = 0
     for target, layer in layers.items():
         before = _units(layer, name)
@@ -100,6 +107,7 @@ class _Scorer:
         self.gradients: dict[str, Tensor] = {}
         self.scores: dict[str, Tensor] = {}
         self.chosen: dict[str, Tensor] = {}
+        self.informed = False  # whether any score differs from 0
 
     def __call__(self, layer: SparseletLayer, gradient: Tensor) -> None:
         target = layer.target_name
@@ -132,6 +140,7 @@ class _Scorer:
                 generator=seeded(config.seed, target, state.selections),
             )
         )
+        self.informed = self.informed or bool(scores.any())
         if self.together:
             self.scores[target] = scores
         else:
