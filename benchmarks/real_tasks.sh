@@ -15,14 +15,14 @@ train() { # name learning-rate flags…
 }
 
 # The learning rate is chosen on the validation loss of element-sparse experts.
-for rate in 1e-3 5e-4 2e-3; do
+for rate in 1e-3 2e-3 4e-3; do
     for name in $names; do train "$name" "$rate" element; done
 done
 rate=$(python - "$out" $names <<'PY'
 import json, pathlib, sys
 out, names = pathlib.Path(sys.argv[1]), sys.argv[2:]
 loss = {}
-for rate in ("5e-4", "1e-3", "2e-3"):
+for rate in ("1e-3", "2e-3", "4e-3"):
     found = [json.loads((out / f"{n}-{rate}-element/adapter_config.json").read_text())["metrics"]["validation_loss"] for n in names]
     print(rate, dict(zip(names, found)), file=sys.stderr)
     loss[rate] = sum(found) / len(found)

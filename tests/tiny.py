@@ -7,6 +7,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
+from sparselet import SparseAdapter, SparseDelta
+from sparselet.fingerprint import fingerprint_weight
+
 PAD, END = "<pad>", "<end>"
 TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}\n{% endfor %}"
@@ -34,7 +37,11 @@ def make_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     config = LlamaConfig(vocab_size=258, **{**sizes, "num_key_value_heads": 1, "initializer_range": 0.2, **special, **changes})
-    return LlamaForCausalLM(config).to(dtype).eval()
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():  # as `from_pretrained` does, which leaves buffers in float32
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
 
 
 def make_t5(seed: int = 0) -> T5ForConditionalGeneration:
@@ -62,3 +69,22 @@ def save_task(directory: Path, train: int = 12, validation: int = 4, test: int =
         words = [f"{split[0]}{word}" * (1 + i % 2) for i, word in enumerate((WORDS * (1 + count // len(WORDS)))[:count])]
         write_rows(directory / f"{split}.jsonl", [{"input": f"{word}?", "target": word[::-1]} for word in words])
     return str(directory)
+
+
+def make_adapter(
+    model: torch.nn.Module, block_size: int = 1, density: float = 0.25, seed: int = 1, **metadata
+) -> SparseAdapter:
+    """Random changes of the model's query, key and value projections, large enough to change its answers."""
+    generator = torch.Generator().manual_seed(seed)
+    deltas, fingerprints = {}, {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] not in ("q_proj", "k_proj", "v_proj"):
+            continue
+        rows, columns = module.weight.shape
+        units = rows * columns // block_size**2
+        chosen = torch.randperm(units, generator=generator)[: round(density * units)].sort().values
+        tile = (block_size, block_size) if block_size > 1 else ()
+        values = torch.randn((len(chosen), *tile), generator=generator)
+        deltas[name] = SparseDelta((rows, columns), chosen.to(torch.int32), values, block_size)
+        fingerprints[name] = fingerprint_weight(module.weight)
+    return SparseAdapter(deltas, metadata, fingerprints)

@@ -64,6 +64,8 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
             temporary = None
             _sync_directory(path.parent)
+    except WriteFailed as error:  # of a file in it, which is not known by the temporary name
+        raise WriteFailed(str(error).replace(str(temporary), str(path))) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

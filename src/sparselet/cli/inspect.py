@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter
-from sparselet.cli.terminal import SHADES, out, print_json, quiet_libraries, say, table
+from sparselet.cli.terminal import SHADES, facts, out, print_json, quiet_libraries, say, table
 from sparselet.masks import layer_of
 from sparselet.report.summary import Cell, layer_table
 
@@ -37,7 +37,7 @@ def inspect_(adapter: Path, /, *, json: bool = False) -> None:
         return
     metadata = loaded.metadata
     blocks = {d.block_size for d in loaded.values() if d.nnz}
-    facts: list[tuple[str, Any]] = [
+    known: list[tuple[str, Any]] = [
         ("task", metadata.get("task") or _merged(metadata)),
         ("base model", metadata.get("base_model_name_or_path")),
         ("score", metadata.get("score")),
@@ -48,7 +48,7 @@ def inspect_(adapter: Path, /, *, json: bool = False) -> None:
         ("size on disk", f"{sum(sizes.values()) / 2**20:.1f} MiB"),
         *((key.replace("_", " "), value) for key, value in (metadata.get("metrics") or {}).items()),
     ]
-    table(str(adapter), ["", ""], [(name, str(value)) for name, value in facts if value is not None])
+    facts(str(adapter), [(name, value) for name, value in known if value is not None])
     _show_entries(cells)
     _show_heat(cells)
     say(f"Next: sparselet eval --task TASK --adapter {adapter}")

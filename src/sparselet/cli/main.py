@@ -1,15 +1,17 @@
 """The command `sparselet`: verbs, one error line instead of a traceback, exit codes."""
 
 import errno
+import inspect
 import sys
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
 import cyclopts
 from cyclopts import App, Parameter
-from cyclopts.config import Toml
+from cyclopts.config import Dict
 
-from sparselet.errors import SparseletError
+from sparselet.errors import ConfigError, SparseletError
 
 HELP = """Sparse experts for language models: train one for each task, merge them into one model, measure it.
 
@@ -26,20 +28,53 @@ VERBS = {
     "demo": "Train, merge and compare three experts on built-in tasks.",
 }
 
-app = App(name="sparselet", help=HELP, version_flags=["--version"], help_flags=["--help", "-h"])
-for _verb in VERBS:
-    app.command(f"sparselet.cli.{_verb}:{_verb}_", name=_verb)
+
+def _app(verb: str | None) -> App:
+    """The command line. Only `verb` is imported; of the others help shows their line in VERBS."""
+    app = App(
+        name="sparselet",
+        help=_description(HELP),
+        help_format="plaintext",
+        version_flags=["--version"],
+        help_flags=["--help", "-h"],
+    )
+    app.suppress_keyboard_interrupt = app.meta.suppress_keyboard_interrupt = False  # `run` tells of it
+    for place, (name, line) in enumerate(VERBS.items()):
+        app.command(f"sparselet.cli.{name}:{name}_", name=name, help=line, sort_key=place)
+    if verb is not None:
+        app[verb].help = _description(getattr(app[verb].default_command, "__doc__", None) or "")
+
+    @app.meta.default
+    def launch(
+        *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+        config: Annotated[Path | None, Parameter(help="Settings as TOML; flags win over them.")] = None,
+        debug: Annotated[bool, Parameter(negative="", help="Show the traceback of an error.")] = False,
+    ) -> Any:
+        if config is not None:
+            app.config = _settings(config)
+        return app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+
+    return app
 
 
-@app.meta.default
-def _launch(
-    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    config: Annotated[Path | None, Parameter(help="Settings as TOML; flags win over them.")] = None,
-    debug: Annotated[bool, Parameter(negative="", help="Show the traceback of an error.")] = False,
-) -> Any:
-    if config is not None:
-        app.config = Toml(config, must_exist=True, use_commands_as_keys=False)
-    return app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+def _settings(file: Path) -> Dict:
+    """A TOML file's settings, for cyclopts to check. Raises ConfigError."""
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}.") from error
+    except ValueError as error:
+        raise ConfigError(f"{file} is not TOML: {error}") from error
+    tables = [key for key in content if key in VERBS]
+    if tables:  # cyclopts would pass over it
+        raise ConfigError(f"{file}: unknown key {tables[0]!r}; settings stand at the top level, not in a table.")
+    return Dict(content, use_commands_as_keys=False, source=str(file))
+
+
+def _description(text: str) -> str:
+    """A docstring without its parameters, each paragraph as one line, indented lines as they are."""
+    paragraphs = inspect.cleandoc(text).partition("\n\nParameters\n")[0].split("\n\n")
+    return "\n\n".join(p if p.startswith(" ") else p.replace("\n", " ") for p in paragraphs)
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -49,6 +84,7 @@ def run(arguments: list[str] | None = None) -> None:
         arguments = ["--help"]
     debug = "--debug" in arguments
     try:
+        app = _app(next((argument for argument in arguments if argument in VERBS), None))
         app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.CycloptsError as error:
         _fail(f"{error} See `sparselet --help`.", 2, debug)

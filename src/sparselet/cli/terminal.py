@@ -97,6 +97,14 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     out.print(shown)
 
 
+def facts(title: str, rows: Sequence[tuple[str, object]]) -> None:
+    """Print names with their values, under no header."""
+    shown = Table("", "", title=title, title_justify="left", title_style="bold", show_header=False)
+    for name, value in rows:
+        shown.add_row(name, str(value))
+    out.print(shown)
+
+
 def print_json(content: Mapping[str, Any]) -> None:
     """Print machine-readable output and nothing else."""
     print(json.dumps(content, indent=2, sort_keys=True))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from sparselet.cli.terminal import TrainingProgress, print_json, quiet_libraries, say, table
+from sparselet.cli.terminal import TrainingProgress, err, facts, print_json, quiet_libraries, say
 from sparselet.training import TrainSettings, train
 from sparselet.training.recipe import work_directory
 
@@ -42,7 +42,8 @@ def train_(
     except KeyboardInterrupt:
         bar.stop()
         if work_directory(out).exists():
-            say(f"Checkpoints are kept in {work_directory(out)}; run the same command with --resume to go on.")
+            kept = f"Checkpoints are kept in {work_directory(out)}; run the same command with --resume to go on."
+            err.print(kept, highlight=False, markup=False, soft_wrap=True)
         raise
     finally:
         bar.stop()
@@ -56,7 +57,7 @@ def train_(
         ("entries", f"{adapter.nnz:,} ({100 * adapter.density:.3g} % of the targets)"),
         ("validation loss", f"{metrics['validation_loss']:.4f} at step {metrics['best_step']} of {metrics['steps']}"),
     ]
-    table("Expert", ["", ""], rows)
+    facts("Expert", rows)
     say(
         f"Written to {out}",
         f"Next: sparselet eval --task {settings.task} --model {settings.model} --adapter {out}",

