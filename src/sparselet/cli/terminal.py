@@ -35,6 +35,12 @@ def quiet_libraries() -> None:
 @contextlib.contextmanager
 def progress(total: float, label: str) -> Iterator[Callable[[float], None]]:
     """A progress bar on standard error; the block is given a function to advance it."""
+    with _bar() as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda amount: bar.advance(task, amount)
+
+
+def _bar() -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -43,9 +49,7 @@ def progress(total: float, label: str) -> Iterator[Callable[[float], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda amount: bar.advance(task, amount)
+    return Progress(*columns, console=err, transient=True)
 
 
 class TrainingProgress(TrainerCallback):
@@ -56,16 +60,7 @@ class TrainingProgress(TrainerCallback):
         self.bar: Progress | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=err,
-            transient=True,
-        )
+        self.bar = _bar()
         self.bar.start()
         self.task = self.bar.add_task(self.label, total=state.max_steps, completed=state.global_step)
 

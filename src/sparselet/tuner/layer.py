@@ -5,6 +5,7 @@ restores the base model bit for bit. The forward pass is the base layer's own. T
 and ∂L/∂Ŵ at the masked entries only.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from sparselet import kernels
@@ -22,6 +22,7 @@ from sparselet.delta import SparseDelta, check_block_size, index_dtype
 from sparselet.errors import NonFiniteValue, SelectionError, ShapeMismatch
 from sparselet.fingerprint import fingerprint, sample_positions
 from sparselet.masks import units_to_keep
+from sparselet.tuner.gradient import with_masked_gradient
 
 Recorder = Callable[["SparseletLayer", Tensor], None]
 
@@ -58,44 +59,6 @@ class Resident:
     block_size: int
     places: tuple[Tensor, ...] | None
     displaced: Tensor
-
-
-class _MaskedGradient(torch.autograd.Function):
-    """The identity on a layer's output y, whose backward pass also yields ∂L/∂Ŵ of the given parameters from x."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, layer: "SparseletLayer", names: tuple[str, ...], *values: Tensor) -> Tensor:
-        ctx.save_for_backward(x.to(y.dtype))
-        ctx.layer, ctx.recorder = layer, layer.recorder
-        # The masks as they are now; None stands for all entries.
-        states = [layer.sparse_mask[name] for name in names]
-        ctx.masks = [
-            (None if state.dense else layer.sparse_indices[name], state.block_size)
-            for name, state in zip(names, states, strict=True)
-        ]
-        ctx.dtypes = [value.dtype for value in values]
-        # y itself, not a view of it: models such as OLMo clamp their projections in place.
-        ctx.mark_dirty(y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_output: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        transposed = ctx.layer.transposed
-        if ctx.recorder is not None:
-            ctx.recorder(ctx.layer, kernels.weight_gradient(x, grad_output, transposed))
-            return grad_output, None, None, None, *(None for _ in ctx.masks)
-        gradients = [
-            kernels.weight_gradient(x, grad_output, transposed)
-            if units is None
-            else kernels.masked_weight_gradient(x, grad_output, units, block, transposed)
-            for units, block in ctx.masks
-        ]
-        typed = (gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
-        return grad_output, None, None, None, *typed
 
 
 class SparseletLayer(nn.Module, BaseTunerLayer):
@@ -353,7 +316,10 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
                     f"{self.target_name}: the mask has not been selected. With initial_mask='gradient' call "
                     "sparselet.reselect(model, batches) before the first step, or train with sparselet.MaskSchedule()."
                 )
-        return _MaskedGradient.apply(y, x, self, trained, *(self.sparse_values[name] for name in trained))
+        states = ((name, self.sparse_mask[name]) for name in trained)
+        masks = [(None if state.dense else self.sparse_indices[name], state.block_size) for name, state in states]
+        recorder = None if self.recorder is None else functools.partial(self.recorder, self)
+        return with_masked_gradient(y, x, masks, [self.sparse_values[name] for name in trained], self.transposed, recorder)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones: the weight then holds the base plus the sum of their values."""
