@@ -28,13 +28,20 @@ def demo_table(results: dict[str, Any]) -> str:
 def scores_table(results: dict[str, Any]) -> str:
     """Rouge-L, with exact match in brackets, of everything that `sparselet eval --json` measured."""
     tasks = list(next(iter(results.values())))
-    rows = {Path(name).name: {t: found[t] for t in tasks} for name, found in results.items()}
-    cells = {n: {t: (f["rougeL"], f["exact_match"]) for t, f in found.items()} for n, found in rows.items()}
     lines = ["| | " + " | ".join(tasks) + " | mean |", "| --- |" + " ---: |" * (len(tasks) + 1)]
-    for name, found in cells.items():
-        mean = sum(r for r, _ in found.values()) / len(found)
-        lines.append(f"| {name} | " + " | ".join(f"{r:.1f} ({e:.0f})" for r, e in found.values()) + f" | {mean:.1f} |")
+    for path in sorted(results, key=_order):
+        found = [results[path][task] for task in tasks]
+        cells = [f"{f['rougeL']:.1f} ({f['exact_match']:.0f})" for f in found]
+        lines.append(f"| {Path(path).name} | {' | '.join(cells)} | {sum(f['rougeL'] for f in found) / len(found):.1f} |")
     return "\n".join(lines) + "\n"
+
+
+def _order(path: str) -> tuple[int, int, str]:
+    """The base model, then for each kind of mask the experts, the merged and the uniformly merged model."""
+    name = Path(path).name
+    kinds, places = ("element", "block"), ("merged", "uniform")
+    kind = next((i for i, k in enumerate(kinds, 1) if name.endswith(k)), 0)
+    return kind, next((i for i, p in enumerate(places, 1) if name.startswith(p)), 0), name
 
 
 def loss_table(results: dict[str, Any]) -> str:

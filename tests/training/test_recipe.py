@@ -183,10 +183,18 @@ class KillAt(TrainerCallback):
             kill_self()
 
 
+def die_removing(path, **kwargs):
+    """In place of `shutil.rmtree`: the removal of a directory gets as far as one file."""
+    (Path(path) / "optimizer.pt").unlink()
+    kill_self()
+
+
 def run_and_die(settings, output, step, inside, resume):
-    """Train in this process until it kills itself: at the end of a step, or while a checkpoint is being written."""
+    """Train in this process until it kills itself: at the end of a step, or while a checkpoint is written or removed."""
     torch.set_num_threads(1)
-    if inside is not None:
+    if inside == "removing":
+        shutil.rmtree = die_removing
+    elif inside is not None:
         method, times = inside
         whole, calls = getattr(Trainer, method), []
 
@@ -293,6 +301,31 @@ def test_a_checkpoint_written_for_the_second_time_is_not_taken_for_whole(setting
     assert not (work_directory(output) / "checkpoint-6" / COMPLETE).exists()
     train(replace(settings, **changes), output, resume=True)
     assert bytes_of(output) == expected
+
+
+def test_a_run_killed_while_it_removes_an_old_checkpoint_goes_on(settings, killed, undisturbed, tmp_path):
+    changes = {**PHASE, "save_steps": 2}
+    expected = undisturbed(**changes)
+    output = tmp_path / "killed"
+    killed(replace(settings, **changes), output, None, "removing")
+    left = {path.name: (path / COMPLETE).is_file() for path in work_directory(output).glob("checkpoint-*")}
+    assert left == {"checkpoint-2": False, "checkpoint-4": True, "checkpoint-6": True}
+    record = Record()
+    train(replace(settings, **changes), output, resume=True, callbacks=[record])
+    assert record.steps[0] == 7
+    assert bytes_of(output) == expected
+
+
+def test_the_last_two_checkpoints_and_the_best_are_kept(settings, tmp_path):
+    kept = []
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            kept.append(sorted(int(p.parent.name.rpartition("-")[2]) for p in Path(args.output_dir).glob(f"*/{COMPLETE}")))
+
+    train(replace(settings, epochs=3, save_steps=2), tmp_path / "expert", callbacks=[Scripted([2.0, 1.0, 3.0]), Look()])
+    expected = [[2], [2, 4], [4, 6], [4, 6], [6, 8], [6, 8, 10], [6, 10, 12], [10, 12], [12, 14], [12, 14, 16], [12, 16, 18]]
+    assert kept == [*expected, [12, 16, 18]]
 
 
 def test_a_run_killed_twice_goes_on(settings, killed, undisturbed, tmp_path):

@@ -179,7 +179,11 @@ def _keep_whole(work: Path) -> Path | None:
     for path in work.glob("checkpoint-*"):
         if not (path / COMPLETE).is_file():
             shutil.rmtree(path, ignore_errors=True)
-    return max(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return max(work.glob("checkpoint-*"), key=_step, default=None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _read_run(work: Path) -> dict[str, Any]:
@@ -211,7 +215,6 @@ def _trainer(
         optim="adamw_torch_fused",
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         restore_callback_states_from_checkpoint=True,
@@ -272,6 +275,15 @@ class _Trainer(Trainer):
             warnings.simplefilter("ignore", UnselectedMaskWarning)  # the masks will be selected when it goes on
             super()._save_checkpoint(model, trial)
             (checkpoint / COMPLETE).touch()
+            self._drop_checkpoints(checkpoint.parent)
+
+    def _drop_checkpoints(self, work: Path) -> None:
+        """Keep the last two checkpoints and the best one. transformers would do so before the last one is marked."""
+        best = work / f"checkpoint-{self.state.best_global_step}"
+        for path in sorted(work.glob("checkpoint-*"), key=_step)[:-2]:
+            if path != best:
+                (path / COMPLETE).unlink(missing_ok=True)  # first, so that what is half removed is not taken for whole
+                shutil.rmtree(path)
 
 
 class _LengthGroupedSampler(Sampler[int]):
