@@ -694,3 +694,13 @@ def test_base_modules_with_the_methods_prefix_in_their_names_are_left_alone(tmp_
     twin.delete_adapter("default")
     assert torch.equal(twin.base_model.model(x), base(x))
     assert torch.equal(model.unload()(x), base(x))
+
+
+def test_a_refused_target_leaves_the_model_unwrapped(make_llama):
+    base = make_llama()
+    before = {name: type(module) for name, module in base.named_modules()}
+    # 8 divides the query projection, 32×32, but not the hidden size 12 of the last named layer.
+    base.model.layers[1].self_attn.v_proj = torch.nn.Linear(32, 12, bias=False)
+    with pytest.raises(BlockSizeError, match=r"layers\.1\.self_attn\.v_proj"):
+        get_peft_model(base, SparseletConfig(block_size=8))
+    assert {name: type(module) for name, module in base.named_modules()} == before

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparselet.adapter import INDICES, PENDING, PREFIX, PROGRESS, VALUES, SparseAdapter, config_of_targets, require_finite
-from sparselet.delta import SparseDelta
+from sparselet.delta import SparseDelta, check_block_size
 from sparselet.errors import ArgumentError, BadShape, MissingTensor, NoTargets, ShapeMismatch, SparseletError, UnknownTarget
 from sparselet.fingerprint import require_same_base
 from sparselet.tuner.config import PEFT_TYPE, SparseletConfig
@@ -71,6 +71,11 @@ class SparseletModel(BaseTuner):
                 model.get_submodule(name)
             except AttributeError as error:
                 raise UnknownTarget(f"the model has no layer {name}, which the adapter changes.") from error
+        # All targets are checked before the first is replaced, so that a refusal leaves the model as it was.
+        config = self._prepare_adapter_config(config, {})
+        for key, module in model.named_modules():
+            if self._check_target_module_exists(config, key) and not isinstance(module, SparseletLayer):
+                _check_target(key, module, config)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
@@ -100,11 +105,6 @@ class SparseletModel(BaseTuner):
         if isinstance(target, SparseletLayer):
             target.add_adapter(adapter_name, peft_config)
             return
-        if not is_linear(target):
-            raise ArgumentError(
-                f"{current_key} is a {type(target).__name__}; only nn.Linear and Conv1D with floating weights can be "
-                "targets (quantized layers cannot be changed in place)."
-            )
         layer = SparseletLayer(target, current_key)
         layer.set_adapter(adapter_name if adapter_name in self.active_adapters else [])
         layer.add_adapter(adapter_name, peft_config)
@@ -253,6 +253,16 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SparseletConfig  # pyright: ignore[reportArgumentType]
     PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = SparseletModel  # pyright: ignore[reportArgumentType]
     PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = SparseletModel.prefix  # pyright: ignore[reportArgumentType]
+
+
+def _check_target(name: str, module: nn.Module, config: SparseletConfig) -> None:
+    if not is_linear(module):
+        raise ArgumentError(
+            f"{name} is a {type(module).__name__}; only nn.Linear and Conv1D with floating weights can be targets "
+            "(quantized layers cannot be changed in place)."
+        )
+    if config.targets is None:
+        check_block_size(config.block_size, tuple(cast(nn.Parameter, module.weight).shape), name)
 
 
 def _named_layers(model: nn.Module, adapter_name: str) -> dict[str, SparseletLayer]:
