@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	$(BIN)/sparselet demo --out sparselet-demo
 
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -1,19 +1,20 @@
 """sparselet: sparse experts for language models, trained apart and merged into one.
 
-The core (deltas, adapters, merging) needs torch and safetensors only. Names that need PEFT and transformers are loaded
-when first used; `from sparselet import SparseletConfig` also makes PEFT know the method.
+The core (deltas, adapters, merging) needs torch and safetensors only; the rest PEFT and transformers. Names are loaded when
+first used, so that importing the package costs nothing. `from sparselet import SparseletConfig` also makes PEFT know the
+method.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sparselet.adapter import SparseAdapter
-from sparselet.delta import SparseDelta
 from sparselet.errors import MissingExtra, SparseletError
-from sparselet.merging import METHODS, merge
-from sparselet.scores import SCORES
 
 if TYPE_CHECKING:
+    from sparselet.adapter import SparseAdapter
+    from sparselet.delta import SparseDelta
+    from sparselet.merging import METHODS, merge
+    from sparselet.scores import SCORES
     from sparselet.training.schedule import MaskSchedule
     from sparselet.tuner import SparseletConfig, SparseletModel, freeze_masks, reselect, to_adapter
 
@@ -35,10 +36,15 @@ __all__ = [
 ]
 
 _LAZY = {
+    "METHODS": "sparselet.merging",
+    "SCORES": "sparselet.scores",
     "MaskSchedule": "sparselet.training.schedule",
+    "SparseAdapter": "sparselet.adapter",
+    "SparseDelta": "sparselet.delta",
     "SparseletConfig": "sparselet.tuner",
     "SparseletModel": "sparselet.tuner",
     "freeze_masks": "sparselet.tuner",
+    "merge": "sparselet.merging",
     "reselect": "sparselet.tuner",
     "to_adapter": "sparselet.tuner",
 }
@@ -51,3 +57,7 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
         raise MissingExtra(f"sparselet.{name} needs {error.name}: pip install 'sparselet[train]'.") from error
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -262,7 +262,8 @@ def _check_target(name: str, module: nn.Module, config: SparseletConfig) -> None
             "(quantized layers cannot be changed in place)."
         )
     if config.targets is None:
-        check_block_size(config.block_size, tuple(cast(nn.Parameter, module.weight).shape), name)
+        rows, columns = cast(nn.Parameter, module.weight).shape
+        check_block_size(config.block_size, (rows, columns), name)
 
 
 def _named_layers(model: nn.Module, adapter_name: str) -> dict[str, SparseletLayer]:
