@@ -79,7 +79,7 @@ def train(
     try:
         model, tokenizer = base or (load_model(settings.model, settings.dtype), load_tokenizer(settings.model))
         set_seed(settings.seed)
-        with _wrapped(model, settings) as wrapped:
+        with _wrapped(model, settings, task.fingerprint()) as wrapped:
             rows = {
                 split: encode(
                     task.rows(split, limit),
@@ -107,10 +107,10 @@ def train(
 
 
 @contextlib.contextmanager
-def _wrapped(model: PreTrainedModel, settings: TrainSettings) -> Iterator[Any]:
+def _wrapped(model: PreTrainedModel, settings: TrainSettings, data_fingerprint: str) -> Iterator[Any]:
     """The model with a new adapter; afterwards it is as before, whatever happened."""
     training, use_cache = model.training, getattr(model.config, "use_cache", None)
-    wrapped: Any = get_peft_model(model, peft_config(settings, model))
+    wrapped: Any = get_peft_model(model, peft_config(settings, model, data_fingerprint))
     try:
         yield wrapped
     finally:
@@ -122,8 +122,8 @@ def _wrapped(model: PreTrainedModel, settings: TrainSettings) -> Iterator[Any]:
         model.train(training)
 
 
-def peft_config(settings: TrainSettings, model: PreTrainedModel) -> SparseletConfig:
-    """The tuner's configuration that these settings ask for."""
+def peft_config(settings: TrainSettings, model: PreTrainedModel, data_fingerprint: str) -> SparseletConfig:
+    """The tuner's configuration that these settings ask for, for data of this fingerprint."""
     return SparseletConfig(
         task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
         density=settings.density,
@@ -140,6 +140,7 @@ def peft_config(settings: TrainSettings, model: PreTrainedModel) -> SparseletCon
         exclude_modules=list(settings.exclude_modules) or None,
         layers_to_transform=list(settings.layers) or None,
         seed=settings.seed,
+        data_fingerprint=data_fingerprint,
     )
 
 

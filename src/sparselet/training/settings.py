@@ -28,7 +28,7 @@ class TrainSettings:
     """Fraction of each target's entries to train, in (0, 1]."""
     block_size: int = 1
     """1 trains single entries, B trains tiles of B×B (the paper takes 16)."""
-    score: str = "mcs_neg"
+    score: str = "mcs"
     """How entries are ranked: mcs (the paper's, as printed), mcs_neg, cs, gm, wm, gd or random."""
     scope: Literal["target", "global"] = "target"
     """Keep the fraction in each target, or over all targets together."""

@@ -39,7 +39,8 @@ class SparseletConfig(PeftConfig):
     selection_epochs: length of the selection phase in epochs (paper: 1).
     score_batches: batches averaged for a selection. One needs a single dense gradient at a time, more need one a target.
     offload: keep the dense Ŵ of the selection phase in CPU memory (paper, Appendix C).
-    seed: of random masks, random scores and the choice of scoring batches.
+    seed: of random masks, random scores and the choice of scoring batches. Adapters with one seed get one random mask,
+        unless their `data_fingerprint` tells them apart, as `sparselet train` sees to.
 
     The remaining fields record a saved adapter (docs/format.md) and are not set by hand.
     Raises DensityOutOfRange, BlockSizeError, UnknownScore, ConfigError.
@@ -47,7 +48,7 @@ class SparseletConfig(PeftConfig):
 
     density: float = 0.1
     block_size: int = 1
-    score: str = "mcs_neg"
+    score: str = "mcs"
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None

@@ -120,7 +120,12 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
             count = units_to_keep(config.density, total)
             if config.initial_mask == "random":
                 # Drawn on the CPU, so that the mask is the same on every device.
-                chosen = torch.rand(total, generator=seeded(config.seed, self.target_name)).topk(count).indices.sort().values
+                chosen = (
+                    torch.rand(total, generator=seeded(config.seed, config.data_fingerprint, self.target_name))
+                    .topk(count)
+                    .indices.sort()
+                    .values
+                )
                 self.set_mask(name, chosen.to(weight.device))
                 state.selections = 1
             else:

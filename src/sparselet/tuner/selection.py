@@ -137,7 +137,7 @@ class _Scorer:
                 block_size=config.block_size,
                 kept=kept,
                 mask=present,
-                generator=seeded(config.seed, target, state.selections),
+                generator=seeded(config.seed, config.data_fingerprint, target, state.selections),
             )
         )
         self.informed = self.informed or bool(scores.any())
