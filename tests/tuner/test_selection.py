@@ -622,3 +622,14 @@ def test_a_selection_that_no_score_informs_warns(make_llama, make_batches):
     model, _ = start(make_llama(), score="mcs_neg")
     with pytest.warns(UserWarning, match="every mcs_neg score is 0"):
         sparselet.reselect(model, make_batches(1))
+
+
+def test_random_masks_differ_by_data_and_by_seed_alone(make_llama):
+    base = make_llama()
+
+    def mask(**config):
+        return masks(start(base, initial_mask="random", **config)[0])
+
+    assert mask(data_fingerprint="a") == mask(data_fingerprint="a")
+    assert mask(data_fingerprint="a") != mask(data_fingerprint="b")
+    assert mask(seed=1) != mask(seed=2)
