@@ -45,7 +45,7 @@ def merge(
 
     Raises ArgumentError (no expert, weights of the wrong count), UnknownMethod, ShapeMismatch, WrongBase, NonFiniteValue.
     """
-    plan = _Plan([AdapterFile(a) if isinstance(a, (str, Path)) else a for a in adapters], method, weights, parameters)
+    plan = _Plan(adapters, method, weights, parameters)
     return SparseAdapter(dict(plan.deltas()), plan.metadata(), plan.fingerprints)
 
 
@@ -62,7 +62,7 @@ def merge_to(
     progress: called with each target's name when it is written.
     Raises what `merge` raises, OutputExists and WriteFailed; nothing half-written is left.
     """
-    plan = _Plan([AdapterFile(a) if isinstance(a, (str, Path)) else a for a in adapters], method, weights, parameters)
+    plan = _Plan(adapters, method, weights, parameters)
     sizes: dict[str, SparseDelta] = {}
     with atomic_directory(output) as directory:
         with atomic_write(directory / WEIGHTS_FILE) as file, TensorStream(file, tensor_names(plan.shapes)) as stream:
@@ -81,13 +81,18 @@ class _Plan:
     """A checked merge: everything that can be refused is refused before the first target is merged."""
 
     def __init__(
-        self, adapters: Sequence[Adapter], method: str, weights: Sequence[float] | None, parameters: Mapping[str, Any] | None
+        self,
+        adapters: Sequence[Adapter | str | Path],
+        method: str,
+        weights: Sequence[float] | None,
+        parameters: Mapping[str, Any] | None,
     ) -> None:
         if not adapters:
             raise ArgumentError("no adapter to merge; give at least one.")
         if method not in METHODS:
             raise UnknownMethod(f"no merge method is called {method!r}; there are {', '.join(METHODS)}.")
-        self.adapters, self.method = list(adapters), method
+        self.adapters = [AdapterFile(a) if isinstance(a, (str, Path)) else a for a in adapters]
+        self.method = method
         self.parameters = dict(parameters or {})
         _check_parameters(method, self.parameters)
         self.weights = [1.0] * len(self.adapters) if weights is None else [float(w) for w in weights]

@@ -248,7 +248,6 @@ def _metadata(task: Task, settings: TrainSettings, state: TrainerState) -> dict[
         # The name that was asked for, which means the same on other machines, not a directory of the cache.
         "base_model_name_or_path": settings.model,
         "task": task.name,
-        "data_fingerprint": task.fingerprint(),
         "chat_template": settings.chat_template,
         "metrics": {
             "validation_loss": state.best_metric,

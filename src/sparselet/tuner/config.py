@@ -13,9 +13,6 @@ from sparselet.scores import RANKS_UNTRAINED, get_score
 
 PEFT_TYPE = "SPARSELET"
 
-# Fields that describe a saved adapter and do not configure a new one.
-RECORD = ("format_version", "targets", "task", "data_fingerprint", "chat_template", "metrics", "versions", "merge")
-
 
 @dataclass
 class SparseletConfig(PeftConfig):

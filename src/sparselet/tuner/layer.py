@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from sparselet import kernels
 from sparselet.delta import SparseDelta, check_block_size, index_dtype
 from sparselet.errors import NonFiniteValue, SelectionError, ShapeMismatch
-from sparselet.fingerprint import fingerprint, sample_positions
+from sparselet.fingerprint import fingerprint_weight
 from sparselet.masks import units_to_keep
 from sparselet.tuner.gradient import with_masked_gradient
 
@@ -187,8 +187,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         """The fingerprint of the base weight, whatever is resident."""
         if self._fingerprint is None:
             self.restore()
-            flat = self.base_weight.detach().view(-1)
-            self._fingerprint = fingerprint(flat[sample_positions(flat.numel()).to(flat.device)])
+            self._fingerprint = fingerprint_weight(self.base_weight)
             self.refresh()
         return self._fingerprint
 
@@ -255,7 +254,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
     def _displace(self, names: tuple[str, ...], values: tuple[nn.Parameter, ...]) -> Resident:
         weight = self.base_weight.detach()
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(weight.view(-1)[sample_positions(weight.numel()).to(weight.device)])
+            self._fingerprint = fingerprint_weight(weight)
         states = [self.sparse_mask[name] for name in names]
         if any(state.dense for state in states):
             return Resident(names, values, (), None, 1, None, weight.clone())
