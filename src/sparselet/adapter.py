@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ VALUES, INDICES = ".sparse_values", ".sparse_indices"
 # In the files of a training checkpoint whose selection phase has not ended (docs/format.md); never needed to apply it.
 PENDING, PROGRESS = ".sparse_pending", ".sparse_progress"
 
+MAPPED = 4 * 2**20  # bytes of a weights file that stay mapped, and so resident, after they were read
 _MAX_CONFIG_BYTES = 64 * 2**20
 _VALUE_DTYPES = ("F64", "F32", "F16", "BF16")
 _STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -152,10 +154,8 @@ class AdapterFile(Mapping[str, SparseDelta]):
         if not weights.is_file():
             raise MissingFile(f"{weights} is missing; an adapter is {CONFIG_FILE} and {WEIGHTS_FILE}.")
         self._weights = weights
-        try:
-            self._file = safetensors.safe_open(weights, framework="pt")
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise BadContainer(f"{weights} is not a whole safetensors file: {error}") from error
+        self._lock = threading.Lock()
+        self._open()
         self._names = set(self._file.keys())
         self.unfinished = any(name.endswith((PENDING, PROGRESS)) for name in self._names)
         self._check_names()
@@ -171,8 +171,8 @@ class AdapterFile(Mapping[str, SparseDelta]):
         try:
             delta = SparseDelta(
                 shape,
-                self._file.get_tensor(PREFIX + name + INDICES),
-                self._file.get_tensor(PREFIX + name + VALUES),
+                self._read(PREFIX + name + INDICES),
+                self._read(PREFIX + name + VALUES),
                 self._block_size(name),
             )
         except SparseletError as error:
@@ -195,9 +195,30 @@ class AdapterFile(Mapping[str, SparseDelta]):
         slices = (self._file.get_slice(PREFIX + name + VALUES).get_shape() for name in self.shapes)
         return sum(math.prod(shape) for shape in slices)
 
+    def check_values(self) -> None:
+        """Read every value once. Raises NonFiniteValue, naming file and target, if one is NaN or infinite."""
+        for name in self.shapes:
+            require_finite(self._read(PREFIX + name + VALUES), f"{self._weights}: {name}")
+
     def read_modules(self) -> dict[str, Tensor]:
         """The tensors of `modules_to_save`, by their name in the base model."""
-        return {name.removeprefix(PREFIX): self._file.get_tensor(name) for name in sorted(self._module_names())}
+        return {name.removeprefix(PREFIX): self._read(name) for name in sorted(self._module_names())}
+
+    def _open(self) -> None:
+        try:
+            self._file = safetensors.safe_open(self._weights, framework="pt")
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise BadContainer(f"{self._weights} is not a whole safetensors file: {error}") from error
+        self._mapped = 0
+
+    def _read(self, name: str) -> Tensor:
+        """A tensor of the file, mapped into memory. What was mapped is let go by and by, as nobody holds it any more."""
+        with self._lock:  # threads read targets of one file at the same time
+            if self._mapped > MAPPED:
+                self._open()
+            tensor = self._file.get_tensor(name)
+            self._mapped += tensor.nbytes
+            return tensor
 
     def _check_names(self) -> None:
         for name in self.shapes:
@@ -289,6 +310,8 @@ def add_delta(stream: TensorStream, name: str, delta: SparseDelta) -> None:
 
 def require_finite(values: Tensor, name: str) -> None:
     """Raise NonFiniteValue if any value is NaN or infinite."""
+    if math.isfinite(values.sum().item()):  # many times faster, and a finite sum has no other terms
+        return
     finite = torch.isfinite(values)
     if not finite.all():
         raise NonFiniteValue(f"{name}: {int((~finite).sum())} of {values.numel()} values are NaN or infinite.")

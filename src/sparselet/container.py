@@ -5,7 +5,7 @@ little-endian header length, a JSON header (padded with spaces), then the tensor
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import IO
 
@@ -22,13 +22,14 @@ class TensorStream:
     """Append float32 and int32 tensors to `file`; the header is filled in when the block ends.
 
     names: every tensor that may be added, so that room for the header is kept; fewer may be added, in any order.
+    notes: strings to keep in the header beside the tensors.
     """
 
-    def __init__(self, file: IO[bytes], names: Iterable[str]) -> None:
+    def __init__(self, file: IO[bytes], names: Iterable[str], notes: Mapping[str, str] | None = None) -> None:
         self._file = file
-        room = sum(len(json.dumps(name)) + _ROOM for name in names) + 64
+        room = sum(len(json.dumps(name)) + _ROOM for name in names) + 64 + (len(json.dumps(notes)) if notes else 0)
         self._room = -(-(room + 8) // 8) * 8 - 8  # the data then starts at a multiple of 8 bytes
-        self._header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._header: dict[str, object] = {"__metadata__": {"format": "pt", **(notes or {})}}
         self._position = 0
         file.write(b"\0" * (8 + self._room))
 

@@ -118,8 +118,11 @@ class SparseDelta:
         """The same delta with an element mask: each tile spelt out as its entries."""
         if self.block_size == 1:
             return self
-        entries, order = kernels.tile_entries(self.indices, self.shape, self.block_size).reshape(-1).sort()
-        return SparseDelta(self.shape, entries, self.values.reshape(-1)[order])
+        # A tile's rows are runs of entries; only the runs need sorting.
+        runs = kernels.tile_entries(self.indices, self.shape, self.block_size).reshape(-1, self.block_size)
+        order = runs[:, 0].argsort()
+        values = self.values.reshape(-1, self.block_size).index_select(0, order)
+        return SparseDelta(self.shape, runs.index_select(0, order).reshape(-1), values.reshape(-1))
 
     def restrict(self, mask: "SparseDelta | Tensor") -> "SparseDelta":
         """Keep only the entries that are also in `mask`: another delta's mask, or a dense bool tensor of `shape`.
@@ -204,15 +207,17 @@ def check_indices(indices: Tensor, units: int) -> None:
     """Raise unless `indices` [n] ascend strictly and lie in [0, units)."""
     if indices.numel() == 0:
         return
-    lowest, highest = indices.aminmax()
+    flat = indices.cpu().numpy()  # whose comparisons are several times as fast as torch's
+    wrong = flat[1:] <= flat[:-1]
+    lowest, highest = (flat.min(), flat.max()) if wrong.any() else (flat[0], flat[-1])
     if lowest < 0 or highest >= units:
-        wrong = lowest if lowest < 0 else highest
-        raise IndexOutOfBounds(f"index {int(wrong)} lies outside the target, which has {units} units.")
-    step = indices[1:] - indices[:-1]
-    if (step <= 0).any():
-        at = int((step <= 0).nonzero()[0])
-        if step[at] == 0:
-            raise DuplicateIndex(f"index {int(indices[at])} occurs twice (positions {at} and {at + 1}).")
+        raise IndexOutOfBounds(
+            f"index {lowest if lowest < 0 else highest} lies outside the target, which has {units} units."
+        )
+    if wrong.any():
+        at = int(wrong.argmax())
+        if flat[at] == flat[at + 1]:
+            raise DuplicateIndex(f"index {flat[at]} occurs twice (positions {at} and {at + 1}).")
         raise UnsortedIndices(
-            f"indices must ascend, but position {at} holds {int(indices[at])} and position {at + 1} {int(indices[at + 1])}."
+            f"indices must ascend, but position {at} holds {flat[at]} and position {at + 1} {flat[at + 1]}."
         )

@@ -1,6 +1,23 @@
 """Merging experts into one. A method is a function of deltas and weights, and a line in `METHODS`."""
 
 from sparselet.merging.average import overlap, uniform
-from sparselet.merging.stream import METHODS, merge, merge_to
+from sparselet.merging.counts import change_merge, merge_with_counts
+from sparselet.merging.methods import METHODS, PER_TASK
+from sparselet.merging.per_task import merge_per_task
+from sparselet.merging.recipe import Recipe, read_recipe, recipe_text
+from sparselet.merging.stream import merge, merge_to
 
-__all__ = ["METHODS", "merge", "merge_to", "overlap", "uniform"]
+__all__ = [
+    "METHODS",
+    "PER_TASK",
+    "Recipe",
+    "change_merge",
+    "merge",
+    "merge_per_task",
+    "merge_to",
+    "merge_with_counts",
+    "overlap",
+    "read_recipe",
+    "recipe_text",
+    "uniform",
+]

@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from sparselet.delta import SparseDelta
-from sparselet.errors import ArgumentError, ShapeMismatch
+from sparselet.merging.entries import common_units, mask_count, per_unit, selected, weighted_sum
+from sparselet.merging.ranges import require_sum
 
 
 def overlap(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDelta:
@@ -20,10 +18,11 @@ def overlap(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDe
     Returns a delta on the union of the masks, of tiles when all have the same. Raises ShapeMismatch.
     """
     deltas = common_units(deltas)
-    total, count = weighted_sum(deltas, weights)
-    units = count.nonzero().squeeze(1)
-    divisor = count[units].reshape(-1, *(1 for _ in total.shape[1:]))
-    return SparseDelta(deltas[0].shape, units, total[units] / divisor, deltas[0].block_size)
+    total, count = weighted_sum(deltas, weights), mask_count(deltas)
+    units = selected(count)
+    values = total.index_select(0, units)
+    values /= per_unit(count.index_select(0, units), values)
+    return SparseDelta(deltas[0].shape, units, values, deltas[0].block_size)
 
 
 def uniform(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDelta:
@@ -33,40 +32,7 @@ def uniform(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDe
     Returns a delta on the union of the masks, of tiles when all have the same.
     Raises ShapeMismatch, ArgumentError if the weights sum to 0.
     """
-    if sum(weights) == 0:
-        raise ArgumentError("uniform divides by the sum of the weights, which is 0. Give other weights.")
+    whole = require_sum("uniform", weights)
     deltas = common_units(deltas)
-    total, count = weighted_sum(deltas, weights)
-    units = count.nonzero().squeeze(1)
-    return SparseDelta(deltas[0].shape, units, total[units] / sum(weights), deltas[0].block_size)
-
-
-def common_units(deltas: Sequence[SparseDelta]) -> list[SparseDelta]:
-    """The deltas with one kind of mask: as they are if all have the same block size, else spelt out as entries.
-
-    A delta without entries fits any kind. Raises ShapeMismatch.
-    """
-    shapes = {delta.shape for delta in deltas}
-    if len(shapes) != 1:
-        raise ShapeMismatch(f"deltas of one target have different shapes: {sorted(shapes)}.")
-    blocks = {delta.block_size for delta in deltas if delta.nnz}
-    if len(blocks) != 1:
-        return [delta.expand() for delta in deltas]
-    (block,) = blocks
-    tile = (block, block) if block > 1 else ()
-    return [
-        d if d.block_size == block else SparseDelta(d.shape, d.indices, d.values.new_empty(0, *tile), block) for d in deltas
-    ]
-
-
-def weighted_sum(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Σ wᵢ·ΔWᵢ and Σ Mᵢ over all units of the target, float32 [units] or [units, B, B], and [units].
-
-    deltas: on common units. Added in the order given.
-    """
-    total = torch.zeros(deltas[0].units, *deltas[0].values.shape[1:])
-    count = torch.zeros(deltas[0].units)
-    for delta, weight in zip(deltas, weights, strict=True):
-        total.index_add_(0, delta.indices, delta.values.float(), alpha=weight)
-        count.index_add_(0, delta.indices, torch.ones(len(delta.indices)))
-    return total, count
+    total, units = weighted_sum(deltas, weights), selected(mask_count(deltas))
+    return SparseDelta(deltas[0].shape, units, total.index_select(0, units) / whole, deltas[0].block_size)

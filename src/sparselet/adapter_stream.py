@@ -1,0 +1,51 @@
+"""Writing an adapter directory target by target, so that no more than one target is in memory."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter, adapter_config, add_delta, require_finite, tensor_names
+from sparselet.container import TensorStream
+from sparselet.delta import SparseDelta
+from sparselet.files import atomic_write, write_json
+
+
+class AdapterStream:
+    """The adapter that is being written to `directory`; made by `adapter_stream`."""
+
+    def __init__(self, directory: Path, stream: TensorStream) -> None:
+        self._directory, self._stream = directory, stream
+        self._empty: dict[str, SparseDelta] = {}
+        self._entries = 0
+        self._blocks: set[int] = set()
+
+    def add(self, name: str, delta: SparseDelta) -> None:
+        """Write one target; values must be float32. Raises NonFiniteValue, BadDtype."""
+        require_finite(delta.values, name)
+        add_delta(self._stream, name, delta)
+        self._empty[name] = SparseDelta.empty(delta.shape)
+        self._entries += delta.nnz
+        self._blocks |= {delta.block_size} if delta.nnz else set()
+
+    def describe(self, metadata: Mapping[str, Any], fingerprints: Mapping[str, Mapping[str, str] | None]) -> None:
+        """Write the configuration, when all targets are written: the metadata, with density and block size as they came out."""
+        measured = {
+            "density": self._entries / max(1, sum(delta.size for delta in self._empty.values())),
+            "block_size": next(iter(self._blocks)) if len(self._blocks) == 1 else 1,
+        }
+        described = SparseAdapter(self._empty, {**metadata, **measured}, fingerprints)
+        write_json(self._directory / CONFIG_FILE, adapter_config(described))
+
+
+@contextlib.contextmanager
+def adapter_stream(directory: Path, names: Iterable[str]) -> Iterator[AdapterStream]:
+    """Open the weights file of a new adapter in `directory`, which is whole when the block ends; then `describe` it.
+
+    names: the targets that may be added; fewer may be, in any order, but the file's bytes depend on the names.
+    """
+    with (
+        atomic_write(directory / WEIGHTS_FILE) as file,
+        TensorStream(file, tensor_names(dict.fromkeys(names))) as stream,
+    ):
+        yield AdapterStream(directory, stream)

@@ -1,0 +1,44 @@
+"""Random drops that depend on nothing but a seed and a delta's content."""
+
+import hashlib
+import struct
+
+import torch
+from torch import Tensor
+
+from sparselet.delta import SparseDelta
+from sparselet.merging.entries import selected
+
+RESCALE = ("density", "norm", "none")
+
+
+def content_generator(seed: int, delta: SparseDelta) -> torch.Generator:
+    """A generator seeded by SHA-256 of the seed, the shape, and the entries as flat indices and float32 values.
+
+    Neither the order of the experts nor the process, the thread or the layout (tiles or entries, dtype of the values) matters;
+    equal deltas draw alike, so that with weights 1 and −1 they still cancel. seed: in [0, 2⁶³).
+    """
+    delta = delta.expand()
+    digest = hashlib.sha256(struct.pack("<qqq", seed, *delta.shape))
+    for part in (delta.indices, delta.values.float()):
+        digest.update(part.detach().cpu().contiguous().numpy().data)
+    return torch.Generator().manual_seed(int.from_bytes(digest.digest()[:8], "little"))
+
+
+def sampled(delta: SparseDelta, probability: float | Tensor, *, seed: int, rescale: str) -> SparseDelta:
+    """Keep each entry of `delta` with its probability, independently, and rescale those kept.
+
+    delta: an element mask. probability: one for all entries, or float [n], one each; in [0, 1].
+    rescale: "density" divides an entry by its probability, so that its expectation stays; "norm" multiplies all by one factor
+        that brings the ℓ1 norm back to what it was (a delta of which nothing is kept stays empty); "none".
+    Returns an element mask of the entries kept, values float32.
+    """
+    drawn = torch.rand(delta.nnz, generator=content_generator(seed, delta)).to(delta.values.device)
+    kept = selected(drawn < probability)
+    values = delta.values.float().index_select(0, kept)
+    if rescale == "density":
+        values = values / (probability.index_select(0, kept) if isinstance(probability, Tensor) else probability)
+    elif rescale == "norm":
+        before, after = (v.abs().sum(dtype=torch.float64) for v in (delta.values, values))
+        values = values * float(before / after)
+    return SparseDelta(delta.shape, delta.indices.index_select(0, kept), values)

@@ -1,0 +1,89 @@
+"""SCE: select the entries in which the experts differ, calculate a weight for each expert, erase minority signs."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparselet.delta import SparseDelta
+from sparselet.masks import check_density, units_to_keep
+from sparselet.merging.entries import common_units, mask_count, selected
+from sparselet.merging.ranges import require_choice
+from sparselet.merging.sums import sum_in_double, total
+from sparselet.merging.trim import kth_largest
+
+
+def sce(
+    deltas: Sequence[SparseDelta],
+    weights: Sequence[float],
+    *,
+    density: float = 0.1,
+    density_of: str = "nonzeros",
+    select: str = "entries",
+) -> SparseDelta:
+    """SCE (Wan et al. 2024, FuseChat): ΔW_m = Σ ηᵢ·Aᵢ⊙τᵢ / Σ ηᵢ·Aᵢ, entry by entry, τᵢ = wᵢ·ΔWᵢ.
+
+    Select: the entries whose variance over the experts is highest. Calculate: ηᵢ = Σ τᵢ² / Σⱼ Σ τⱼ² over the selected entries.
+    Erase: Aᵢ = [sign τᵢ = sign Σⱼ τⱼ]. An entry whose sum is 0 elects no sign and is 0 (the authors and mergekit take plus).
+    Of equal variances at the cutoff all are kept. Where no entry varies (one expert, or all alike) none can be preferred and
+    all are kept; mergekit keeps none. The paper has no weights.
+
+    density: fraction of the entries selected; 0.1 as published.
+    density_of: "nonzeros", of the entries whose variance is not 0, as in the authors' code; "size", of all of the target's, the
+        paper's top τ % (entries that do not vary are not selected in either case).
+    select: "entries", only selected entries are merged, as in the paper; "weights", the selection decides on ηᵢ only and all
+        entries are merged, as in the authors' code.
+    deltas: N of one target. weights: N.
+    Returns a delta on the union of the masks, less what is not merged; of tiles when all have the same and density is 1.
+    Raises ShapeMismatch, ArgumentError (a parameter out of range).
+    """
+    check_density(density)
+    require_choice("density_of", density_of, ("nonzeros", "size"))
+    require_choice("select", select, ("entries", "weights"))
+    deltas = common_units(deltas)
+    if density < 1:
+        deltas = [delta.expand() for delta in deltas]
+    votes = sum_in_double(deltas, weights)
+    varied = _most_varied(deltas, weights, votes, density, density_of) if density < 1 else deltas
+    shares = _shares(varied, weights)
+    return _majority(varied if select == "entries" else deltas, weights, shares, votes.sign().float())
+
+
+def _most_varied(
+    deltas: list[SparseDelta], weights: Sequence[float], votes: Tensor, density: float, density_of: str
+) -> list[SparseDelta]:
+    """The deltas at the entries whose variance is highest. votes: Σ τᵢ."""
+    squares = torch.zeros_like(votes)
+    for delta, weight in zip(deltas, weights, strict=True):
+        squares.index_add_(0, delta.indices, (delta.values.float() * weight).double().square_())
+    deviation = squares.mul_(len(deltas)).sub_(votes.square()).clamp_(min=0).sqrt_().float()  # N times the standard deviation
+    varying = int(deviation.count_nonzero())
+    if varying == 0:
+        return deltas
+    k = units_to_keep(density, varying if density_of == "nonzeros" else len(deviation))
+    keep = (deviation.reshape(-1) >= kth_largest(deviation.reshape(-1), k)) & (deviation.reshape(-1) > 0)
+    kept = []
+    for delta in deltas:
+        here = keep.index_select(0, delta.indices)
+        kept.append(SparseDelta(delta.shape, delta.indices[here], delta.values[here]))
+    return kept
+
+
+def _shares(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> list[float]:
+    """ηᵢ; 0 if all deltas are zero."""
+    squares = [total((d.values.float() * weight).double().square_()) for d, weight in zip(deltas, weights, strict=True)]
+    return [square / sum(squares) if square else 0.0 for square in squares]
+
+
+def _majority(deltas: Sequence[SparseDelta], weights: Sequence[float], shares: Sequence[float], sign: Tensor) -> SparseDelta:
+    """The mean with the given shares of those τᵢ whose sign is the elected one; 0 where there is none."""
+    above, below = torch.zeros_like(sign), torch.zeros_like(sign)
+    for delta, weight, share in zip(deltas, weights, shares, strict=True):
+        own = delta.values.float() * weight
+        counted = share * (own * sign.index_select(0, delta.indices) > 0)
+        above.index_add_(0, delta.indices, own * counted)
+        below.index_add_(0, delta.indices, counted)
+    units = selected(mask_count(deltas))
+    above, below = above.index_select(0, units), below.index_select(0, units)
+    values = torch.where(below > 0, above / below, torch.zeros_like(above))
+    return SparseDelta(deltas[0].shape, units, values, deltas[0].block_size)
