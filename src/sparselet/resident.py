@@ -1,4 +1,4 @@
-"""Writing an adapter into a plain model's weights for a while, and taking it out bit for bit."""
+"""Writing an adapter into a plain model's weights, for a while or for good, and taking it out bit for bit."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -20,37 +20,53 @@ def applied(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> Iterator[nn
     model: a base model without adapters. Raises UnknownTarget, ShapeMismatch, WrongBase before anything is changed.
     """
     weights = target_weights(model, adapter)
-    displaced: list[tuple[Tensor, SparseDelta, Tensor]] = []
+    displaced: list[tuple[Tensor, Tensor, Tensor, int]] = []
     try:
         with torch.no_grad():
             for name, weight in weights.items():
-                delta = adapter[name]
-                delta = delta.to(weight.device)
+                delta = adapter[name].to(weight.device)
                 before = kernels.gather(weight, delta.indices, delta.block_size)
-                displaced.append((weight, delta, before))
+                displaced.append((weight, delta.indices, before, delta.block_size))
                 kernels.write(weight, delta.indices, add(before, delta.values), delta.block_size)
         yield model
     finally:
         with torch.no_grad():
-            for weight, delta, before in displaced:
-                kernels.write(weight, delta.indices, before, delta.block_size)
+            for weight, units, before, block_size in displaced:
+                kernels.write(weight, units, before, block_size)
+
+
+def absorb(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> None:
+    """Make the model's weights W + ΔW for good, keeping nothing of W: one target's delta is in memory at a time.
+
+    Sums and rounds as `applied`. Raises UnknownTarget, ShapeMismatch, WrongBase before anything is changed.
+    """
+    with torch.no_grad():
+        for name, weight in target_weights(model, adapter).items():
+            delta = adapter[name].to(weight.device)
+            before = kernels.gather(weight, delta.indices, delta.block_size)
+            kernels.write(weight, delta.indices, add(before, delta.values), delta.block_size)
 
 
 def target_weights(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> dict[str, Tensor]:
-    """The model's weight of each of the adapter's targets, once all fit.
+    """The model's weight of each of the adapter's targets, once all fit. A 1-D weight [n], as norms have, is given as [1, n].
 
-    Raises UnknownTarget, ShapeMismatch, WrongBase.
+    Raises UnknownTarget (also where two targets are one shared weight), ShapeMismatch, WrongBase.
     """
     weights: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
+    shapes = getattr(adapter, "shapes", None) or {name: delta.shape for name, delta in adapter.items()}
+    owners: dict[int, str] = {}
     for name in adapter:
         weight = getattr(modules.get(name), "weight", None)
         if not isinstance(weight, Tensor):
             raise UnknownTarget(f"the model has no target {name}, which the adapter changes.")
-        shape = tuple(weight.shape)
-        if shape != adapter[name].shape:
-            raise ShapeMismatch(f"{name}: the adapter has shape {list(adapter[name].shape)}, the model {list(shape)}.")
-        weights[name] = weight.detach()
+        other = owners.setdefault(id(weight), name)
+        if other != name:
+            raise UnknownTarget(f"{name} and {other} are one weight in this model, but the adapter changes each.")
+        weight = weight.detach().unsqueeze(0) if weight.ndim == 1 else weight.detach()
+        if tuple(weight.shape) != shapes[name]:
+            raise ShapeMismatch(f"{name}: the adapter has shape {list(shapes[name])}, the model {list(weight.shape)}.")
+        weights[name] = weight
     fingerprints = getattr(adapter, "fingerprints", {})
     require_same_base(fingerprints, {name: fingerprint_weight(w) for name, w in weights.items()}, "adapter and model")
     return weights

@@ -1,0 +1,111 @@
+"""`sparselet export`."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from sparselet.cli.opening import open_experts
+from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, table
+from sparselet.errors import ConfigError, ModelError
+from sparselet.experts import Expert
+from sparselet.export import export_checkpoint, export_gguf_checkpoint, export_lora, export_shira, export_super_tuning
+from sparselet.files import refuse_existing
+from sparselet.models import LOADING_ERRORS, load_model, load_tokenizer, local_path
+
+Format = Literal["shira", "supertuning", "lora", "checkpoint", "gguf"]
+NEXT = {
+    "shira": "peft.PeftModel.from_pretrained(base_model, {out!r})",
+    "supertuning": "peft.PeftModel.from_pretrained(base_model, {out!r})",
+    "lora": "peft.PeftModel.from_pretrained(base_model, {out!r})",
+    "checkpoint": "sparselet eval --task TASK --model {out}",
+    "gguf": "python llama.cpp/convert_hf_to_gguf.py {out}",
+}
+
+
+def export_(
+    adapter: str,
+    /,
+    *,
+    to: Format,
+    out: Path,
+    model: str | None = None,
+    rank: int | None = None,
+    max_error: float = 0.01,
+    dtype: str = "float32",
+    json: bool = False,
+) -> None:
+    """Write an adapter in a format that others read without sparselet.
+
+    shira and supertuning are adapters of stock PEFT and lose nothing. lora is one too, cut at --rank: each target's relative
+    error is shown, and none may be above --max-error. checkpoint is the base model with the adapter in its weights, for any
+    engine; gguf is such a checkpoint that llama.cpp's converter takes.
+
+        sparselet export my-expert --to supertuning --out for-peft
+        sparselet export my-expert --to lora --rank 64 --max-error 0.2 --out as-lora
+        sparselet export merged --to gguf --model packaged:smollm2-135m --dtype bfloat16 --out for-llama-cpp
+
+    Parameters
+    ----------
+    adapter
+        A sparse adapter or any other expert: directory or hub name.
+    to
+        Format: shira, supertuning, lora, checkpoint or gguf.
+    out
+        Directory to write to; it must not exist.
+    model
+        Base model. Needed for checkpoint and gguf, and where the adapter does not tell which layers are linear.
+    rank
+        Rank of the LoRA; by default the smallest that is exact, target by target.
+    max_error
+        Largest relative error of a target that is accepted, lora only.
+    dtype
+        Dtype of the checkpoint: float32, bfloat16 or float16.
+    json
+        Print the result as JSON.
+    """
+    quiet_libraries()
+    refuse_existing(out)
+    expert = open_experts([adapter], model)[0]
+    result: dict[str, Any] = {"output": str(out), "format": to, "entries": expert.nnz, "targets": len(expert)}
+    if to in ("checkpoint", "gguf"):
+        _export_model(expert, to, out, model, dtype)
+    else:
+        skeleton = None if model is None else _skeleton(model)
+        if to == "lora":
+            with progress(len(expert), "factorising") as advance:
+                errors = export_lora(expert, out, rank, max_error, skeleton, lambda _: advance(1))
+            result["errors"] = errors
+        else:
+            (export_shira if to == "shira" else export_super_tuning)(expert, out, skeleton)
+    if json:
+        print_json(result)
+        return
+    if "errors" in result:
+        worst = sorted(result["errors"].items(), key=lambda item: (-item[1], item[0]))
+        table("Relative error of each target, worst first", ["target", "error"], [(n, f"{e:.2e}") for n, e in worst])
+    say(f"{len(expert)} targets, {expert.nnz:,} entries", f"Written to {out}", f"Next: {NEXT[to].format(out=str(out))}")
+
+
+def _export_model(expert: Expert, to: str, out: Path, model: str | None, dtype: str) -> None:
+    if model is None:
+        known = expert.metadata.get("base_model_name_or_path")
+        raise ConfigError(f"--to {to} needs the base model; give --model{f' {known}' if known else ''}.")
+    loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
+    # The model is ours alone, so nothing of its weights is kept.
+    if to == "gguf":
+        export_gguf_checkpoint(loaded, tokenizer, expert, out, keep_base=False)
+    else:
+        export_checkpoint(loaded, tokenizer, expert, out, keep_base=False)
+
+
+def _skeleton(model: str) -> torch.nn.Module:
+    """The base model without its weights, which tells what kind of layer a target is. Raises ModelError."""
+    try:
+        config = AutoConfig.from_pretrained(local_path(model))
+        auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with torch.device("meta"):
+            return auto.from_config(config)
+    except LOADING_ERRORS as error:
+        raise ModelError(f"cannot tell the layers of the base model {model}: {error}") from error

@@ -1,0 +1,49 @@
+"""Experts as they are named on the command line, with the base model where they need it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from sparselet.cli.terminal import err
+from sparselet.delta import SparseDelta
+from sparselet.errors import ConfigError
+from sparselet.experts import Expert, open_expert
+from sparselet.models import local_path
+
+
+def open_experts(names: Sequence[str], model: str | None) -> list[Expert]:
+    """Open experts. model: the base model; one on the hub is fetched only where an expert cannot be read without its files.
+
+    Raises ModelError for a base model that is not there, and what `open_expert` raises.
+    """
+    base = None if model is None else local_path(model)
+    return [_open(name, model, base) for name in names]
+
+
+def template_of(wanted: bool | None, experts: Iterable[Mapping[str, SparseDelta]]) -> bool:
+    """Whether to ask through the chat template: as wanted, or as the experts were trained.
+
+    Raises ConfigError where they were trained differently.
+    """
+    if wanted is not None:
+        return wanted
+    trained = {getattr(expert, "metadata", {}).get("chat_template") for expert in experts} - {None}
+    if len(trained) > 1:
+        raise ConfigError(
+            "some adapters were trained with the chat template, some without. Say --chat-template or --no-chat-template."
+        )
+    if trained == {False}:
+        err.print("Asking without the chat template, as the adapters were trained.", highlight=False)
+    return False not in trained
+
+
+def _open(name: str, model: str | None, base: str | None) -> Expert:
+    here = base is not None and Path(base).is_dir()
+    try:
+        expert = open_expert(name, base if here else None)
+    except ConfigError:
+        if base is None or here:
+            raise
+        expert = open_expert(name, base)
+    if base is not None and expert.metadata.get("base_model_name_or_path") == base:
+        expert.metadata["base_model_name_or_path"] = model  # which means the same on other machines
+    return expert

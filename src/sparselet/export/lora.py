@@ -1,0 +1,150 @@
+"""Adapters as LoRA: ΔW ≈ B A with B [out, r] and A [r, in], and how much of ΔW is lost."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from re import escape
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparselet.adapter import PREFIX
+from sparselet.container import TensorStream
+from sparselet.delta import SparseDelta
+from sparselet.errors import ArgumentError, ExportError
+from sparselet.experts.lora import A, B
+from sparselet.export.peft import write_peft
+from sparselet.export.targets import linear_targets
+
+EXACT = 2e-6  # a relative error that float32's rounding makes
+PROBE = 256  # the largest rank below that of its rows and columns which is looked for without being asked for
+WHOLE = 1024  # a smaller side up to which all singular values are computed
+
+
+def export_lora(
+    adapter: Mapping[str, SparseDelta],
+    output: str | Path,
+    rank: int | None = None,
+    max_error: float = 0.01,
+    base: nn.Module | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, float]:
+    """Write a LoRA adapter that PEFT loads without sparselet; returns each target's relative error ‖ΔW − B A‖ / ‖ΔW‖.
+
+    Where the rows or columns that are not zero are no more than the rank, B A is ΔW to the last bit: one factor holds them,
+    the other says where they go. Otherwise it is the singular value decomposition cut at the rank, the best there is in the
+    Frobenius norm (Eckart and Young 1936), for large targets up to what a randomised one loses.
+
+    rank: of every target, filled with zeros where fewer suffice, so that engines that know no rank_pattern read it right;
+        by default each target has the smallest at which it is exact, which for scattered entries is as large as the target.
+    max_error: the largest relative error that is accepted; what float32's rounding makes always is.
+    base: the base model, where it must tell which layers are linear and how they lie (see `linear_targets`).
+    progress: called with each target's name when it is done.
+
+    α = r for each target, so the scaling is 1; ranks that are not the usual one stand in rank_pattern and alpha_pattern.
+    Raises ArgumentError, ExportError (a target loses more than max_error: the worst are named), UnknownTarget,
+    NonFiniteValue, OutputExists, WriteFailed; nothing is left then.
+    """
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ArgumentError(f"rank must be a positive integer, got {rank!r}.")
+    if not max_error >= 0:
+        raise ArgumentError(f"max_error must be a number of at least 0, got {max_error!r}.")
+    targets = linear_targets(adapter, base)
+    across = {target.transposed for target in targets.values()}
+    if len(across) > 1:
+        raise ExportError("some targets are Conv1D and some nn.Linear, for which LoRA's configuration has one fan_in_fan_out.")
+    errors: dict[str, float] = {}
+    ranks: dict[str, int] = {}
+
+    def fill(stream: TensorStream) -> dict[str, Any]:
+        for name, target in targets.items():
+            dense = adapter[name].to_dense(torch.float32)
+            b, a, errors[name] = factorise(dense.t() if target.transposed else dense, rank)
+            if b.shape[1]:  # a delta of zeros has none
+                missing = 0 if rank is None else rank - b.shape[1]
+                stream.add(PREFIX + name + A, nn.functional.pad(a, (0, 0, 0, missing)))
+                stream.add(PREFIX + name + B, nn.functional.pad(b, (0, missing)))
+                ranks[name] = b.shape[1] + missing
+            if progress is not None:
+                progress(name)
+        _refuse_errors(errors, max_error)
+        if not ranks:
+            raise ExportError("all of the adapter's values are 0, so there is nothing to write.")
+        return _lora_config(ranks, across.pop())
+
+    names = [PREFIX + name + suffix for name in targets for suffix in (A, B)]
+    write_peft(output, {"peft_type": "LORA"}, adapter, names, fill)
+    return errors
+
+
+def factorise(dense: Tensor, rank: int | None) -> tuple[Tensor, Tensor, float]:
+    """B [out, r], A [r, in] with r ≤ rank, and ‖dense − B A‖ / ‖dense‖ (Frobenius). dense: float32 [out, in].
+
+    Without a rank the smallest is taken at which the error is within float32's. Zeros give r = 0 and no error.
+    """
+    rows, columns = (dense != 0).any(dim=1).nonzero().squeeze(1), (dense != 0).any(dim=0).nonzero().squeeze(1)
+    exact = min(len(rows), len(columns))
+    core = dense[rows][:, columns]
+    found = None
+    if exact and (rank is None or rank < exact):
+        left, right = _low_rank(core, min(rank or PROBE, exact))
+        error = float(torch.linalg.norm(core - left @ right) / torch.linalg.norm(core))
+        if rank is not None or (error <= EXACT and left.shape[1] < exact):
+            found = left, right, error
+    if found is None:  # the rows that are not zero and where they go, or the columns
+        one = torch.eye(exact)
+        found = (one, core, 0.0) if len(rows) <= len(columns) else (core, one, 0.0)
+    b, a = torch.zeros(dense.shape[0], found[0].shape[1]), torch.zeros(found[1].shape[0], dense.shape[1])
+    b[rows], a[:, columns] = found[0], found[1]
+    return b, a, found[2]
+
+
+def _low_rank(core: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors of the best approximation of at most this rank, fewer where the rest is within float32's error.
+
+    For large matrices by randomised subspace iteration (Halko, Martinsson and Tropp 2011, Algorithm 4.4), of a fixed seed.
+    """
+    small = min(core.shape)
+    basis = None
+    if small > WHOLE and 4 * rank < small:
+        random = torch.randn(core.shape[1], rank + 32, generator=torch.Generator().manual_seed(0))
+        basis = torch.linalg.qr(core @ random).Q
+        for _ in range(6):
+            basis = torch.linalg.qr(core @ torch.linalg.qr(core.t() @ basis).Q).Q
+    # In float64, which tells what float32 rounded from what it holds.
+    u, s, v = torch.linalg.svd((core if basis is None else basis.t() @ core).double(), full_matrices=False)
+    u = u if basis is None else basis.double() @ u
+    rest = s.square().flip(0).cumsum(0).flip(0).sqrt()  # what is lost by cutting before each singular value
+    r = max(1, min(rank, int((rest > EXACT / 2 * rest[0]).sum())))
+    return (u[:, :r] * s[:r].sqrt()).float(), (s[:r, None].sqrt() * v[:r]).float()
+
+
+def _refuse_errors(errors: Mapping[str, float], max_error: float) -> None:
+    worst = sorted((name for name in errors if errors[name] > max(max_error, EXACT)), key=lambda name: -errors[name])
+    if worst:
+        named = ", ".join(f"{name} {errors[name]:.3g}" for name in worst[:5])
+        raise ExportError(
+            f"{len(worst)} of {len(errors)} targets lose more than the relative error {max_error:g} allowed: {named}"
+            f"{', …' if len(worst) > 5 else ''}. Raise the rank, or max_error, or export to SHiRA or Super-Tuning, which are "
+            "exact."
+        )
+
+
+def _lora_config(ranks: Mapping[str, int], transposed: bool) -> dict[str, Any]:
+    """The fields of LoraConfig; the pattern of a target matches its whole name and nothing else."""
+    counts = Counter(ranks.values())
+    most = max(counts, key=lambda r: (counts[r], r))
+    patterns = {f"^{escape(name)}": r for name, r in ranks.items() if r != most}
+    return {
+        "r": most,
+        "lora_alpha": most,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "target_modules": list(ranks),
+        "fan_in_fan_out": transposed,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "init_lora_weights": True,
+    }
