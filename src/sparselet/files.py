@@ -126,6 +126,13 @@ def check_inside(directory: Path, name: str) -> Path:
     return path
 
 
+def cache_directory() -> Path:
+    """Where converted and fetched models are kept: $SPARSELET_CACHE, or `sparselet` in the user's cache directory."""
+    if os.environ.get("SPARSELET_CACHE"):
+        return Path(os.environ["SPARSELET_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparselet"
+
+
 def _stays_inside(link: Path, directory: Path) -> bool:
     try:
         return link.resolve(strict=True).is_relative_to(directory.resolve())

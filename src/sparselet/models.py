@@ -1,7 +1,6 @@
 """Base models by hub name, local directory, or the packaged copy."""
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from transformers import (
 )
 
 from sparselet.errors import MissingExtra, ModelError, SparseletError
-from sparselet.files import atomic_directory
+from sparselet.files import atomic_directory, cache_directory
 
 # What transformers and safetensors raise for a model that is not there, or damaged.
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
@@ -134,13 +133,6 @@ def packaged_model() -> Path:
             if not target.is_dir():  # another process may have made it meanwhile
                 raise
     return target
-
-
-def cache_directory() -> Path:
-    """Where converted models are kept: $SPARSELET_CACHE, or `sparselet` in the user's cache directory."""
-    if os.environ.get("SPARSELET_CACHE"):
-        return Path(os.environ["SPARSELET_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparselet"
 
 
 def _fetch_gguf(scratch: Path) -> Path:
