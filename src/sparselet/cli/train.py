@@ -1,19 +1,20 @@
 """`sparselet train`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from sparselet.adapter import SparseAdapter
 from sparselet.cli.terminal import TrainingProgress, err, facts, print_json, quiet_libraries, say
-from sparselet.training import TrainSettings, train
+from sparselet.training import Trained, TrainSettings, train
 from sparselet.training.recipe import work_directory
 
 
 def train_(
     *,
     out: Path,
-    settings: Annotated[TrainSettings | None, Parameter(name="*")] = None,
+    settings: Annotated[TrainSettings | None, Parameter(name="*", consume_multiple=True)] = None,
     resume: bool = False,
     json: bool = False,
 ) -> None:
@@ -21,9 +22,12 @@ def train_(
 
     The base model stays as it is; the expert is a directory with `adapter_config.json` and `adapter_model.safetensors`,
     which PEFT loads and `sparselet merge` merges. A run that was stopped leaves OUT.partial behind and goes on with
-    --resume.
+    --resume. To compare with, --method trains the paper's baselines in the same way: LoRA, full fine-tuning, one model on
+    many tasks.
 
         sparselet train --task my-task --out my-expert --learning-rate 1e-3
+        sparselet train --task task-a task-b --init-from merged --out merged-and-trained
+        sparselet train --task task-a task-b --method multitask --out one-model
 
     Parameters
     ----------
@@ -36,9 +40,9 @@ def train_(
     """
     quiet_libraries()
     settings = settings or TrainSettings()
-    bar = TrainingProgress(settings.task.rpartition("/")[2])
+    bar = TrainingProgress("+".join(task.rpartition("/")[2] for task in settings.tasks))
     try:
-        adapter = train(settings, out, resume=resume, callbacks=[] if json else [bar])
+        trained = train(settings, out, resume=resume, callbacks=[] if json else [bar])
     except KeyboardInterrupt:
         bar.stop()
         if work_directory(out).exists():
@@ -47,19 +51,39 @@ def train_(
         raise
     finally:
         bar.stop()
-    metrics = adapter.metadata["metrics"]
     if json:
-        print_json({"adapter": str(out), "entries": adapter.nnz, "density": adapter.density, **metrics})
-        return
-    rows = [
-        ("task", adapter.metadata["task"]),
-        ("targets", len(adapter)),
-        ("entries", f"{adapter.nnz:,} ({100 * adapter.density:.3g} % of the targets)"),
-        ("validation loss", f"{metrics['validation_loss']:.4f} at step {metrics['best_step']} of {metrics['steps']}"),
-    ]
-    facts("Expert", rows)
-    say(
-        f"Written to {out}",
-        f"Next: sparselet eval --task {settings.task} --model {settings.model} --adapter {out}",
-        f"      sparselet merge {out} OTHER-EXPERT --out merged",
-    )
+        print_json(_described(trained, settings, out))
+    else:
+        _tell(trained, settings, out)
+
+
+def _described(trained: SparseAdapter | Trained, settings: TrainSettings, out: Path) -> dict[str, Any]:
+    if isinstance(trained, SparseAdapter):
+        return {"adapter": str(out), "entries": trained.nnz, "density": trained.density, **trained.metadata["metrics"]}
+    kind = "adapter" if settings.method == "lora" else "checkpoint"
+    return {kind: str(out), "method": trained.method, **trained.metrics}
+
+
+def _tell(trained: SparseAdapter | Trained, settings: TrainSettings, out: Path) -> None:
+    tasks = " ".join(settings.tasks)
+    # A sparse adapter remembers how it was asked; the others do not.
+    bare = "" if settings.chat_template or isinstance(trained, SparseAdapter) else " --no-chat-template"
+    rows: list[tuple[str, object]] = [("task", tasks), ("method", settings.method)]
+    measure = f"sparselet eval --task {tasks} --model {settings.model} --adapter {out}{bare}"
+    merge = f"sparselet merge {out} OTHER-EXPERT --out merged"
+    if isinstance(trained, SparseAdapter):
+        title, metrics = "Expert", trained.metadata["metrics"]
+        rows = [
+            ("task", trained.metadata["task"]),
+            *rows[1:],
+            ("targets", len(trained)),
+            ("entries", f"{trained.nnz:,} ({100 * trained.density:.3g} % of the targets)"),
+        ]
+    else:
+        title, metrics = "Baseline", trained.metrics
+        if settings.method != "lora":
+            measure = f"sparselet eval --task {tasks} --model {out}{bare}"
+            merge = f"{merge} --model {settings.model}"
+    rows.append(("validation loss", f"{metrics['validation_loss']:.4f} at step {metrics['best_step']} of {metrics['steps']}"))
+    facts(title, rows)
+    say(f"Written to {out}", f"Next: {measure}", f"      {merge}")

@@ -1,51 +1,46 @@
-"""`train`: one sparse expert on one task, a thin recipe over transformers' `Trainer`.
+"""`train`: one run of one method on one task or several, a thin recipe over transformers' `Trainer`.
 
-While it runs, checkpoints are kept in `<output>.partial`; the finished adapter appears under `<output>` at once.
+While it runs, checkpoints are kept in `<output>.partial`; what was trained appears under `<output>` at once.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import shutil
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-from peft import TaskType, get_peft_model
-from torch.utils.data import Sampler
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer_callback import PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 
-from sparselet.adapter import SparseAdapter
+from sparselet.adapter import WEIGHTS_FILE, AdapterFile, SparseAdapter
 from sparselet.errors import ConfigError, OutputExists
 from sparselet.files import atomic_directory, naming_failure, refuse_existing, write_json
 from sparselet.models import load_model, load_tokenizer
+from sparselet.resident import target_weights
 from sparselet.tasks import Task, load_task
 from sparselet.training.collate import Encoded, collator, encode
-from sparselet.training.schedule import MaskSchedule
+from sparselet.training.methods import METHODS, Job, Ready
 from sparselet.training.settings import TrainSettings
-from sparselet.tuner import SparseletConfig, UnselectedMaskWarning, to_adapter
-from sparselet.tuner.layer import seeded
+from sparselet.training.trainer import COMPLETE, checkpoint_step, make_trainer
+from sparselet.tuner.model import versions
 
 logger = logging.getLogger("sparselet")
 
-COMPLETE = "complete"  # marks a checkpoint that was written to its end
 RUN_FILE = "run.json"
-DATA = "data_fingerprint"
+DATA, START = "data_fingerprint", "init_from_sha256"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run wrote that is not a sparse adapter: a LoRA directory or a checkpoint."""
+
+    path: Path
+    method: str
+    metrics: Mapping[str, Any]
 
 
 def train(
@@ -55,15 +50,16 @@ def train(
     resume: bool = False,
     base: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-) -> SparseAdapter:
-    """Train one expert and save it as the directory `output`.
+) -> SparseAdapter | Trained:
+    """Train by `settings.method` and save the result as the directory `output`.
 
-    resume: go on from the last whole checkpoint of a run that was stopped; on the CPU the adapter's bytes are those of
-        an undisturbed run. The settings must be the same.
+    resume: go on from the last whole checkpoint of a run that was stopped; on the CPU the files' bytes are those of an
+        undisturbed run. The settings must be the same.
     base: the base model and tokenizer if they are loaded already; the model is given back with its own weights.
     callbacks: more `TrainerCallback`s, such as a progress bar.
 
-    Raises OutputExists, ConfigError, TaskError, ModelError, WriteFailed and whatever the tuner refuses.
+    Returns the adapter of the methods sparse and full-qkv, a `Trained` of the others. Raises OutputExists, ConfigError,
+    TaskError, ModelError, WriteFailed, what reading an adapter raises, WrongBase and whatever the tuner refuses.
     """
     output = Path(output)
     refuse_existing(output)
@@ -72,76 +68,34 @@ def train(
         raise OutputExists(f"{work} holds an unfinished run. Go on with --resume, or remove it first.")
     if resume and not work.exists():
         logger.warning("there is nothing to resume at %s; training starts from the beginning.", work)
-    columns = {"input": settings.input_column, "target": settings.target_column}
-    task = load_task(settings.task, ("train", "validation"), columns)
-    checkpoint = _prepare(work, settings, task)
+    tasks = _load_tasks(settings)
+    start = None if settings.init_from is None else _load_start(Path(settings.init_from))
+    known = _described(settings, tasks)
+    checkpoint = _prepare(work, known)
     started = time.time()
     try:
         model, tokenizer = base or (load_model(settings.model, settings.dtype), load_tokenizer(settings.model))
+        if start is not None:
+            target_weights(model, start)  # raises where it does not fit
         set_seed(settings.seed)
-        with _wrapped(model, settings, task.fingerprint()) as wrapped:
-            rows = {
-                split: encode(
-                    task.rows(split, limit),
-                    tokenizer,
-                    settings.chat_template,
-                    settings.max_input_length,
-                    bool(model.config.is_encoder_decoder),
-                )
-                for split, limit in (("train", settings.train_rows), ("validation", settings.validation_rows))
-            }
-            trainer = _trainer(wrapped, collator(model, tokenizer), rows, settings, work, callbacks)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            adapter = to_adapter(wrapped, metadata=_metadata(task, settings, trainer.state))
-        history = trainer.state.log_history
+        rows = _rows(tasks, settings, model, tokenizer)
+        sizes = [len(own) for own in rows["train"].values()]
+        job = Job(model, tokenizer, settings, start, sizes, known[DATA], keep=base is not None)
+        with _given_back(model), METHODS[settings.method](job) as ready:
+            state = _fit(job, ready, rows, work, checkpoint, callbacks)
+            metadata = _metadata(tasks, settings, state, start)
+            run = {"settings": asdict(settings), "versions": versions(), "seconds": time.time() - started}
+            run |= {"started": started, "resumed": bool(checkpoint), "history": state.log_history, DATA: known[DATA]}
+            run |= {key: metadata[key] for key in ("task", "metrics")}
+            with atomic_directory(output) as directory:
+                adapter = ready.write(directory, metadata)
+                write_json(directory / RUN_FILE, run)
     except BaseException:
         if _keep_whole(work) is None:
             shutil.rmtree(work, ignore_errors=True)
         raise
-    run = {"settings": asdict(settings), "versions": adapter.metadata["versions"], "seconds": time.time() - started}
-    with atomic_directory(output) as directory:
-        adapter.save(directory)
-        write_json(directory / RUN_FILE, {**run, "started": started, "resumed": bool(checkpoint), "history": history})
     shutil.rmtree(work, ignore_errors=True)
-    return adapter
-
-
-@contextlib.contextmanager
-def _wrapped(model: PreTrainedModel, settings: TrainSettings, data_fingerprint: str) -> Iterator[Any]:
-    """The model with a new adapter; afterwards it is as before, whatever happened."""
-    training, use_cache = model.training, getattr(model.config, "use_cache", None)
-    wrapped: Any = get_peft_model(model, peft_config(settings, model, data_fingerprint))
-    try:
-        yield wrapped
-    finally:
-        wrapped.unload()
-        if settings.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
-            model.disable_input_require_grads()
-        model.config.use_cache = use_cache  # the Trainer switches it off
-        model.train(training)
-
-
-def peft_config(settings: TrainSettings, model: PreTrainedModel, data_fingerprint: str) -> SparseletConfig:
-    """The tuner's configuration that these settings ask for, for data of this fingerprint."""
-    return SparseletConfig(
-        task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
-        density=settings.density,
-        block_size=settings.block_size,
-        score=settings.score,
-        scope=settings.scope,
-        layer_drop=settings.layer_drop,
-        initial_mask=settings.initial_mask,
-        reselect_every=settings.reselect_every,
-        selection_epochs=settings.selection_epochs,
-        score_batches=settings.score_batches,
-        offload=settings.offload,
-        target_modules=list(settings.target_modules) or None,
-        exclude_modules=list(settings.exclude_modules) or None,
-        layers_to_transform=list(settings.layers) or None,
-        seed=settings.seed,
-        data_fingerprint=data_fingerprint,
-    )
+    return Trained(output, settings.method, metadata["metrics"]) if adapter is None else adapter
 
 
 def work_directory(output: Path) -> Path:
@@ -149,11 +103,122 @@ def work_directory(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def _prepare(work: Path, settings: TrainSettings, task: Task) -> Path | None:
-    """Make the work directory, or find the checkpoint to go on from. Raises ConfigError, WriteFailed."""
-    # Through JSON, so that a run compares equal to what was written of it.
+def _load_tasks(settings: TrainSettings) -> list[Task]:
+    columns = {"input": settings.input_column, "target": settings.target_column}
+    tasks = [load_task(source, ("train", "validation"), columns) for source in settings.tasks]
+    names = [task.name for task in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"task: {twice[0]} is the name of {names.count(twice[0])} tasks. Give each once, under its own name.")
+    return tasks
+
+
+def _load_start(path: Path) -> SparseAdapter:
+    """The adapter that a second stage starts from. Raises ConfigError where it is none, and a FormatError."""
+    file = AdapterFile(path)
+    if file.unfinished:
+        raise ConfigError(f"init_from: {path} was saved while its mask was still being selected. Train it to its end first.")
+    if file.metadata.get("modules_to_save"):
+        raise ConfigError(f"init_from: {path} trained modules in full (modules_to_save), which a second stage does not take.")
+    if not file.nnz:
+        raise ConfigError(f"init_from: {path} has no entries, so there is nothing to start from.")
+    return SparseAdapter({name: file[name] for name in file}, file.metadata, file.fingerprints)
+
+
+def _described(settings: TrainSettings, tasks: Sequence[Task]) -> dict[str, Any]:
+    """What a run is known by: its settings and what they refer to, as JSON gives it back."""
     described = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
-    described[DATA] = task.fingerprint()
+    parts = [task.fingerprint() for task in tasks]
+    described[DATA] = parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+    if settings.init_from is not None:
+        with open(Path(settings.init_from) / WEIGHTS_FILE, "rb") as file:
+            described[START] = hashlib.file_digest(file, "sha256").hexdigest()
+    return described
+
+
+def _rows(
+    tasks: Sequence[Task], settings: TrainSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, dict[str, list[Encoded]]]:
+    """The rows of both splits as tokens, by task."""
+    seq2seq = bool(model.config.is_encoder_decoder)
+    limits = {"train": settings.train_rows, "validation": settings.validation_rows}
+    return {
+        split: {
+            task.name: encode(task.rows(split, limit), tokenizer, settings.chat_template, settings.max_input_length, seq2seq)
+            for task in tasks
+        }
+        for split, limit in limits.items()
+    }
+
+
+def _fit(
+    job: Job,
+    ready: Ready,
+    rows: Mapping[str, Mapping[str, Sequence[Encoded]]],
+    work: Path,
+    checkpoint: Path | None,
+    callbacks: Sequence[TrainerCallback],
+) -> TrainerState:
+    """Train from the checkpoint, if there is one, to the end; the best weights are in the model then."""
+    with _switched_back(job.model, job.settings):
+        collate = collator(job.model, job.tokenizer)
+        every = [*ready.callbacks, *callbacks]
+        trainer = make_trainer(ready.module, collate, rows, job.settings, work, every, ready.autocast)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer.state
+
+
+@contextlib.contextmanager
+def _given_back(model: PreTrainedModel) -> Iterator[None]:
+    """Afterwards the same parameters require gradients as before."""
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in required:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def _switched_back(model: PreTrainedModel, settings: TrainSettings) -> Iterator[None]:
+    """Afterwards the model's switches, which a Trainer turns, are as before."""
+    training, use_cache = model.training, getattr(model.config, "use_cache", None)
+    try:
+        yield
+    finally:
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+            model.disable_input_require_grads()
+        model.config.use_cache = use_cache
+        model.train(training)
+
+
+def _metadata(
+    tasks: Sequence[Task], settings: TrainSettings, state: TrainerState, start: SparseAdapter | None
+) -> dict[str, Any]:
+    """What is recorded of the result, whatever the method."""
+    metadata = {
+        # The name that was asked for, which means the same on other machines, not a directory of the cache.
+        "base_model_name_or_path": settings.model,
+        "task": "+".join(task.name for task in tasks),
+        "chat_template": settings.chat_template,
+        "metrics": {
+            "validation_loss": state.best_metric,
+            "best_step": state.best_global_step,
+            "steps": state.global_step,
+        },
+    }
+    if settings.method == "sparse" and start is None:
+        return metadata
+    training: dict[str, Any] = {"method": settings.method}
+    if start is not None:
+        told = ("task", "data_fingerprint", "merge", "training")
+        training["init_from"] = {key: start.metadata[key] for key in told if start.metadata.get(key) is not None}
+    return {**metadata, "training": training}
+
+
+def _prepare(work: Path, described: Mapping[str, Any]) -> Path | None:
+    """Make the work directory, or find the checkpoint to go on from. Raises ConfigError, WriteFailed."""
     if not work.exists():
         with naming_failure(work):
             work.mkdir(parents=True)
@@ -165,8 +230,9 @@ def _prepare(work: Path, settings: TrainSettings, task: Task) -> Path | None:
         return None
     before = _read_run(work)
     changed = sorted(key for key in described if before.get(key) != described[key])
-    if changed == [DATA]:
-        raise ConfigError(f"the run at {work} was started with other rows in {settings.task}. Remove it to start again.")
+    other = {DATA: f"other rows in {described['task']}", START: f"another adapter at {described['init_from']}"}
+    if changed and changed[0] in other and set(changed) <= set(other):
+        raise ConfigError(f"the run at {work} was started with {other[changed[0]]}. Remove it to start again.")
     if changed:
         raise ConfigError(
             f"the run at {work} was started with {changed[0]} = {before.get(changed[0])!r}, not {described[changed[0]]!r}. "
@@ -180,11 +246,7 @@ def _keep_whole(work: Path) -> Path | None:
     for path in work.glob("checkpoint-*"):
         if not (path / COMPLETE).is_file():
             shutil.rmtree(path, ignore_errors=True)
-    return max(work.glob("checkpoint-*"), key=_step, default=None)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+    return max(work.glob("checkpoint-*"), key=checkpoint_step, default=None)
 
 
 def _read_run(work: Path) -> dict[str, Any]:
@@ -192,138 +254,3 @@ def _read_run(work: Path) -> dict[str, Any]:
         return dict(json.loads((work / RUN_FILE).read_text()))
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"{work / RUN_FILE} cannot be read, so the run cannot be resumed: {error}. Remove {work}.") from error
-
-
-def _trainer(
-    model: Any,
-    collate: Any,
-    rows: dict[str, list[Encoded]],
-    settings: TrainSettings,
-    work: Path,
-    callbacks: Sequence[TrainerCallback],
-) -> Trainer:
-    arguments = TrainingArguments(
-        output_dir=str(work.absolute()),
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size // settings.gradient_accumulation,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        activation_checkpointing=settings.gradient_checkpointing,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=settings.warmup,
-        weight_decay=settings.weight_decay,
-        optim="adamw_torch_fused",
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        restore_callback_states_from_checkpoint=True,
-        prediction_loss_only=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        logging_strategy="epoch",
-        report_to=list(settings.report_to) or "none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        seed=settings.seed,
-    )
-    extra: list[TrainerCallback] = [MaskSchedule(), _SaveEvery(settings.save_steps), *callbacks]
-    if settings.patience:
-        extra.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
-    trainer = _Trainer(
-        model=model,
-        args=arguments,
-        data_collator=collate,
-        train_dataset=cast(Any, rows["train"]),
-        eval_dataset=cast(Any, sorted(rows["validation"], key=_length)),
-        callbacks=extra,
-    )
-    trainer.remove_callback(PrinterCallback)  # the command line shows its own progress
-    return trainer
-
-
-def _metadata(task: Task, settings: TrainSettings, state: TrainerState) -> dict[str, Any]:
-    return {
-        # The name that was asked for, which means the same on other machines, not a directory of the cache.
-        "base_model_name_or_path": settings.model,
-        "task": task.name,
-        "chat_template": settings.chat_template,
-        "metrics": {
-            "validation_loss": state.best_metric,
-            "best_step": state.best_global_step,
-            "steps": state.global_step,
-        },
-    }
-
-
-class _Trainer(Trainer):
-    """A Trainer whose sampler groups rows by length and depends on seed and epoch alone, so that a resumed run sees the
-    batches of an undisturbed one (transformers' own draws from the global generator); and that marks its checkpoints
-    once they are whole."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        rows = cast(list[Encoded], self.train_dataset)
-        return _LengthGroupedSampler([_length(row) for row in rows], self.args.train_batch_size, self.args.seed)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        assert self.args.output_dir is not None
-        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        # The last step of an epoch may be saved twice: after the step, and after the evaluation.
-        (checkpoint / COMPLETE).unlink(missing_ok=True)
-        with warnings.catch_warnings(), naming_failure(checkpoint, "Checkpoints before it are kept for --resume."):
-            warnings.simplefilter("ignore", UnselectedMaskWarning)  # the masks will be selected when it goes on
-            super()._save_checkpoint(model, trial)
-            (checkpoint / COMPLETE).touch()
-            self._drop_checkpoints(checkpoint.parent)
-
-    def _drop_checkpoints(self, work: Path) -> None:
-        """Keep the last two checkpoints and the best one. transformers would do so before the last one is marked."""
-        best = work / f"checkpoint-{self.state.best_global_step}"
-        for path in sorted(work.glob("checkpoint-*"), key=_step)[:-2]:
-            if path != best:
-                (path / COMPLETE).unlink(missing_ok=True)  # first, so that what is half removed is not taken for whole
-                shutil.rmtree(path)
-
-
-class _LengthGroupedSampler(Sampler[int]):
-    """Random order, then sorted by length within groups of eight batches, then the batches shuffled."""
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = seeded(self.seed, "order", self.epoch)
-        order: list[int] = torch.randperm(len(self.lengths), generator=generator).tolist()
-        group = 8 * self.batch_size
-        batches: list[list[int]] = []
-        for start in range(0, len(order), group):
-            rows = sorted(order[start : start + group], key=lambda row: -self.lengths[row])
-            batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        # A short batch must stay last, or all batches after it would be cut at other rows.
-        whole, rest = [b for b in batches if len(b) == self.batch_size], [b for b in batches if len(b) < self.batch_size]
-        for i in torch.randperm(len(whole), generator=generator).tolist():
-            yield from whole[i]
-        for batch in rest:
-            yield from batch
-
-
-class _SaveEvery(TrainerCallback):
-    """Asks for checkpoints between epochs."""
-
-    def __init__(self, every: int) -> None:
-        self.every = every
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.every and state.global_step % self.every == 0:
-            control.should_save = True
-
-
-def _length(row: Encoded) -> int:
-    return len(row["prompt"]) + len(row["target"])

@@ -1,7 +1,7 @@
 """`MaskSchedule`: the selection phase inside any transformers `Trainer`."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,10 +32,12 @@ class MaskSchedule(TrainerCallback):
     the order of the training data stays as it is, and a resumed run scores on the same rows.
 
     loss: a function of model and batch, for a Trainer with a loss of its own; by default the model's own.
+    rows: the numbers of the training rows that a step's scoring batches are drawn from; by default all.
     """
 
-    def __init__(self, loss: Loss | None = None) -> None:
+    def __init__(self, loss: Loss | None = None, rows: Callable[[int], Sequence[int]] | None = None) -> None:
         self.loss = loss
+        self.rows = rows
         self.phase = 0
         self.interval = 0
 
@@ -94,7 +96,8 @@ class MaskSchedule(TrainerCallback):
     def _select(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
         adapter = _selecting(kwargs["model"])
         assert adapter is not None
-        batches = _scoring_batches(kwargs["train_dataloader"], adapter[0], state.global_step, args)
+        rows = None if self.rows is None else self.rows(state.global_step)
+        batches = _scoring_batches(kwargs["train_dataloader"], adapter[0], state.global_step, args, rows)
         done = reselect(kwargs["model"], batches, kwargs["optimizer"], loss=self.loss)
         logger.info(
             "step %d: masks selected: %d entries in %d targets, %.0f %% of them new.",
@@ -106,15 +109,16 @@ class MaskSchedule(TrainerCallback):
 
 
 def _scoring_batches(
-    loader: DataLoader[Any], config: SparseletConfig, step: int, args: TrainingArguments
+    loader: DataLoader[Any], config: SparseletConfig, step: int, args: TrainingArguments, rows: Sequence[int] | None
 ) -> Iterator[dict[str, Any]]:
     dataset: Any = loader.dataset
     size = args.per_device_train_batch_size
-    order = torch.randperm(len(dataset), generator=seeded(config.seed, "scoring", step)).tolist()
+    pool = range(len(dataset)) if rows is None else rows
+    order = [pool[i] for i in torch.randperm(len(pool), generator=seeded(config.seed, "scoring", step)).tolist()]
     assert loader.collate_fn is not None
     for i in range(config.score_batches):
-        rows = [order[(i * size + j) % len(order)] for j in range(min(size, len(order)))]
-        batch = loader.collate_fn([dataset[row] for row in rows])
+        drawn = [order[(i * size + j) % len(order)] for j in range(min(size, len(order)))]
+        batch = loader.collate_fn([dataset[row] for row in drawn])
         yield {key: value.to(args.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 

@@ -1,24 +1,53 @@
 """What a training run is told: plain data, with every default and explanation in one place."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 from sparselet.errors import ConfigError
 from sparselet.masks import check_density
 from sparselet.scores import get_score
+
+Method = Literal["sparse", "lora", "full", "full-qkv", "multitask"]
+
+SELECTION = (
+    "density",
+    "block_size",
+    "score",
+    "scope",
+    "layer_drop",
+    "initial_mask",
+    "reselect_every",
+    "selection_epochs",
+    "score_batches",
+    "offload",
+)
+TARGETS = ("target_modules", "exclude_modules", "layers")
+# The settings that only some methods know, and those methods.
+ONLY: dict[str, tuple[Method, ...]] = {
+    **dict.fromkeys(SELECTION, ("sparse",)),
+    **dict.fromkeys(TARGETS, ("sparse", "lora", "full-qkv")),
+    **dict.fromkeys(("lora_rank", "lora_alpha"), ("lora",)),
+}
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """Settings of `sparselet train`; defaults are the paper's unless said otherwise.
 
-    Raises ConfigError and its kin for a value out of range.
+    Raises ConfigError and its kin for a value out of range, or a setting that the method does not know.
     """
 
     model: str = "packaged:smollm2-135m"
     """Base model: a hub name, a local directory, or packaged:smollm2-135m."""
-    task: str = ""
-    """Task: a directory with train, validation and test as .jsonl or .parquet; builtin:NAME; or a hub data set."""
+    task: tuple[str, ...] | str = ""
+    """Task: a directory with train, validation and test as .jsonl or .parquet; builtin:NAME; or a hub data set. Of several
+    tasks, each has an equal share of every epoch."""
+    method: Method = "sparse"
+    """What is trained: sparse, the expert of this library; the paper's baselines lora, full (all weights), full-qkv (all
+    entries of the targets) and multitask (full, on several tasks)."""
+    init_from: str | None = None
+    """Start from this adapter, merged or not, for a second stage: sparse trains its entries, other methods add it to the
+    base model first."""
     input_column: str = "input"
     """What the task's rows call the prompt."""
     target_column: str = "target"
@@ -51,6 +80,11 @@ class TrainSettings:
     layers: tuple[int, ...] = ()
     """Numbers of the layers to adapt; all by default."""
 
+    lora_rank: int = 128
+    """Rank of the baseline lora."""
+    lora_alpha: float | None = None
+    """Its alpha, by which ΔW = alpha / rank · BA is scaled; by default the rank."""
+
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW. Small models and little data want more, such as 1e-3."""
     epochs: float = 5.0
@@ -62,13 +96,13 @@ class TrainSettings:
     warmup: float = 0.06
     """Fraction of the steps in which the learning rate rises; it then falls linearly to 0."""
     weight_decay: float = 0.0
-    """AdamW's decay of the trained values towards 0, that is towards the base model."""
+    """AdamW's decay towards 0: of the change (sparse, lora), or of the weights themselves (full, full-qkv, multitask)."""
     patience: int = 0
     """Stop after this many epochs without a better validation loss; 0 never stops early. The best epoch is kept."""
     train_rows: int | None = None
-    """Use only the first rows of the training split."""
+    """Use only the first rows of each task's training split."""
     validation_rows: int | None = None
-    """Use only the first rows of the validation split."""
+    """Use only the first rows of each task's validation split."""
     max_input_length: int = 2048
     """Tokens of a prompt; longer ones are cut from the left."""
     chat_template: bool = True
@@ -88,7 +122,9 @@ class TrainSettings:
     def __post_init__(self) -> None:
         check_density(self.density)
         get_score(self.score)
-        if not self.task:
+        names = (self.task,) if isinstance(self.task, str) else tuple(self.task)
+        object.__setattr__(self, "task", names[0] if len(names) == 1 else names)
+        if not names or not all(names):
             raise ConfigError("task is missing; give --task DIRECTORY, builtin:NAME or a hub data set.")
         least = {
             "block_size": 1,
@@ -101,14 +137,15 @@ class TrainSettings:
             "weight_decay": 0,
             "selection_epochs": 0,
             "warmup": 0,
+            "lora_rank": 1,
         }
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ConfigError(f"{name} must be at least {bound}, got {getattr(self, name)}.")
         if not self.warmup < 1:
             raise ConfigError(f"warmup is a fraction of the steps, below 1; got {self.warmup}.")
-        for name in ("learning_rate", "epochs"):
-            if not getattr(self, name) > 0:
+        for name in ("learning_rate", "epochs", "lora_alpha"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}.")
         for name in ("train_rows", "validation_rows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -117,3 +154,36 @@ class TrainSettings:
             raise ConfigError(
                 f"batch_size {self.batch_size} cannot be divided into {self.gradient_accumulation} accumulation steps."
             )
+        self._check_method()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The task or tasks."""
+        return (self.task,) if isinstance(self.task, str) else self.task
+
+    def _check_method(self) -> None:
+        """Refuse what this method has no use for, rather than pass over it."""
+        method, changed = self.method, {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        if method not in get_args(Method):
+            raise ConfigError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}.")
+        for name, methods in ONLY.items():
+            if name in changed and method not in methods:
+                raise ConfigError(
+                    f"{name} does not apply to method {method}; it is a setting of {', '.join(methods)}. Leave it out."
+                )
+        if method == "multitask" and len(self.tasks) < 2:
+            raise ConfigError("method multitask needs several tasks, as in --task A B; for one, take method full.")
+        if method in ("full", "full-qkv", "multitask") and self.dtype == "float16":
+            raise ConfigError(
+                f"dtype float16 does not go with method {method}: it is too narrow for the gradients. Take bfloat16."
+            )
+        if self.init_from is None:
+            return
+        if method == "lora":
+            raise ConfigError(
+                "init_from does not go with method lora: its result would be of no use without the adapter under it. Merge "
+                "the adapter into a checkpoint (sparselet merge … --as checkpoint) and train on that with --model."
+            )
+        chosen = sorted(changed & {*SELECTION, *TARGETS})
+        if method == "sparse" and chosen:
+            raise ConfigError(f"{chosen[0]} does not go with init_from: targets and masks are those of {self.init_from}.")

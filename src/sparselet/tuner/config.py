@@ -68,6 +68,7 @@ class SparseletConfig(PeftConfig):
     metrics: dict[str, Any] | None = None
     versions: dict[str, str] | None = None
     merge: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,6 +108,8 @@ class SparseletConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON can hold them."""
         fields = super().to_dict()
+        if self.training is None:
+            del fields["training"]  # of what `train` does by default there is nothing to tell
         return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -1,0 +1,294 @@
+"""What each method of `train` makes trainable, and what it writes: the sparse expert, and the paper's baselines.
+
+A method is a context manager. Within it the model is ready to be trained; after it, the model is as it was.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.pytorch_utils import Conv1D
+
+from sparselet import kernels
+from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter
+from sparselet.delta import SparseDelta
+from sparselet.errors import ArgumentError, ConfigError, NoTargets
+from sparselet.files import atomic_write, write_json
+from sparselet.fingerprint import fingerprint_weight
+from sparselet.resident import add
+from sparselet.training.sampling import balanced_rows
+from sparselet.training.schedule import MaskSchedule
+from sparselet.training.settings import TrainSettings
+from sparselet.tuner import SparseletConfig, get_tuner, to_adapter
+from sparselet.tuner.model import versions
+from sparselet.tuner.targets import describe_linear_layers, find_qkv, is_linear
+
+ADAPTER = "default"  # PEFT's name for the only adapter
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a method works on.
+
+    start: the adapter that a second stage starts from; it fits the model. sizes: training rows of each task.
+    keep: whether the model must be given back with its own weights.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: TrainSettings
+    start: SparseAdapter | None
+    sizes: Sequence[int]
+    data_fingerprint: str
+    keep: bool
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model that can be trained.
+
+    module: what the Trainer trains. write: writes what was trained into a directory, given its metadata, and returns it if
+    it is a sparse adapter. autocast: the dtype to compute in, where it is not that of the weights.
+    """
+
+    module: nn.Module
+    write: Callable[[Path, Mapping[str, Any]], SparseAdapter | None]
+    callbacks: Sequence[TrainerCallback] = ()
+    autocast: torch.dtype | None = None
+
+
+@contextlib.contextmanager
+def sparse(job: Job) -> Iterator[Ready]:
+    """A sparse expert. In a second stage the entries of the first are trained on, with no selection."""
+    schedule = MaskSchedule(rows=_balanced(job) if len(job.sizes) > 1 else None)
+    wrapped: Any = get_peft_model(job.model, sparse_config(job))
+    try:
+        if job.start is not None:
+            _put_in(wrapped, job.start)
+
+        def write(directory: Path, metadata: Mapping[str, Any]) -> SparseAdapter:
+            adapter = to_adapter(wrapped, metadata=metadata)
+            if job.start is not None:  # the settings say nothing of how these masks were chosen, but the first stage does
+                kept = {key: value for key, value in job.start.metadata.items() if key != "merge"}
+                own = {key: adapter.metadata[key] for key in ("task_type", "data_fingerprint", "versions")}
+                adapter = SparseAdapter(adapter, {**kept, **own, **metadata}, adapter.fingerprints)
+            adapter.save(directory)
+            return adapter
+
+        yield Ready(wrapped, write, [schedule])
+    finally:
+        wrapped.unload()
+
+
+@contextlib.contextmanager
+def lora(job: Job) -> Iterator[Ready]:
+    """PEFT's LoRA on the targets, `ΔW = alpha / rank · BA` (Hu et al. 2021); a directory that PEFT loads."""
+    settings = job.settings
+    targets = find_targets(job.model, settings)
+    config = LoraConfig(
+        task_type=_task_type(job.model),
+        r=settings.lora_rank,
+        lora_alpha=cast(int, settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha),
+        lora_dropout=0.0,
+        fan_in_fan_out=isinstance(job.model.get_submodule(targets[0]), Conv1D),
+        target_modules=list(settings.target_modules) or find_qkv(job.model),
+        exclude_modules=list(settings.exclude_modules) or None,
+        layers_to_transform=list(settings.layers) or None,
+    )
+    wrapped: Any = get_peft_model(job.model, config)
+
+    def write(directory: Path, metadata: Mapping[str, Any]) -> None:
+        # Not PEFT's `save_pretrained`: it orders names by the process's hash seed, and may ask the hub.
+        saved = {**config.to_dict(), "inference_mode": True}
+        saved["base_model_name_or_path"] = metadata["base_model_name_or_path"]
+        write_json(directory / CONFIG_FILE, {k: sorted(v) if isinstance(v, set) else v for k, v in saved.items()})
+        state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        with atomic_write(directory / WEIGHTS_FILE) as file:
+            file.write(safetensors.torch.save(tensors, {"format": "pt"}))
+
+    try:
+        yield Ready(wrapped, write)
+    finally:
+        wrapped.unload()
+
+
+@contextlib.contextmanager
+def full(job: Job) -> Iterator[Ready]:
+    """All weights, of W + ΔW in a second stage; a checkpoint, in float32."""
+    weights = {name: p for name, p in job.model.named_parameters() if p.is_floating_point()}
+    with _trained(job, weights, job.keep) as (_, autocast):
+        dtype = job.model.config.dtype
+
+        def write(directory: Path, metadata: Mapping[str, Any]) -> None:
+            try:
+                job.model.save_pretrained(directory)
+                job.tokenizer.save_pretrained(directory)
+            finally:
+                job.model.config.dtype = dtype  # saving sets it to that of the trained weights
+
+        yield Ready(job.model, write, autocast=autocast)
+
+
+@contextlib.contextmanager
+def full_qkv(job: Job) -> Iterator[Ready]:
+    """All entries of the targets, of W + ΔW in a second stage; a sparse adapter of density 1, relative to the base model."""
+    weights = {name: _weight(job.model, name) for name in find_targets(job.model, job.settings)}
+    _refuse_shared(weights)
+    with _trained(job, {f"{name}.weight": weight for name, weight in weights.items()}, keep=True) as (before, autocast):
+
+        def write(directory: Path, metadata: Mapping[str, Any]) -> SparseAdapter:
+            deltas, fingerprints = dict(job.start or {}), dict(job.start.fingerprints if job.start else {})
+            for name, weight in weights.items():
+                base = before[f"{name}.weight"]
+                fingerprints[name] = fingerprint_weight(base)
+                deltas[name] = _all_entries((weight.detach() - base.to(weight)).cpu())
+            described = {
+                "task_type": _task_type(job.model).value,
+                "target_modules": sorted(deltas),
+                "inference_mode": True,
+                "seed": job.settings.seed,
+                "data_fingerprint": job.data_fingerprint,
+                "versions": versions(),
+            }
+            adapter = SparseAdapter(deltas, {**described, **metadata}, fingerprints)
+            adapter.save(directory)
+            return adapter
+
+        yield Ready(job.model, write, autocast=autocast)
+
+
+METHODS: dict[str, Callable[[Job], AbstractContextManager[Ready]]] = {
+    "sparse": sparse,
+    "lora": lora,
+    "full": full,
+    "full-qkv": full_qkv,
+    "multitask": full,
+}
+
+
+def sparse_config(job: Job) -> SparseletConfig:
+    """The tuner's configuration that a job asks for."""
+    settings, start = job.settings, job.start
+    config = SparseletConfig(
+        task_type=_task_type(job.model),
+        density=settings.density,
+        block_size=settings.block_size,
+        score=settings.score,
+        scope=settings.scope,
+        layer_drop=settings.layer_drop,
+        initial_mask=settings.initial_mask,
+        reselect_every=settings.reselect_every,
+        selection_epochs=settings.selection_epochs,
+        score_batches=settings.score_batches,
+        offload=settings.offload,
+        target_modules=list(settings.target_modules) or None,
+        exclude_modules=list(settings.exclude_modules) or None,
+        layers_to_transform=list(settings.layers) or None,
+        seed=settings.seed,
+        data_fingerprint=job.data_fingerprint,
+    )
+    if start is not None:  # as of a saved adapter: these targets, no selection
+        config.targets = {name: {"shape": list(delta.shape)} for name, delta in start.items()}
+        config.target_modules = sorted(start)
+    return config
+
+
+def find_targets(model: nn.Module, settings: TrainSettings) -> list[str]:
+    """The names of the layers that the settings choose, by the rules of PEFT's configurations.
+
+    Raises NoTargets, and ArgumentError for a layer that is not linear.
+    """
+    chosen = SparseletConfig(
+        target_modules=list(settings.target_modules) or find_qkv(model),
+        exclude_modules=list(settings.exclude_modules) or None,
+        layers_to_transform=list(settings.layers) or None,
+    )
+    found = {name: module for name, module in model.named_modules() if check_target_module_exists(chosen, name)}
+    for name, module in found.items():
+        if not is_linear(module):
+            raise ArgumentError(f"{name} is a {type(module).__name__}; only nn.Linear and Conv1D can be targets.")
+    if not found:
+        raise NoTargets(
+            f"no layer is chosen by target_modules {chosen.target_modules}, exclude_modules {chosen.exclude_modules} and "
+            f"layers {chosen.layers_to_transform}. The model's linear layers are: {describe_linear_layers(model)}."
+        )
+    return list(found)
+
+
+@contextlib.contextmanager
+def _trained(
+    job: Job, parameters: Mapping[str, nn.Parameter], keep: bool
+) -> Iterator[tuple[dict[str, Tensor], torch.dtype | None]]:
+    """Within the block these parameters require gradients, in float32 at least, and no other; a start is added to them.
+
+    Yields the tensors they held before (if they are kept: the model gets them back then), and the dtype to compute in:
+    that of a 16-bit base, of which a small step of training would be lost in the weights themselves.
+    Raises ConfigError for a float16 base.
+    """
+    model, changed = job.model, dict(parameters)
+    for name in job.start or {}:
+        changed.setdefault(f"{name}.weight", _weight(model, name))
+    narrow = {p.dtype for p in parameters.values() if p.dtype in (torch.float16, torch.bfloat16)}
+    if torch.float16 in narrow:
+        raise ConfigError(
+            f"the base model is in float16, which loses gradients of method {job.settings.method}; load bfloat16."
+        )
+    before = {name: p.data for name, p in changed.items()} if keep else {}
+    try:
+        for name, p in changed.items():
+            wide = torch.promote_types(p.dtype, torch.float32) if name in parameters else p.dtype
+            p.data = p.data.to(wide, copy=keep)
+        for name, delta in (job.start or {}).items():
+            weight = _weight(model, name).data
+            delta = delta.to(weight.device)
+            entries = kernels.gather(weight, delta.indices, delta.block_size)
+            kernels.write(weight, delta.indices, add(entries, delta.values), delta.block_size)
+        trained = {id(p) for p in parameters.values()}
+        for p in model.parameters():
+            p.requires_grad_(id(p) in trained)
+        yield before, torch.bfloat16 if narrow else None
+    finally:
+        for name, tensor in before.items():
+            changed[name].grad = None
+            changed[name].data = tensor.to(changed[name].device)
+
+
+def _put_in(wrapped: nn.Module, start: SparseAdapter) -> None:
+    """Give every layer its mask and values of `start`, to be trained as they are."""
+    for name, layer in get_tuner(wrapped).layers().items():
+        layer.set_mask(ADAPTER, start[name].indices, start[name].values, start[name].block_size)
+        layer.sparse_mask[ADAPTER].selections = 1
+
+
+def _balanced(job: Job) -> Callable[[int], Sequence[int]]:
+    return lambda step: balanced_rows(job.sizes, job.settings.seed, step)
+
+
+def _all_entries(dense: Tensor) -> SparseDelta:
+    return SparseDelta.from_dense(dense, torch.ones(dense.shape, dtype=torch.bool))
+
+
+def _refuse_shared(weights: Mapping[str, nn.Parameter]) -> None:
+    owners: dict[int, str] = {}
+    for name, weight in weights.items():
+        other = owners.setdefault(id(weight), name)
+        if other != name:
+            raise ArgumentError(f"{name} and {other} share one weight, so they cannot both be targets; exclude one.")
+
+
+def _weight(model: nn.Module, name: str) -> nn.Parameter:
+    return cast(nn.Parameter, model.get_submodule(name).weight)
+
+
+def _task_type(model: Any) -> TaskType:
+    return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM

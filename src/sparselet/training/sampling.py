@@ -1,0 +1,67 @@
+"""Which training rows an epoch takes, and in what order: all of one task, or an equal share of each of several."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+from sparselet.tuner.layer import seeded
+
+
+def balanced_rows(sizes: Sequence[int], seed: int, epoch: int) -> list[int]:
+    """The numbers of the rows that an epoch takes of several tasks, by task; as many as there are rows in all.
+
+    sizes: rows of each task; the rows are numbered through, task after task. Of n rows in all each of T tasks gives
+    n // T, the first n mod T one more. A task takes all its rows as often as they fit into its share, and what is left of
+    the share from an endless row of permutations, which goes on where the epoch before stopped. So every row of a small
+    task is seen in each epoch, and all rows of a large one over some epochs. Depends on its arguments alone.
+    """
+    rows: list[int] = []
+    first = 0
+    for task, size in enumerate(sizes):
+        share = sum(sizes) // len(sizes) + (task < sum(sizes) % len(sizes))
+        rows += list(range(first, first + size)) * (share // size)
+        rest = share % size
+        place = epoch * rest
+        permutations = [
+            torch.randperm(size, generator=seeded(seed, "task", task, number)) + first
+            for number in range(place // size, -(-(place + rest) // size))
+        ]
+        if rest:
+            rows += torch.cat(permutations)[place % size :][:rest].tolist()
+        first += size
+    return rows
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """The rows of an epoch in random order, then sorted by length within groups of eight batches, then the batches shuffled.
+
+    lengths: of all rows, task after task. sizes: rows of each task. The order depends on seed and epoch alone, so that a
+    resumed run sees the batches of an undisturbed one; transformers' own sampler draws from the global generator.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, sizes: Sequence[int]) -> None:
+        self.lengths, self.batch_size, self.seed, self.sizes, self.epoch = list(lengths), batch_size, seed, sizes, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        chosen = balanced_rows(self.sizes, self.seed, self.epoch)
+        generator = seeded(self.seed, "order", self.epoch)
+        order = [chosen[i] for i in torch.randperm(len(chosen), generator=generator).tolist()]
+        group = 8 * self.batch_size
+        batches: list[list[int]] = []
+        for start in range(0, len(order), group):
+            rows = sorted(order[start : start + group], key=lambda row: -self.lengths[row])
+            batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        # A short batch must stay last, or all batches after it would be cut at other rows.
+        whole, rest = [b for b in batches if len(b) == self.batch_size], [b for b in batches if len(b) < self.batch_size]
+        for i in torch.randperm(len(whole), generator=generator).tolist():
+            yield from whole[i]
+        for batch in rest:
+            yield from batch

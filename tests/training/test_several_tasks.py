@@ -1,0 +1,102 @@
+"""Runs on several tasks: every task counts alike in what is trained and in what is measured."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from runs import Look, StopAt
+from tiny import save_task
+
+from sparselet.errors import ConfigError, TaskError
+from sparselet.models import load_tokenizer
+from sparselet.tasks import load_task
+from sparselet.training import train
+from sparselet.training.collate import collator, encode
+from sparselet.training.recipe import RUN_FILE
+
+METHODS = ("lora", "full", "full-qkv", "multitask")
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+@torch.no_grad()
+def loss_on(model, settings, source):
+    """The validation loss of one task as a Trainer takes it: the mean over rows of their batches' losses."""
+    tokenizer = load_tokenizer(settings.model)
+    rows = encode(load_task(source).rows("validation"), tokenizer, settings.chat_template, 2048, False)
+    rows.sort(key=lambda row: len(row["prompt"] + row["target"]))
+    batches = [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
+    collate = collator(model, tokenizer)
+    return sum(float(model.eval()(**collate(batch)).loss) * len(batch) for batch in batches) / len(rows)
+
+
+@pytest.mark.parametrize("method", ["multitask", "sparse", "lora", "full-qkv"])
+def test_in_the_validation_loss_of_several_tasks_each_counts_alike(settings_of, tmp_path, task_dir, other_task, method):
+    wanted = settings_of(method, task=(task_dir, other_task), **({"score": "gm"} if method == "sparse" else {}))
+    found = {}
+
+    class Ask(Look):
+        def on_evaluate(self, args, state, control, metrics, model, **kwargs):
+            found.update(metrics)
+            base = model.get_base_model() if isinstance(model, PeftModel) else model
+            self.own = [loss_on(base, wanted, source) for source in (task_dir, other_task)]
+
+    look = Ask()
+    train(wanted, tmp_path / "out", callbacks=[look])
+    assert found["eval_backwards_loss"] == pytest.approx(look.own[0])
+    assert found["eval_shorter_loss"] == pytest.approx(look.own[1])
+    assert found["eval_loss"] == pytest.approx(sum(look.own) / 2)
+    assert json.loads((tmp_path / "out" / RUN_FILE).read_text())["task"] == "backwards+shorter"
+    assert len(look.steps) == 2 * 9  # 12 and 5 rows make an epoch of 17
+
+
+def test_of_several_tasks_the_metadata_names_all_and_the_data_fingerprint_covers_all(
+    settings_of, tmp_path, task_dir, other_task
+):
+    both = train(settings_of("full-qkv", task=[task_dir, other_task], epochs=1), tmp_path / "both")
+    one = train(settings_of("full-qkv", epochs=1), tmp_path / "one")
+    assert both.metadata["task"] == "backwards+shorter"
+    assert one.metadata["data_fingerprint"] == load_task(task_dir, ("train", "validation")).fingerprint()
+    changed = save_task(tmp_path / "shorter", train=6, validation=2)
+    other = train(settings_of("full-qkv", task=[task_dir, changed], epochs=1), tmp_path / "other")
+    prints = {adapter.metadata["data_fingerprint"] for adapter in (both, one, other)}
+    assert len(prints) == 3
+
+
+def test_limits_of_rows_are_for_each_task(settings_of, tmp_path):
+    look = Look()
+    train(settings_of("multitask", train_rows=4, validation_rows=1, epochs=1), tmp_path / "out", callbacks=[look])
+    assert len(look.steps) == 4  # two tasks of four rows, two a batch
+
+
+def test_training_stops_early_by_the_mean_of_the_tasks(settings_of, tmp_path):
+    class Worse(Look):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_loss"] = float(state.epoch)
+
+    look = Worse()
+    train(settings_of("multitask", epochs=6, patience=2), tmp_path / "out", callbacks=[look])
+    assert look.steps[-1] == 27
+
+
+def test_tasks_of_one_name_are_refused(settings_of, tmp_path, task_dir):
+    again = save_task(tmp_path / "backwards")
+    with pytest.raises(ConfigError, match=r"task: backwards is the name of 2 tasks"):
+        train(settings_of("multitask", task=(task_dir, again)), tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["backwards"]
+
+
+def test_a_run_on_several_tasks_is_not_resumed_on_other_rows(settings_of, tmp_path, task_dir):
+    other = save_task(tmp_path / "shorter", train=5)
+    wanted = settings_of("multitask", task=(task_dir, other), save_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(wanted, tmp_path / "out", callbacks=[StopAt(3)])
+    save_task(tmp_path / "shorter", train=6)
+    with pytest.raises(ConfigError, match=r"started with other rows in \[.*shorter"):
+        train(wanted, tmp_path / "out", resume=True)
+
+
+def test_a_task_that_is_not_there_is_named(settings_of, tmp_path, task_dir):
+    with pytest.raises(TaskError, match="no built-in task is called 'nothing'"):
+        train(settings_of("multitask", task=(task_dir, "builtin:nothing")), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
