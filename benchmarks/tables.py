@@ -1,4 +1,4 @@
-"""Write the measured tables of README.md and docs/results.md from benchmarks/results/*.json.
+"""Write the measured tables of README.md, docs/results.md and docs/performance.md from benchmarks/results/*.json.
 
     python benchmarks/tables.py            rewrite them
     python benchmarks/tables.py --check    fail if a table is not what the results say
@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+BUSY = 0.5  # a load above this means that something else was running
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/performance.md")
 
 
 def demo_table(results: dict[str, Any]) -> str:
@@ -68,7 +69,44 @@ def rows_table(results: dict[str, Any]) -> str:
     return markdown(list(next(iter(results.values()))), results)
 
 
-TABLES = {"compare_scores": rows_table, "demo": demo_table, "real_tasks": scores_table, "learning_rate": loss_table}
+def race_tables(results: dict[str, Any]) -> str:
+    """What `bench_merge.py` measured: command and machine, what was aimed at, and every contestant."""
+    machine, settings = results["machine"], results["settings"]
+    versions: dict[str, str] = {}
+    for found in results["versions"].values():
+        versions |= found if isinstance(found, dict) else {}
+    named = ", ".join(f"{name} {versions[name]}" for name in ("sparselet", "torch", "mergekit", "peft") if name in versions)
+    where = f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB"
+    lines = [f"`{results['command']}`", "", f"{results['date']}, {where}; {named}.", ""]
+    if machine["load_before"] > BUSY:
+        lines += [f"**Other processes were running (load {machine['load_before']:.1f}): do not trust the times.**", ""]
+    lines += ["| aim | | found |", "| --- | --- | ---: |"]
+    for aim in results["targets"]:
+        lines.append(f"| {aim['what']} | {aim['aim']} | {aim['found']:.1f}{'' if aim['met'] else ' (missed)'} |")
+    part = settings["layers"] / settings["layers_of_model"]
+    scaled = f" scaled to {settings['layers_of_model']} layers |" if part < 1 else ""
+    lines += ["", f"| | method | result | seconds (least to most) |{scaled} × floor | MB |"]
+    lines += ["| --- | --- | --- |" + " ---: |" * (4 if scaled else 3)]
+    for row in results["rows"]:
+        parameters = ", ".join(f"{name} {value}" for name, value in row["parameters"].items() if name != "weight")
+        cells = [row["library"], f"{row['method']} ({parameters})" if parameters else row["method"], row["how"]]
+        cells.append(f"{row['median']:.2f} ({row['min']:.2f} to {row['max']:.2f})")
+        cells += [f"{row['median'] / part:.1f}"] if scaled else []
+        lines.append(f"| {' | '.join(cells)} | {row['times_floor']:.1f} | {row['peak_bytes'] / 1e6:.0f} |")
+    differences = [f"{row['method']} {row['difference']:.0e}" for row in results["rows"] if "difference" in row]
+    if differences:
+        lines += ["", f"mergekit's merged deltas differ from sparselet's by (ℓ2, relative): {', '.join(differences)}."]
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {
+    "compare_scores": rows_table,
+    "demo": demo_table,
+    "real_tasks": scores_table,
+    "learning_rate": loss_table,
+    "merge": race_tables,
+    "merge_phi3": race_tables,
+}
 
 
 def fill(text: str) -> str:

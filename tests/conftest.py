@@ -1,6 +1,8 @@
-"""Tiny base models and tasks as directories, made once; tests only read them."""
+"""Tiny base models, tasks and experts as directories, made once, which tests only read; and the command line."""
 
+import logging
 import os
+import subprocess
 
 # Read when the libraries are imported: no test may reach the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -48,3 +50,88 @@ def task_dir(tmp_path_factory) -> str:
     from tiny import save_task
 
     return save_task(tmp_path_factory.mktemp("tasks") / "backwards")
+
+
+# The command line
+
+
+@pytest.fixture
+def loud_again(monkeypatch):
+    """What a verb does to the libraries' loggers is undone."""
+    from transformers.utils import logging as transformers_logging
+
+    monkeypatch.setenv("COLUMNS", "200")
+    names = ("sparselet", "absl")
+    levels = {name: logging.getLogger(name).level for name in names}
+    verbosity = transformers_logging.get_verbosity()
+    yield
+    for name in names:
+        logging.getLogger(name).setLevel(levels[name])
+    transformers_logging.set_verbosity(verbosity)
+    transformers_logging.enable_progress_bar()
+
+
+@pytest.fixture
+def cli(capsys, loud_again):
+    """Run a command line in this process: its exit code, standard output and standard error."""
+    from sparselet.cli.main import run
+
+    def call(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return exit_.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def refused(cli):
+    """Run a command line that must fail with one line, and return that line."""
+
+    def call(*arguments, code=1):
+        found, out, err = cli(*arguments)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert found == code, err
+        assert len(lines) == 1, err
+        assert "Traceback" not in err
+        assert not out
+        return lines[0]
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def experts(tmp_path_factory, base_dir) -> list[str]:
+    """Two random experts of the base model: single entries and tiles."""
+    from tiny import make_adapter, make_model
+
+    directory, model = tmp_path_factory.mktemp("experts"), make_model()
+    for name, block_size, seed in (("one", 1, 1), ("two", 4, 2)):
+        about = {"task": name, "base_model_name_or_path": base_dir, "task_type": "CAUSAL_LM", "chat_template": False}
+        make_adapter(model, block_size, seed=seed, **about).save(directory / name)
+    return [str(directory / "one"), str(directory / "two")]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a disk of some kibibytes. Skips where that is not allowed."""
+    mounted = []
+
+    def mount(kibibytes):
+        directory = tmp_path / f"disk{len(mounted)}"
+        directory.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(directory)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            pytest.skip(f"no disk can be mounted here: {error}")
+        if done.returncode:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+        mounted.append(directory)
+        return directory
+
+    yield mount
+    for directory in mounted:
+        subprocess.run(["umount", str(directory)], check=True)

@@ -3,90 +3,41 @@
 import dataclasses
 import inspect
 import json
-import logging
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import make_adapter, make_model, save_base, save_task, write_rows
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 import sparselet
 from sparselet import SparseAdapter
 from sparselet.cli import demo, terminal
 from sparselet.cli import train as train_verb
 from sparselet.cli.eval import eval_
+from sparselet.cli.export import export_
+from sparselet.cli.import_ import import_
 from sparselet.cli.inspect import inspect_
 from sparselet.cli.main import VERBS, run
 from sparselet.cli.merge import merge_
+from sparselet.cli.pull import pull_
+from sparselet.cli.push import push_
 from sparselet.errors import TaskError
-from sparselet.merging import METHODS
 from sparselet.resident import applied
 from sparselet.training import TrainSettings
 
 FUNCTIONS = {"train": train_verb.train_, "merge": merge_, "eval": eval_, "inspect": inspect_, "demo": demo.demo_}
+FUNCTIONS |= {"push": push_, "pull": pull_, "import": import_, "export": export_}
 FAST = ["--epochs", "2", "--batch-size", "2", "--learning-rate", "1e-2", "--score", "gm"]
 
-
-@pytest.fixture(autouse=True)
-def loud_again(monkeypatch):
-    """What a verb does to the libraries' loggers is undone."""
-    monkeypatch.setenv("COLUMNS", "200")
-    names = ("sparselet", "absl")
-    levels = {name: logging.getLogger(name).level for name in names}
-    verbosity = transformers_logging.get_verbosity()
-    yield
-    for name in names:
-        logging.getLogger(name).setLevel(levels[name])
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
-
-
-@pytest.fixture
-def cli(capsys):
-    """Run a command line in this process: its exit code, standard output and standard error."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
-def refused(cli):
-    """Run a command line that must fail with one line, and return that line."""
-
-    def call(*arguments, code=1):
-        found, out, err = cli(*arguments)
-        lines = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert found == code, err
-        assert len(lines) == 1, err
-        assert "Traceback" not in err
-        assert not out
-        return lines[0]
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def experts(tmp_path_factory, base_dir) -> list[str]:
-    """Two random experts of the base model: single entries and tiles."""
-    directory, model = tmp_path_factory.mktemp("experts"), make_model()
-    for name, block_size, seed in (("one", 1, 1), ("two", 4, 2)):
-        about = {"task": name, "base_model_name_or_path": base_dir, "task_type": "CAUSAL_LM", "chat_template": False}
-        make_adapter(model, block_size, seed=seed, **about).save(directory / name)
-    return [str(directory / "one"), str(directory / "two")]
+pytestmark = pytest.mark.usefixtures("loud_again")
 
 
 def contents(directory):
@@ -98,11 +49,12 @@ def contents(directory):
 
 def flags(function):
     """Every option of a verb as it is written on the command line."""
+    hints = typing.get_type_hints(function)
     for name, parameter in inspect.signature(function).parameters.items():
-        if name == "settings":
-            yield from ("--" + field.name.replace("_", "-") for field in dataclasses.fields(TrainSettings))
-        elif parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
-            yield "--" + name.strip("_").replace("_", "-")
+        group = next((kind for kind in typing.get_args(hints[name]) if dataclasses.is_dataclass(kind)), None)
+        names = [field.name for field in dataclasses.fields(group)] if group else [name]
+        if parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
+            yield from ("--" + one.strip("_").replace("_", "-") for one in names)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -164,7 +116,6 @@ def test_version(cli):
         (["train", "--task", "x", "--out", "y", "--density", "much"], "much"),
         (["train", "--task", "x", "--out", "y", "--scope", "everything"], "everything"),
         (["train", "--task", "x", "--out", "y", "--dtype", "int8"], "int8"),
-        (["merge", "--out", "x"], "EXPERTS"),
         (["merge", "a", "--out", "x", "--as", "picture"], "picture"),
         (["eval"], "--task"),
         (["inspect"], "ADAPTER"),
@@ -318,9 +269,9 @@ def test_an_output_that_exists_is_not_touched(refused, tmp_path, base_dir, task_
 
 
 def test_a_missing_or_foreign_adapter_is_named(refused, tmp_path, base_dir, task_dir):
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    for path, reason in ((tmp_path / "nothing", "is not a directory"), (tmp_path / "lora", "peft_type is 'LORA'")):
+    (tmp_path / "ia3").mkdir()
+    (tmp_path / "ia3" / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    for path, reason in ((tmp_path / "nothing", "is not a directory"), (tmp_path / "ia3", "peft_type is 'IA3'")):
         for arguments in (
             ("inspect", path),
             ("merge", path, "--out", tmp_path / "x"),
@@ -329,7 +280,7 @@ def test_a_missing_or_foreign_adapter_is_named(refused, tmp_path, base_dir, task
             line = refused(*arguments)
             assert str(path) in line
             assert reason in line
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["lora"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ia3"]
 
 
 def test_an_adapter_of_another_model_is_refused(refused, tmp_path, task_dir, experts):
@@ -347,21 +298,6 @@ def test_an_adapter_of_another_model_is_refused(refused, tmp_path, task_dir, exp
         assert reason in line
     assert "the base weights differ" in refused("merge", experts[0], tmp_path / "foreign", "--out", tmp_path / "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["foreign", "other", "shorter", "wider"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (["--as", "checkpoint"], "give --model"),
-        (["--method", "average"], "no merge method is called 'average'; there are overlap, uniform"),
-        (["--weights", "1"], "2 adapters need as many weights, got 1"),
-        (["--weights", "1", "nan"], "weights must be finite"),
-    ],
-    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
-)
-def test_a_merge_that_makes_no_sense_is_refused(refused, tmp_path, experts, arguments, reason):
-    assert reason in refused("merge", *experts, "--out", tmp_path / "x", *arguments)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flag", ["--rows", "--max-new-tokens", "--batch-size", "--max-input-length"])
@@ -561,24 +497,6 @@ def test_ctrl_c_before_the_first_checkpoint_leaves_nothing(cli, tmp_path, base_d
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["adapter", "checkpoint"])
-def test_ctrl_c_in_a_merge_leaves_nothing(cli, tmp_path, base_dir, experts, monkeypatch, kind):
-    calls = []
-
-    def interrupt(deltas, weights):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return deltas[0]
-
-    monkeypatch.setitem(METHODS, "overlap", interrupt)
-    code, out, err = cli("merge", *experts, "--out", tmp_path / "x", "--as", kind, "--model", base_dir)
-    assert code == 130
-    assert not out
-    assert "error: interrupted" in err
-    assert not list(tmp_path.iterdir())
-
-
 def run_it(arguments):
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -609,29 +527,6 @@ def test_an_interrupt_signal_stops_training_in_an_orderly_way(tmp_path, base_dir
 # A full disk
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """Mount a disk of some kibibytes. Skips where that is not allowed."""
-    mounted = []
-
-    def mount(kibibytes):
-        directory = tmp_path / f"disk{len(mounted)}"
-        directory.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(directory)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            pytest.skip(f"no disk can be mounted here: {error}")
-        if done.returncode:
-            pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
-        mounted.append(directory)
-        return directory
-
-    yield mount
-    for directory in mounted:
-        subprocess.run(["umount", str(directory)], check=True)
-
-
 @pytest.mark.parametrize("kibibytes", [4, 64, 100, 150, 180])
 def test_a_full_disk_in_training_is_named_and_resuming_on_more_room_completes(
     refused, cli, tmp_path, base_dir, task_dir, small_disk, kibibytes
@@ -655,19 +550,6 @@ def test_a_full_disk_in_training_is_named_and_resuming_on_more_room_completes(
     assert cli(*arguments, "--out", disk / "x", "--resume")[0] == 0
     assert SparseAdapter.load(disk / "x").density == pytest.approx(0.5, abs=0.01)
     assert [p.name for p in disk.iterdir()] == ["x"]
-
-
-@pytest.mark.parametrize("kibibytes", [4, 16, 40, 60])
-@pytest.mark.parametrize("kind", ["adapter", "checkpoint"])
-def test_a_full_disk_in_a_merge_is_named_and_nothing_is_left(refused, tmp_path, small_disk, kibibytes, kind):
-    base = save_base(tmp_path / "base", hidden_size=64)
-    for seed in (1, 2):
-        make_adapter(make_model(hidden_size=64), seed=seed, density=0.9).save(tmp_path / str(seed))
-    disk = small_disk(kibibytes)
-    line = refused("merge", tmp_path / "1", tmp_path / "2", "--out", disk / "x", "--as", kind, "--model", base)
-    assert f"cannot write {disk}/x" in line
-    assert "No space left on device" in line
-    assert not list(disk.iterdir())
 
 
 def test_a_full_disk_under_the_answers_is_named(cli, tmp_path, base_dir, task_dir, small_disk):

@@ -6,7 +6,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from tiny import make_adapter, make_model, make_t5, make_tokenizer
 
 from sparselet.errors import TaskError, WrongBase
-from sparselet.evaluation import evaluate, exact_match, generate, rouge_l
+from sparselet.evaluation import EvalSettings, evaluate, exact_match, generate, rouge_l
 from sparselet.resident import applied
 from sparselet.tasks import Row, Task
 
@@ -148,7 +148,10 @@ def test_a_model_that_answers_as_the_targets_say_scores_100(model):
     prompts = [p for p in PROMPTS if any(c.isalnum() for c in alone(model, tokenizer, p, max_new_tokens=6))]
     answers = generate(model, tokenizer, prompts, max_new_tokens=6)
     first, second = evaluate(
-        model, tokenizer, [task("same", prompts, answers), task("other", prompts, ["@"] * len(prompts))], max_new_tokens=6
+        model,
+        tokenizer,
+        [task("same", prompts, answers), task("other", prompts, ["@"] * len(prompts))],
+        settings=EvalSettings(max_new_tokens=6),
     )
     assert (first.task, second.task) == ("same", "other")
     assert first.exact_match == 100
@@ -159,7 +162,8 @@ def test_a_model_that_answers_as_the_targets_say_scores_100(model):
 
 
 def test_limit_takes_the_first_rows(model):
-    (result,) = evaluate(model, make_tokenizer(), [task("t", PROMPTS, PROMPTS)], limit=3, max_new_tokens=2)
+    asked = EvalSettings(rows=3, max_new_tokens=2)
+    (result,) = evaluate(model, make_tokenizer(), [task("t", PROMPTS, PROMPTS)], settings=asked)
     assert result.rows == 3
     assert [row.input for row, _ in result.predictions] == PROMPTS[:3]
 
@@ -175,14 +179,14 @@ def test_an_adapter_is_measured_and_the_base_is_left_bit_for_bit(dtype):
     adapter = make_adapter(model, 4)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     tasks = [task("t", PROMPTS, PROMPTS)]
-    (base,) = evaluate(model, tokenizer, tasks, max_new_tokens=6)
-    (expert,) = evaluate(model, tokenizer, tasks, adapter, max_new_tokens=6)
+    (base,) = evaluate(model, tokenizer, tasks, settings=EvalSettings(max_new_tokens=6))
+    (expert,) = evaluate(model, tokenizer, tasks, adapter, EvalSettings(max_new_tokens=6))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert [a for _, a in expert.predictions] != [a for _, a in base.predictions]
     with applied(model, adapter):
         expected = generate(model, tokenizer, PROMPTS, max_new_tokens=6)
     assert [a for _, a in expert.predictions] == expected
-    (again,) = evaluate(model, tokenizer, tasks, max_new_tokens=6)
+    (again,) = evaluate(model, tokenizer, tasks, settings=EvalSettings(max_new_tokens=6))
     assert again == base
 
 

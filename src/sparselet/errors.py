@@ -23,9 +23,12 @@ SparseletError
 │   ├── IndexOutOfBounds
 │   ├── UnsortedIndices
 │   ├── DuplicateIndex
-│   └── NonFiniteValue
+│   ├── NonFiniteValue
+│   └── BadCounts                     merge_counts.safetensors is not of the adapter beside it
 ├── WrongBase                         the adapter belongs to another base model
 ├── UnknownTarget                     the model has no such target
+├── UnsupportedExpert                 an expert of a kind that is not a change of weights, or cannot be read as one
+├── ExportError                       the adapter cannot be written in that format
 ├── SelectionError                    the mask is missing, or cannot be chosen now
 ├── NonFiniteScore
 ├── TaskError                         bad rows or splits of a task
@@ -132,12 +135,24 @@ class NonFiniteValue(FormatError):
     """A value is NaN or infinite."""
 
 
+class BadCounts(FormatError):
+    """The counts of a merge do not give the values of the adapter beside them."""
+
+
 class WrongBase(SparseletError):
     """The adapter was trained on another base model."""
 
 
 class UnknownTarget(SparseletError):
     """The model has no such target."""
+
+
+class UnsupportedExpert(SparseletError):
+    """An expert of a kind that is not a change of weights, or cannot be read as one."""
+
+
+class ExportError(SparseletError):
+    """An adapter cannot be written in a format, or not closely enough."""
 
 
 class SelectionError(SparseletError):

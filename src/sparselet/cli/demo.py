@@ -9,7 +9,7 @@ from typing import Any
 from sparselet.adapter import SparseAdapter
 from sparselet.cli.terminal import TrainingProgress, err, print_json, progress, quiet_libraries, say, table
 from sparselet.errors import OutputExists
-from sparselet.evaluation import evaluate
+from sparselet.evaluation import EvalSettings, evaluate
 from sparselet.files import write_json
 from sparselet.merging import merge_to
 from sparselet.models import PACKAGED, load_model, load_tokenizer, packaged_model
@@ -52,17 +52,10 @@ def demo_(*, out: Path = Path("sparselet-demo"), json: bool = False) -> None:
     tasks = [load_task(BUILTIN_PREFIX + task, ("test",)) for task in TASKS]
     scores: dict[str, dict[str, float]] = {}
     models: dict[str, SparseAdapter | None] = {"base": None, **experts, "merged": merged}
+    asked = EvalSettings(chat_template=SETTINGS.chat_template, max_new_tokens=ANSWER_TOKENS)
     with progress(len(models) * sum(len(t.rows("test")) for t in tasks), "answering") as advance:
         for name, adapter in models.items():
-            found = evaluate(
-                model,
-                tokenizer,
-                tasks,
-                adapter,
-                chat_template=SETTINGS.chat_template,
-                max_new_tokens=ANSWER_TOKENS,
-                progress=advance,
-            )
+            found = evaluate(model, tokenizer, tasks, adapter, asked, advance)
             scores[name] = {result.task: result.rougeL for result in found}
     results = _results(scores)
     results |= {"seconds": time.time() - started, "settings": asdict(SETTINGS), "versions": versions()}
@@ -101,9 +94,11 @@ def _expert(out: Path, task: str, base: tuple[Any, Any]) -> SparseAdapter:
         return SparseAdapter.load(path)
     bar, stopped = TrainingProgress(task), work_directory(path).exists()
     try:
-        return train(replace(SETTINGS, task=BUILTIN_PREFIX + task), path, resume=stopped, base=base, callbacks=[bar])
+        expert = train(replace(SETTINGS, task=BUILTIN_PREFIX + task), path, resume=stopped, base=base, callbacks=[bar])
     finally:
         bar.stop()
+    assert isinstance(expert, SparseAdapter)
+    return expert
 
 
 def _merged(out: Path) -> SparseAdapter:

@@ -1,15 +1,19 @@
 """`sparselet eval`."""
 
 import json as json_library
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from sparselet.adapter import SparseAdapter
-from sparselet.cli.terminal import err, print_json, progress, quiet_libraries, say, table
-from sparselet.errors import ConfigError
-from sparselet.evaluation import Result, evaluate
+from sparselet.adapter import AdapterFile, SparseAdapter
+from sparselet.cli.opening import open_experts, template_of
+from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, table
+from sparselet.delta import SparseDelta
+from sparselet.evaluation import EvalSettings, Result, evaluate
+from sparselet.experts import Expert
 from sparselet.files import refuse_existing, write_text
 from sparselet.models import load_model, load_tokenizer
 from sparselet.tasks import load_task
@@ -19,7 +23,7 @@ def eval_(
     *,
     task: Annotated[list[str], Parameter(consume_multiple=True, negative="")],
     model: str = "packaged:smollm2-135m",
-    adapter: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
+    adapter: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     base: bool | None = None,
     input_column: str = "input",
     target_column: str = "target",
@@ -46,7 +50,7 @@ def eval_(
     model
         Base model or merged checkpoint: a hub name, a directory, or packaged:smollm2-135m.
     adapter
-        Adapter directories to measure on that model.
+        Experts to measure on that model: directories or hub names of sparse adapters, PEFT adapters or full checkpoints.
     base
         Measure the model without an adapter too; by default only when no adapter is given.
     input_column
@@ -73,33 +77,20 @@ def eval_(
     quiet_libraries()
     if predictions is not None:
         refuse_existing(predictions)
-    sizes = {"rows": rows, "max_input_length": max_input_length, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    for name, value in sizes.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}.")
-    adapters = {str(path): SparseAdapter.load(path) for path in adapter or []}
-    template = _chat_template(chat_template, adapters)
+    asked = EvalSettings(rows, True, max_input_length, max_new_tokens, batch_size)
+    names = adapter or []
+    adapters = {name: _checked(expert) for name, expert in zip(names, open_experts(names, model), strict=True)}
+    asked = replace(asked, chat_template=template_of(chat_template, adapters.values()))
     tasks = [load_task(source, ("test",), {"input": input_column, "target": target_column}) for source in task]
     loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
-    models: dict[str, SparseAdapter | None] = dict(adapters)
+    models: dict[str, Mapping[str, SparseDelta] | None] = dict(adapters)
     if base or (base is None and not adapters):
         models = {model: None, **models}
     results: dict[str, list[Result]] = {}
     total = len(models) * sum(len(t.rows("test", rows)) for t in tasks)
     with progress(total, "answering") as advance:
         for name, one in models.items():
-            results[name] = evaluate(
-                loaded,
-                tokenizer,
-                tasks,
-                one,
-                limit=rows,
-                chat_template=template,
-                max_input_length=max_input_length,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                progress=advance,
-            )
+            results[name] = evaluate(loaded, tokenizer, tasks, one, asked, advance)
     if predictions is not None:
         write_text(predictions, _jsonl(results))
     if json:
@@ -117,18 +108,12 @@ def eval_(
         say("Next: sparselet train --task TASK --out EXPERT, then measure it with --adapter EXPERT.")
 
 
-def _chat_template(wanted: bool | None, adapters: dict[str, SparseAdapter]) -> bool:
-    if wanted is not None:
-        return wanted
-    trained = {a.metadata.get("chat_template") for a in adapters.values()} - {None}
-    if len(trained) > 1:
-        raise ConfigError(
-            "some adapters were trained with the chat template, some without. Say --chat-template or --no-chat-template."
-        )
-    template = bool(trained.pop()) if trained else True
-    if adapters and not template:
-        err.print("Asking without the chat template, as the adapters were trained.", highlight=False)
-    return template
+def _checked(expert: Expert) -> Mapping[str, SparseDelta]:
+    """An expert, checked to the last value before anything is measured; a sparse one in memory."""
+    if isinstance(expert, AdapterFile):
+        return SparseAdapter.load(expert.path)
+    expert.check_values()
+    return expert
 
 
 def _numbers(result: Result) -> dict[str, Any]:

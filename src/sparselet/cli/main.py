@@ -2,6 +2,7 @@
 
 import errno
 import inspect
+import keyword
 import sys
 import tomllib
 from pathlib import Path
@@ -21,10 +22,14 @@ takes its settings from --config FILE.toml as well, and prints machine-readable 
 
 # Verbs are imported when they are used, since most of them need torch and transformers.
 VERBS = {
-    "train": "Train a sparse expert on one task.",
+    "train": "Train a sparse expert, or a baseline to compare it with.",
     "merge": "Merge experts into one adapter or checkpoint.",
     "eval": "Measure a base model, adapters or checkpoints on tasks.",
     "inspect": "Show what is in an adapter.",
+    "import": "Turn a LoRA, SHiRA or Super-Tuning adapter or a checkpoint into a sparse adapter.",
+    "export": "Write an adapter for PEFT, for llama.cpp, or as a checkpoint.",
+    "push": "Upload an adapter to the hub, with a model card.",
+    "pull": "Download an adapter or checkpoint from the hub.",
     "demo": "Train, merge and compare three experts on built-in tasks.",
 }
 
@@ -40,7 +45,8 @@ def _app(verb: str | None) -> App:
     )
     app.suppress_keyboard_interrupt = app.meta.suppress_keyboard_interrupt = False  # `run` tells of it
     for place, (name, line) in enumerate(VERBS.items()):
-        app.command(f"sparselet.cli.{name}:{name}_", name=name, help=line, sort_key=place)
+        module = f"{name}_" if keyword.iskeyword(name) else name
+        app.command(f"sparselet.cli.{module}:{name}_", name=name, help=line, sort_key=place)
     if verb is not None:
         app[verb].help = _description(getattr(app[verb].default_command, "__doc__", None) or "")
 

@@ -1,4 +1,4 @@
-"""Measuring a base model, adapters and merged adapters on the test splits of tasks."""
+"""Measuring a base model, adapters and merged adapters on tasks."""
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparselet.delta import SparseDelta
+from sparselet.errors import ConfigError, TaskError
 from sparselet.evaluation.generate import generate
 from sparselet.evaluation.rouge import exact_match, rouge_l
 from sparselet.resident import applied
@@ -24,36 +25,62 @@ class Result:
     predictions: tuple[tuple[Row, str], ...]
 
 
+@dataclass(frozen=True)
+class EvalSettings:
+    """Which rows are asked, and how. Raises ConfigError for a number below 1."""
+
+    rows: int | None = None
+    """Use only the first rows of each task."""
+    chat_template: bool = True
+    """Ask through the tokenizer's chat template, where it has one."""
+    max_input_length: int = 2048
+    """Tokens of a prompt; longer ones are cut from the left."""
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+    batch_size: int = 64
+    """Rows answered together."""
+    split: str = "test"
+    """The split that is asked."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "max_input_length", "max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
+
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task],
     adapter: Mapping[str, SparseDelta] | None = None,
-    *,
-    limit: int | None = None,
-    chat_template: bool = True,
-    max_input_length: int = 2048,
-    max_new_tokens: int = 64,
-    batch_size: int = 64,
+    settings: EvalSettings | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Result]:
-    """Greedy answers to the first `limit` test rows of each task, scored.
+    """Greedy answers to rows of each task, scored.
 
     adapter: written into the model's weights meanwhile; the base model alone without one.
-    Raises what `resident.applied` raises for an adapter that does not fit.
+    progress: called with the number of rows answered since its last call.
+    Raises TaskError for two tasks of one name or a split that is not there, and what `resident.applied` raises for an adapter
+    that does not fit.
     """
+    settings = settings or EvalSettings()
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise TaskError(f"two tasks are called {name}, so their results could not be told apart; rename a directory.")
     results = []
     with applied(model, adapter) if adapter is not None else contextlib.nullcontext():
         for task in tasks:
-            rows = task.rows("test", limit)
+            rows = task.rows(settings.split, settings.rows)
             answers = generate(
                 model,
                 tokenizer,
                 [row.input for row in rows],
-                chat_template=chat_template,
-                max_input_length=max_input_length,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
+                chat_template=settings.chat_template,
+                max_input_length=settings.max_input_length,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
                 progress=progress,
             )
             targets = [row.target for row in rows]
