@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import operator
 import os
 import platform
 import re
@@ -54,6 +55,9 @@ MERGEKIT = [
     ("ties", {"weight": 1.0, **KEPT}, {}, MAIN[3]),
     ("breadcrumbs", {"weight": 1.0, **CRUMBS}, {}, MAIN[5]),
 ]
+MODEL_LAYERS = {"smollm2": 30, "phi3": 32}
+NAMES = {"smollm2": "merge.json", "phi3": "merge_phi3.json"}
+MOST_MB = {"smollm2": 250, "phi3": 1.5 * 2**30 / 1e6}
 PEFT = [("linear", {}), ("cat", {}), ("ties", {"density": 0.5}), ("dare_ties", {"density": 0.5})]
 
 
@@ -89,8 +93,9 @@ def by_mergekit(heavy_rounds: int, rounds: int) -> list[Contestant]:
 def field(asked: argparse.Namespace, inputs: dict[str, Any], methods: Sequence[str]) -> list[Contestant]:
     """Who takes part."""
     if asked.quick:
-        some = ours(MAIN[:1], asked.rounds, "in memory", "to a file") + ours(MAIN[4:5], 1, "to a file")
-        return reading(asked.rounds) + some + [dataclasses.replace(by_peft(PEFT[:1], 1, inputs)[0], fresh=True)]
+        once = ours(MAIN[4:5], 1, "to a file") + by_peft(PEFT[:1], 1, inputs)
+        found = reading(asked.rounds)[:1] + ours(MAIN[:1], asked.rounds, "in memory", "to a file")
+        return found + [dataclasses.replace(contestant, fresh=True) for contestant in once]
     if asked.shapes == "phi3":
         return reading(asked.rounds) + ours([MAIN[0], MAIN[3], MAIN[4]], asked.rounds, "to a file")
     named = {method for method, _ in MAIN}
@@ -128,24 +133,29 @@ def targets(shapes: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
         return None
 
     ways = ("in memory", "to a file")
-    aims: list[tuple[str, float | None, str, float]] = []
+    aims: list[tuple[str, float | None, str, float | None]] = []
     if shapes == "smollm2":
         aims += [(f"overlap, {how}: times the floor", found("sparselet", how, "overlap"), "at most", 5) for how in ways]
         for how in ways:
             for trim in ("target", "global"):
                 name = f"ties, {trim}, {how}: times the floor"
                 aims.append((name, found("sparselet", how, "ties", trim=trim), "at most", 15))
-        for theirs, own in (("to a checkpoint", ways[1]), ("to a checkpoint", "to a checkpoint"), ("in memory", ways[0])):
+        whole = "to a checkpoint"
+        for own, theirs, limit in ((ways[1], whole, 30), (ways[0], ways[0], 30), (whole, whole, None)):
             slow, fast = found("mergekit", theirs, "task_arithmetic"), found("sparselet", own, "arithmetic")
             name = f"arithmetic, {own}: times as fast as mergekit's, {theirs}"
-            aims.append((name, slow and fast and slow / fast, "at least", 30))
-    limit = {"smollm2": 250e6, "phi3": 1.5 * 2**30}[shapes]
+            aims.append((name, slow and fast and slow / fast, "at least", limit))
     for how in ways:
         peak = found("sparselet", how, "overlap", "peak_bytes")
-        aims.append((f"overlap, {how}: MB over the import", peak and peak / 1e6, "at most", limit / 1e6))
-    met = {"at most": lambda value, limit: value <= limit, "at least": lambda value, limit: value >= limit}
+        aims.append((f"overlap, {how}: MB over the import", peak and peak / 1e6, "at most", MOST_MB[shapes]))
+    within = {"at most": operator.le, "at least": operator.ge}
     return [
-        {"what": what, "found": value, "aim": f"{kind} {limit:g}", "met": met[kind](value, limit)}
+        {
+            "what": what,
+            "found": value,
+            "aim": f"{kind} {limit:.0f}" if limit else "none",
+            "met": within[kind](value, limit) if limit else None,
+        }
         for what, value, kind, limit in aims
         if value is not None
     ]
@@ -163,9 +173,11 @@ def machine() -> dict[str, Any]:
 
 
 def command_of(asked: argparse.Namespace) -> str:
-    """The command as given, with WORK and PYTHON for paths of this machine."""
+    """The command as given, with WORK, OUT and PYTHON for paths of this machine."""
     places = {str(asked.work): "WORK", str(asked.out): "OUT", str(asked.mergekit_python): "PYTHON"}
-    return shlex.join(["python", "benchmarks/bench_merge.py", *(places.get(word, word) for word in sys.argv[1:])])
+    threads = [f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"] if "OMP_NUM_THREADS" in os.environ else []
+    words = [*threads, "python", "benchmarks/bench_merge.py", *(places.get(word, word) for word in sys.argv[1:])]
+    return shlex.join(words)
 
 
 def prepare(asked: argparse.Namespace) -> dict[str, Any]:
@@ -205,10 +217,6 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
         "targets": targets(asked.shapes, rows),
     }
-
-
-MODEL_LAYERS = {"smollm2": 30, "phi3": 32}
-NAMES = {"smollm2": "merge.json", "phi3": "merge_phi3.json"}
 
 
 def arguments() -> argparse.Namespace:
@@ -254,7 +262,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / NAMES[asked.shapes]).write_text(json.dumps(results, indent=2) + "\n")
     for target in results["targets"]:
-        print(f"{'met   ' if target['met'] else 'MISSED'} {target['what']}: {target['found']:.1f}, {target['aim']}")
+        verdict = {True: "met", False: "MISSED", None: ""}[target["met"]]
+        print(f"{verdict:6} {target['what']}: {target['found']:.1f} (aim: {target['aim']})")
 
 
 if __name__ == "__main__":

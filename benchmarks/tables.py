@@ -82,7 +82,7 @@ def race_tables(results: dict[str, Any]) -> str:
         lines += [f"**Other processes were running (load {machine['load_before']:.1f}): do not trust the times.**", ""]
     lines += ["| aim | | found |", "| --- | --- | ---: |"]
     for aim in results["targets"]:
-        lines.append(f"| {aim['what']} | {aim['aim']} | {aim['found']:.1f}{'' if aim['met'] else ' (missed)'} |")
+        lines.append(f"| {aim['what']} | {aim['aim']} | {aim['found']:.1f}{' (missed)' if aim['met'] is False else ''} |")
     part = settings["layers"] / settings["layers_of_model"]
     scaled = f" scaled to {settings['layers_of_model']} layers |" if part < 1 else ""
     lines += ["", f"| | method | result | seconds (least to most) |{scaled} × floor | MB |"]
@@ -99,7 +99,26 @@ def race_tables(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def merge_methods_table(results: dict[str, Any]) -> str:
+    """Rouge-L of experts by themselves, and of each kind of expert merged by each method."""
+    tasks = list(results["base"])
+    lines = []
+    for kind, merged in results["merged"].items():
+        rows = {"base model": results["base"], "each task's own expert": results["individual"][kind], **merged}
+        scores = {label: {task: found[task]["rougeL"] for task in tasks} for label, found in rows.items()}
+        lines += [f"**{kind}**, learning rate {results['rates'][kind]}", "", markdown(tasks, scores)]
+    return "\n".join(lines)
+
+
+def kinds_table(results: dict[str, Any]) -> str:
+    """Validation loss by kind of expert, learning rate and task."""
+    rows = {f"{kind}, {rate}": found for kind, rates in results.items() for rate, found in rates.items()}
+    return loss_table(rows)
+
+
 TABLES = {
+    "learning_rate_baselines": kinds_table,
+    "merge_methods": merge_methods_table,
     "compare_scores": rows_table,
     "demo": demo_table,
     "real_tasks": scores_table,

@@ -5,7 +5,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from tiny import make_adapter, make_model, make_t5, make_tokenizer
 
-from sparselet.errors import TaskError, WrongBase
+from sparselet.errors import ConfigError, TaskError, WrongBase
 from sparselet.evaluation import EvalSettings, evaluate, exact_match, generate, rouge_l
 from sparselet.resident import applied
 from sparselet.tasks import Row, Task
@@ -166,6 +166,27 @@ def test_limit_takes_the_first_rows(model):
     (result,) = evaluate(model, make_tokenizer(), [task("t", PROMPTS, PROMPTS)], settings=asked)
     assert result.rows == 3
     assert [row.input for row, _ in result.predictions] == PROMPTS[:3]
+
+
+@pytest.mark.parametrize("name", ["rows", "max_input_length", "max_new_tokens", "batch_size"])
+def test_numbers_below_one_are_refused(name):
+    assert getattr(EvalSettings(**{name: 1}), name) == 1
+    with pytest.raises(ConfigError, match=f"{name} must be at least 1, got 0"):
+        EvalSettings(**{name: 0})
+
+
+def test_another_split_may_be_asked(model):
+    rows = {"test": (Row("a", "b"),), "validation": (Row("c", "d"), Row("e", "f"))}
+    (result,) = evaluate(
+        model, make_tokenizer(), [Task("t", rows)], settings=EvalSettings(max_new_tokens=1, split="validation")
+    )
+    assert [row.input for row, _ in result.predictions] == ["c", "e"]
+
+
+def test_tasks_of_one_name_are_refused(model, monkeypatch):
+    monkeypatch.setattr("sparselet.evaluation.harness.generate", lambda *args, **kwargs: pytest.fail("answered"))
+    with pytest.raises(TaskError, match="two tasks are called t, so their results could not be told apart"):
+        evaluate(model, make_tokenizer(), [task(name, ["a"], ["b"]) for name in ("s", "t", "t")])
 
 
 def test_a_task_without_a_test_split_is_refused(model):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparselet import SparseAdapter, SparseDelta
 from sparselet.adapter import WEIGHTS_FILE
@@ -74,8 +75,6 @@ def write_checkpoints(directory: Path, model: Path, experts: list[Path]) -> list
 def small_model(directory: Path, layers: int) -> Path:
     """A random model with the attention of SmolLM2-135M and little else, for quick runs."""
     if not directory.exists():
-        from transformers import LlamaConfig, LlamaForCausalLM
-
         sizes = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": layers}
         with atomic_directory(directory) as unfinished:
             LlamaForCausalLM(LlamaConfig(vocab_size=64, intermediate_size=64, **sizes)).save_pretrained(unfinished)

@@ -59,6 +59,8 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
             yield temporary
+            for file in temporary.rglob("*"):  # libraries write some files for the owner alone
+                os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~_umask())
             os.chmod(temporary, 0o777 & ~_umask())
             _sync_directory(temporary)
             os.replace(temporary, path)

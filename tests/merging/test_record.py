@@ -1,6 +1,8 @@
 """What a merged adapter says of its merge, and the digests by which experts are known again."""
 
+import hashlib
 import json
+import struct
 
 import pytest
 import torch
@@ -35,6 +37,19 @@ def test_a_digest_is_of_the_values_whatever_their_dtype(tmp_path):
     thirds = SparseAdapter({name: delta.scale(1 / 3) for name, delta in one.items()})
     rounded = SparseAdapter({name: delta.to(torch.bfloat16) for name, delta in thirds.items()})
     assert expert_digest(thirds) != expert_digest(rounded)
+
+
+def test_the_digest_is_what_the_format_says():
+    tiles, many = random_delta((6, 12), 3, 0.9, 4), SparseDelta((32, 32), torch.arange(200), torch.arange(200.0))
+    parts = b""
+    for name, delta, block, step in (("a.q", tiles, 3, 1), ("b.v", many, 1, 3)):
+        n = len(delta.indices)
+        text = f"({delta.shape[0]}, {delta.shape[1]}) {block} {n} ".encode()
+        places = range(0, n, step)
+        indices = b"".join(struct.pack("<q", delta.indices[i]) for i in places)
+        values = b"".join(struct.pack("<d", value) for i in places for value in delta.values[i].reshape(-1).tolist())
+        parts += name.encode() + hashlib.sha256(text + indices + values).digest()
+    assert expert_digest({"b.v": many, "a.q": tiles}) == hashlib.sha256(parts).hexdigest()[:16]
 
 
 def test_a_target_without_entries_is_none():

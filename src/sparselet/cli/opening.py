@@ -1,12 +1,13 @@
 """Experts as they are named on the command line, with the base model where they need it."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sparselet.cli.terminal import err
 from sparselet.delta import SparseDelta
 from sparselet.errors import ConfigError
-from sparselet.experts import Expert, open_expert
+from sparselet.experts import CheckpointFile, Expert, open_expert
 from sparselet.models import local_path
 
 
@@ -44,6 +45,6 @@ def _open(name: str, model: str | None, base: str | None) -> Expert:
         if base is None or here:
             raise
         expert = open_expert(name, base)
-    if base is not None and expert.metadata.get("base_model_name_or_path") == base:
-        expert.metadata["base_model_name_or_path"] = model  # which means the same on other machines
+    if model is not None and isinstance(expert, CheckpointFile):  # which calls the base model by its directory
+        expert.metadata["base_model_name_or_path"] = os.path.realpath(model) if Path(model).is_dir() else model
     return expert

@@ -137,4 +137,6 @@ def _seen_from(directory: str | Path, name: str) -> str:
 def _found_from(directory: Path, name: str) -> str:
     """What `_seen_from` gave, as seen from here: a path that starts with a dot is never one of the hub."""
     there = directory / name
-    return str(there) if there.exists() or name.startswith(".") else name
+    if there.exists():
+        return os.path.realpath(there)
+    return str(there) if name.startswith(".") else name

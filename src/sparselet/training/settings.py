@@ -40,14 +40,11 @@ class TrainSettings:
     model: str = "packaged:smollm2-135m"
     """Base model: a hub name, a local directory, or packaged:smollm2-135m."""
     task: tuple[str, ...] | str = ""
-    """Task: a directory with train, validation and test as .jsonl or .parquet; builtin:NAME; or a hub data set. Of several
-    tasks, each has an equal share of every epoch."""
+    """Task: a directory with train, validation and test as .jsonl or .parquet; builtin:NAME; a hub data set. Several mix."""
     method: Method = "sparse"
-    """What is trained: sparse, the expert of this library; the paper's baselines lora, full (all weights), full-qkv (all
-    entries of the targets) and multitask (full, on several tasks)."""
+    """A sparse expert, or a baseline: lora, full (all weights), full-qkv (all of the targets), multitask (full, many tasks)."""
     init_from: str | None = None
-    """Start from this adapter, merged or not, for a second stage: sparse trains its entries, other methods add it to the
-    base model first."""
+    """For a second stage: the adapter whose entries are trained on, or that full methods add to the base model first."""
     input_column: str = "input"
     """What the task's rows call the prompt."""
     target_column: str = "target"
@@ -96,7 +93,7 @@ class TrainSettings:
     warmup: float = 0.06
     """Fraction of the steps in which the learning rate rises; it then falls linearly to 0."""
     weight_decay: float = 0.0
-    """AdamW's decay towards 0: of the change (sparse, lora), or of the weights themselves (full, full-qkv, multitask)."""
+    """AdamW's decay towards 0: of the change (sparse, lora), or of the weights themselves (full methods)."""
     patience: int = 0
     """Stop after this many epochs without a better validation loss; 0 never stops early. The best epoch is kept."""
     train_rows: int | None = None
