@@ -40,7 +40,7 @@ def test_a_cut_decomposition_is_the_best_of_its_rank(shape, rank):
 def test_a_large_target_loses_hardly_more_than_the_best(monkeypatch):
     monkeypatch.setattr("sparselet.export.lora.WHOLE", 50)
     torch.manual_seed(0)
-    dense = torch.randn(300, 40) @ torch.randn(40, 400) + 0.1 * torch.randn(300, 400)
+    dense = torch.randn(300, 400)  # of singular values that hardly fall, the hardest there is
     b, a, error = factorise(dense, 20)
     singular = torch.linalg.svdvals(dense.double())
     assert error <= 1.001 * float(singular[20:].norm() / singular.norm())

@@ -10,6 +10,7 @@ from exported import FIRST, SECOND, config_of, rows_only
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from strategies import few
 from tiny import make_adapter, make_model
@@ -188,6 +189,19 @@ def test_after_more_training_in_peft_the_zeros_count_as_well(tmp_path):
     assert expert[SECOND].nnz == 24 > rows_only(base)[SECOND].nnz == 16
     found = model.get_submodule(f"base_model.model.{SECOND}").get_delta_weight("default")
     assert torch.equal(expert[SECOND].to_dense(), found)
+
+
+def test_values_where_zeros_were_are_not_lost(tmp_path):
+    """A tool may change the values and keep the header."""
+    export_shira(rows_only(make_model()), tmp_path)
+    file, name = tmp_path / "adapter_model.safetensors", f"base_model.model.{FIRST}.shira_weight"
+    tensors = load_file(file)
+    tensors[name][-1] = 5
+    with safe_open(file, "pt") as old:
+        save_file(tensors, file, old.metadata())
+    delta = open_expert(tmp_path)[FIRST]
+    assert delta.nnz == len(tensors[name]) > rows_only(make_model())[FIRST].nnz
+    assert delta.values.max() == 5
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,7 @@ def test_nan_in_a_lora_is_found_before_work_starts_and_when_read(lora, value):
         expert.check_values()
     with pytest.raises(NonFiniteValue, match=r"layers\.0\.self_attn\.q_proj"):
         expert[FIRST]
+    assert FIRST in expert  # which reads nothing
 
 
 def test_a_product_that_overflows_is_found_when_read(lora):

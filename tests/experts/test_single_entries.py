@@ -53,15 +53,21 @@ def test_single_entries_are_what_peft_adds_to_the_weights(tmp_path, kind, base_d
 LAYOUTS = {"shira": SHIRA, "super": SUPER_TUNING}
 
 
+@pytest.fixture(scope="module")
+def rewritten(tmp_path_factory):
+    """An adapter of each kind, to write over again and again."""
+    home = tmp_path_factory.mktemp("adapters")
+    for kind in LAYOUTS:
+        indexed(kind, home / kind)
+    return home
+
+
 @given(data=st.data())
 @few
-def test_repeated_positions_add_up_and_zeros_stay_selected(tmp_path_factory, data):
+def test_repeated_positions_add_up_and_zeros_stay_selected(rewritten, base_dir, data):
     """Against PEFT's own layer, with the positions and values of an arbitrary file put into it."""
     kind = data.draw(st.sampled_from(["shira", "super"]))
-    directory = tmp_path_factory.mktemp(kind)
-    base = make_model()
-    base.save_pretrained(directory / "base")
-    indexed(kind, directory / "adapter")
+    directory = rewritten / kind
     layout, prefix = LAYOUTS[kind], f"base_model.model.{FIRST}"
     size = 256
     numbers = st.sampled_from([0.0, 1.0, -2.0, 0.5])
@@ -72,12 +78,12 @@ def test_repeated_positions_add_up_and_zeros_stay_selected(tmp_path_factory, dat
         tensors[prefix + layout.values] = torch.tensor(data.draw(st.lists(numbers, min_size=count, max_size=count)))
         tensors[prefix + layout.indices] = torch.stack([flat // 16, flat % 16]) if kind == "shira" else flat
 
-    edit(directory / "adapter", spoil)
-    delta = open_expert(directory / "adapter", directory / "base")[FIRST]
-    loaded = PeftModel.from_pretrained(base, directory / "adapter")
+    edit(directory, spoil)
+    delta = open_expert(directory, base_dir)[FIRST]
+    loaded = PeftModel.from_pretrained(make_model(), directory)
     found = tuner_layers(loaded)[FIRST].get_delta_weight("default").detach()
     assert torch.equal(delta.to_dense(), found.to_dense() if found.is_sparse else found)
-    stored = load_file(directory / "adapter" / "adapter_model.safetensors")[prefix + layout.indices]
+    stored = load_file(directory / "adapter_model.safetensors")[prefix + layout.indices]
     flat = stored[0] * 16 + stored[1] if kind == "shira" else stored
     assert delta.indices.tolist() == sorted(set(flat.tolist()))
 

@@ -14,10 +14,15 @@ from sparselet.models import local_path
 def open_experts(names: Sequence[str], model: str | None) -> list[Expert]:
     """Open experts. model: the base model; one on the hub is fetched only where an expert cannot be read without its files.
 
+    A full checkpoint's base model is called as it was asked for, or by its whole path, so that it means the same elsewhere.
     Raises ModelError for a base model that is not there, and what `open_expert` raises.
     """
     base = None if model is None else local_path(model)
-    return [_open(name, model, base) for name in names]
+    opened = [open_expert(name, base) for name in names]
+    for expert in opened:
+        if model is not None and isinstance(expert, CheckpointFile):
+            expert.metadata["base_model_name_or_path"] = os.path.realpath(model) if Path(model).is_dir() else model
+    return opened
 
 
 def template_of(wanted: bool | None, experts: Iterable[Mapping[str, SparseDelta]]) -> bool:
@@ -35,16 +40,3 @@ def template_of(wanted: bool | None, experts: Iterable[Mapping[str, SparseDelta]
     if trained == {False}:
         err.print("Asking without the chat template, as the adapters were trained.", highlight=False)
     return False not in trained
-
-
-def _open(name: str, model: str | None, base: str | None) -> Expert:
-    here = base is not None and Path(base).is_dir()
-    try:
-        expert = open_expert(name, base if here else None)
-    except ConfigError:
-        if base is None or here:
-            raise
-        expert = open_expert(name, base)
-    if model is not None and isinstance(expert, CheckpointFile):  # which calls the base model by its directory
-        expert.metadata["base_model_name_or_path"] = os.path.realpath(model) if Path(model).is_dir() else model
-    return expert
