@@ -107,15 +107,15 @@ def field(asked: argparse.Namespace, inputs: dict[str, Any], methods: Sequence[s
 
 
 def rows_of(contestants: Sequence[Contestant], race: Race) -> list[dict[str, Any]]:
-    """Each contestant's times, their ratio to the floor, and memory."""
-    floor = statistics.median(answer["seconds"] for answer in race.answers[0])
+    """Each contestant's times, the median of their ratios to the floor just before them, and memory."""
     rows = []
     for place, (contestant, memory) in enumerate(zip(contestants, race.memory(contestants), strict=True)):
-        seconds = [answer["seconds"] for answer in race.answers[place]]
+        answers = race.answers[place]
+        seconds, ratios = [a["seconds"] for a in answers], [a.get("times_floor", 1.0) for a in answers]
         row = {name: getattr(contestant, name) for name in ("library", "how", "method", "parameters")}
-        row |= {"seconds": seconds, "cpu_seconds": [answer["cpu_seconds"] for answer in race.answers[place]]}
+        row |= {"seconds": seconds, "cpu_seconds": [a["cpu_seconds"] for a in answers], "ratios": ratios}
         row |= {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
-        row |= {"times_floor": row["median"] / floor, **memory}
+        row |= {"times_floor": statistics.median(ratios), **memory}
         if place in race.differences:
             row["difference"] = race.differences[place]
         rows.append(row)

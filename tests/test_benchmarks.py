@@ -57,8 +57,16 @@ def test_every_contestant_has_its_times_and_memory(results: dict) -> None:
         assert len(row["cpu_seconds"]) == len(row["seconds"])
         assert row["median"] == statistics.median(row["seconds"])
         assert 0 < row["min"] <= row["median"] <= row["max"]
-        assert row["times_floor"] == pytest.approx(row["median"] / rows[0]["median"])
+        assert row["times_floor"] == statistics.median(row["ratios"])
         assert 0 <= row["prepared_bytes"] <= row["peak_bytes"] < 1e9
+
+
+def test_a_ratio_is_to_the_floor_just_before(results: dict) -> None:
+    floor, *others = results["rows"]
+    assert floor["times_floor"] == 1
+    taking_turns = [(i, row) for i in range(2) for row in others if i < len(row["seconds"])]
+    for before, (i, row) in zip(floor["seconds"], taking_turns, strict=True):
+        assert row["ratios"][i] == row["seconds"][i] / before
 
 
 def test_every_target_stands_beside_what_was_found(results: dict) -> None:

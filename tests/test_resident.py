@@ -5,7 +5,7 @@ import torch
 from tiny import make_adapter, make_model
 
 from sparselet import SparseAdapter, SparseDelta
-from sparselet.errors import ShapeMismatch, UnknownTarget, WrongBase
+from sparselet.errors import ShapeMismatch, UnknownTarget, UnsupportedExpert, WrongBase
 from sparselet.resident import applied
 
 INTEGER = {2: torch.int16, 4: torch.int32}
@@ -159,3 +159,15 @@ def test_a_target_of_another_shape_changes_nothing():
 def test_a_target_without_a_weight_is_refused(name):
     model = make_model()
     refused(model, {FIRST: make_adapter(model)[FIRST], name: SparseDelta.empty((16, 16))}, UnknownTarget, name)
+
+
+def test_an_adapter_that_trained_modules_in_full_is_refused():
+    model = make_model()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    adapter = make_adapter(model)
+    for field in ("metadata", "modules"):
+        refused = SparseAdapter(adapter, {}, adapter.fingerprints)
+        setattr(refused, field, {"modules_to_save": ["lm_head"]} if field == "metadata" else {"lm_head.weight": torch.ones(2)})
+        with pytest.raises(UnsupportedExpert, match="also trained lm_head"), applied(model, refused):
+            pass
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())

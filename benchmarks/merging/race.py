@@ -123,6 +123,7 @@ class Race:
                     self._turn(0, floor)
                     self._turn(place, contestant)
                     took, least = (self.answers[i][-1]["seconds"] for i in (place, 0))
+                    self.answers[place][-1]["times_floor"] = took / least
                     progress(f"round {number + 1}: {took:9.3f} s (floor {least:.3f}) {contestant}")
 
     def _turn(self, place: int, contestant: Contestant) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparselet import kernels
 from sparselet.delta import SparseDelta
-from sparselet.errors import ShapeMismatch, UnknownTarget
+from sparselet.errors import ShapeMismatch, UnknownTarget, UnsupportedExpert
 from sparselet.fingerprint import fingerprint_weight, require_same_base
 
 
@@ -50,8 +50,14 @@ def absorb(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> None:
 def target_weights(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> dict[str, Tensor]:
     """The model's weight of each of the adapter's targets, once all fit. A 1-D weight [n], as norms have, is given as [1, n].
 
-    Raises UnknownTarget (also where two targets are one shared weight), ShapeMismatch, WrongBase.
+    Raises UnknownTarget (also where two targets are one shared weight), UnsupportedExpert (modules trained in full, which only
+    PEFT puts in place), ShapeMismatch, WrongBase.
     """
+    trained = getattr(adapter, "metadata", {}).get("modules_to_save") or sorted(getattr(adapter, "modules", {}))
+    if trained:
+        raise UnsupportedExpert(
+            f"the adapter also trained {', '.join(trained)} in full (modules_to_save), which only PeftModel.from_pretrained loads."
+        )
     weights: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
     shapes = getattr(adapter, "shapes", None) or {name: delta.shape for name, delta in adapter.items()}
