@@ -211,13 +211,9 @@ def check_indices(indices: Tensor, units: int) -> None:
     wrong = flat[1:] <= flat[:-1]
     lowest, highest = (flat.min(), flat.max()) if wrong.any() else (flat[0], flat[-1])
     if lowest < 0 or highest >= units:
-        raise IndexOutOfBounds(
-            f"index {lowest if lowest < 0 else highest} lies outside the target, which has {units} units."
-        )
+        raise IndexOutOfBounds(f"index {lowest if lowest < 0 else highest} lies outside the target, which has {units} units.")
     if wrong.any():
         at = int(wrong.argmax())
         if flat[at] == flat[at + 1]:
             raise DuplicateIndex(f"index {flat[at]} occurs twice (positions {at} and {at + 1}).")
-        raise UnsortedIndices(
-            f"indices must ascend, but position {at} holds {flat[at]} and position {at + 1} {flat[at + 1]}."
-        )
+        raise UnsortedIndices(f"indices must ascend, but position {at} holds {flat[at]} and position {at + 1} {flat[at + 1]}.")

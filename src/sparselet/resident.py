@@ -56,7 +56,8 @@ def target_weights(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> dict
     trained = getattr(adapter, "metadata", {}).get("modules_to_save") or sorted(getattr(adapter, "modules", {}))
     if trained:
         raise UnsupportedExpert(
-            f"the adapter also trained {', '.join(trained)} in full (modules_to_save), which only PeftModel.from_pretrained loads."
+            f"the adapter also trained {', '.join(trained)} in full (modules_to_save), which only PEFT loads; use "
+            "PeftModel.from_pretrained."
         )
     weights: dict[str, Tensor] = {}
     modules = dict(model.named_modules())

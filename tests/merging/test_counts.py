@@ -336,6 +336,12 @@ def test_a_wrong_counts_file_is_refused_by_name_and_nothing_is_written(merged, t
         assert_refused(error, message, tmp_path, lambda out, c=changes: change_merge(out, path, **c))
 
 
+def test_counts_beyond_the_number_of_experts_are_refused_where_the_values_do_not_tell(tmp_path):
+    path = merge_with_counts(tmp_path / "merged", [single(0.0)])
+    rewrite(path, lambda tensors: tensors[f"{Q}.counts"].fill_(2))
+    assert_refused(BadCounts, f"{Q}: sums and counts", tmp_path, lambda out: change_merge(out, path, add=[single(1.0)]))
+
+
 def test_a_link_out_of_the_directory_is_not_followed(merged, tmp_path):
     path, _, _ = merged
     shutil.move(path / COUNTS_FILE, tmp_path / "elsewhere")

@@ -67,8 +67,8 @@ def test_paths_are_those_seen_from_the_recipe_wherever_it_is_read(tmp_path, monk
     monkeypatch.chdir(tmp_path / "deep")
     for file in ("er/r.toml", tmp_path / "deep" / "er" / "r.toml"):
         found = read_recipe(file)
-        assert [Path(name).resolve() for name in found.experts] == [first, second]
-        assert Path(found.model or "").resolve() == tmp_path / "base"
+        assert found.experts == (str(first.resolve()), str(second.resolve()))
+        assert found.model == str((tmp_path / "base").resolve())
 
 
 def test_links_on_the_way_do_not_mislead(tmp_path):
