@@ -71,7 +71,7 @@ def test_the_result_the_recipe_and_what_is_said(cli, tmp_path, experts):
     merged = SparseAdapter.load(tmp_path / "x")
     same_change(merged, merge(experts))
     crowding = sum(SparseAdapter.load(path).nnz for path in experts) / merged.nnz
-    for said in ("Merged by overlap", *experts, "one", "two", f"{merged.nnz:,}", f"selected by {crowding:.2f} experts"):
+    for said in ("Merged by overlap", "one", "two", f"{merged.nnz:,}", f"selected by {crowding:.2f} experts"):
         assert said in out
     assert f"Written to {tmp_path / 'x'}, with recipe.toml" in out
     assert f"Next: sparselet eval --task TASK --adapter {tmp_path / 'x'}" in out
