@@ -2,23 +2,20 @@
 
 import json
 import math
-import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from sparselet.container import TensorStream
+from sparselet.container import TensorFile, TensorStream
 from sparselet.delta import SparseDelta, check_shape, index_dtype
 from sparselet.errors import (
     AbsurdShape,
     BadConfig,
-    BadContainer,
     BadDtype,
     BadShape,
     MissingFile,
@@ -39,7 +36,6 @@ VALUES, INDICES = ".sparse_values", ".sparse_indices"
 # In the files of a training checkpoint whose selection phase has not ended (docs/format.md); never needed to apply it.
 PENDING, PROGRESS = ".sparse_pending", ".sparse_progress"
 
-MAPPED = 4 * 2**20  # bytes of a weights file that stay mapped, and so resident, after they were read
 _MAX_CONFIG_BYTES = 64 * 2**20
 _VALUE_DTYPES = ("F64", "F32", "F16", "BF16")
 _STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -154,9 +150,8 @@ class AdapterFile(Mapping[str, SparseDelta]):
         if not weights.is_file():
             raise MissingFile(f"{weights} is missing; an adapter is {CONFIG_FILE} and {WEIGHTS_FILE}.")
         self._weights = weights
-        self._lock = threading.Lock()
-        self._open()
-        self._names = set(self._file.keys())
+        self._file = TensorFile(weights)
+        self._names = set(self._file.shapes)
         self.unfinished = any(name.endswith((PENDING, PROGRESS)) for name in self._names)
         self._check_names()
         if self.unfinished:
@@ -171,8 +166,8 @@ class AdapterFile(Mapping[str, SparseDelta]):
         try:
             delta = SparseDelta(
                 shape,
-                self._read(PREFIX + name + INDICES),
-                self._read(PREFIX + name + VALUES),
+                self._file.read(PREFIX + name + INDICES),
+                self._file.read(PREFIX + name + VALUES),
                 self._block_size(name),
             )
         except SparseletError as error:
@@ -192,33 +187,16 @@ class AdapterFile(Mapping[str, SparseDelta]):
     @property
     def nnz(self) -> int:
         """Selected entries of all targets, by the file's header."""
-        slices = (self._file.get_slice(PREFIX + name + VALUES).get_shape() for name in self.shapes)
-        return sum(math.prod(shape) for shape in slices)
+        return sum(math.prod(self._file.shapes[PREFIX + name + VALUES]) for name in self.shapes)
 
     def check_values(self) -> None:
         """Read every value once. Raises NonFiniteValue, naming file and target, if one is NaN or infinite."""
         for name in self.shapes:
-            require_finite(self._read(PREFIX + name + VALUES), f"{self._weights}: {name}")
+            require_finite(self._file.read(PREFIX + name + VALUES), f"{self._weights}: {name}")
 
     def read_modules(self) -> dict[str, Tensor]:
         """The tensors of `modules_to_save`, by their name in the base model."""
-        return {name.removeprefix(PREFIX): self._read(name) for name in sorted(self._module_names())}
-
-    def _open(self) -> None:
-        try:
-            self._file = safetensors.safe_open(self._weights, framework="pt")
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise BadContainer(f"{self._weights} is not a whole safetensors file: {error}") from error
-        self._mapped = 0
-
-    def _read(self, name: str) -> Tensor:
-        """A tensor of the file, mapped into memory. What was mapped is let go by and by, as nobody holds it any more."""
-        with self._lock:  # threads read targets of one file at the same time
-            if self._mapped > MAPPED:
-                self._open()
-            tensor = self._file.get_tensor(name)
-            self._mapped += tensor.nbytes
-            return tensor
+        return {name.removeprefix(PREFIX): self._file.read(name) for name in sorted(self._module_names())}
 
     def _check_names(self) -> None:
         for name in self.shapes:
@@ -247,10 +225,10 @@ class AdapterFile(Mapping[str, SparseDelta]):
         """Check dtypes and shapes from the file's header, before any tensor is read."""
         where = f"{self._weights}: {name}"
         rows, columns = self.shapes[name]
-        values, indices = (self._file.get_slice(PREFIX + name + suffix) for suffix in (VALUES, INDICES))
-        if values.get_dtype() not in _VALUE_DTYPES:
-            raise BadDtype(f"{where}{VALUES} is {values.get_dtype()}; expected one of {', '.join(_VALUE_DTYPES)}.")
-        shape, count = values.get_shape(), indices.get_shape()
+        values, indices = PREFIX + name + VALUES, PREFIX + name + INDICES
+        if self._file.dtypes[values] not in _VALUE_DTYPES:
+            raise BadDtype(f"{where}{VALUES} is {self._file.dtypes[values]}; expected one of {', '.join(_VALUE_DTYPES)}.")
+        shape, count = list(self._file.shapes[values]), list(self._file.shapes[indices])
         tiles = len(shape) == 3 and shape[1] == shape[2] > 1
         if len(count) != 1 or not (len(shape) == 1 or tiles) or shape[0] != count[0]:
             raise BadShape(f"{where}: values {shape} and indices {count}; expected [n] or [n, B, B], and [n].")
@@ -261,11 +239,11 @@ class AdapterFile(Mapping[str, SparseDelta]):
         if count[0] > units:
             raise BadShape(f"{where}: {count[0]} indices, but the target has only {units} units.")
         expected = "I32" if index_dtype(units) == torch.int32 else "I64"
-        if indices.get_dtype() != expected:
-            raise BadDtype(f"{where}{INDICES} is {indices.get_dtype()}; expected {expected} for {units} units.")
+        if self._file.dtypes[indices] != expected:
+            raise BadDtype(f"{where}{INDICES} is {self._file.dtypes[indices]}; expected {expected} for {units} units.")
 
     def _block_size(self, name: str) -> int:
-        shape = self._file.get_slice(PREFIX + name + VALUES).get_shape()
+        shape = self._file.shapes[PREFIX + name + VALUES]
         return shape[1] if len(shape) == 3 else 1
 
 

@@ -1,20 +1,24 @@
-"""Writing a safetensors file tensor by tensor, so that no more than one tensor is in memory.
+"""Safetensors files tensor by tensor, so that no more than one is in memory: `TensorFile` reads, `TensorStream` writes.
 
 The safetensors library writes only what it is given whole. The layout is that of its specification: 8 bytes of
 little-endian header length, a JSON header (padded with spaces), then the tensors' bytes without holes.
 """
 
 import json
+import threading
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+import safetensors
 import torch
 from torch import Tensor
 
-from sparselet.errors import BadDtype
+from sparselet.errors import BadContainer, BadDtype
 
 _NAMES = {torch.float32: "F32", torch.int32: "I32"}
+MAPPED = 4 * 2**20  # bytes of a file that stay mapped, and so resident, after they were read
 _ROOM = 120  # bytes of header a tensor takes beside its name: dtype, up to three sides, two offsets
 
 
@@ -57,3 +61,36 @@ class TensorStream:
         self._file.seek(0)
         self._file.write(len(header).to_bytes(8, "little") + header)
         self._file.seek(0, 2)
+
+
+class TensorFile:
+    """A safetensors file: shapes and dtypes from its header, its tensors when asked for.
+
+    shapes, dtypes: by tensor name. notes: the strings that the header holds beside the tensors.
+    Raises BadContainer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._open()
+        slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - not a mapping
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        self.dtypes: dict[str, str] = {name: part.get_dtype() for name, part in slices.items()}
+        self.notes: dict[str, str] = dict(self._file.metadata() or {})
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, mapped into memory; not to be written to. What was mapped is let go by and by."""
+        with self._lock:  # threads read targets of one file at the same time
+            if self._mapped > MAPPED:
+                self._open()
+            tensor = self._file.get_tensor(name)
+            self._mapped += tensor.nbytes
+            return tensor
+
+    def _open(self) -> None:
+        try:
+            self._file = safetensors.safe_open(self.path, framework="pt")
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise BadContainer(f"{self.path} is not a whole safetensors file: {error}") from error
+        self._mapped = 0

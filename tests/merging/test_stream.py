@@ -7,6 +7,7 @@ from strategies import assert_is, random_delta, spelt_out
 
 from sparselet import METHODS, SparseAdapter, SparseDelta, merge
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFile
+from sparselet.container import TensorFile
 from sparselet.errors import ArgumentError, NonFiniteValue, OutputExists, WriteFailed
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.merging import merge_to
@@ -98,9 +99,9 @@ def test_a_file_that_is_let_go_while_it_is_read_gives_the_same(tmp_path, monkeyp
     experts = [expert(1), expert(2)]
     paths = saved(tmp_path, experts)
     opened = []
-    reopen = AdapterFile._open
-    monkeypatch.setattr("sparselet.adapter.MAPPED", 0)
-    monkeypatch.setattr(AdapterFile, "_open", lambda file: (opened.append(file), reopen(file))[1])
+    reopen = TensorFile._open
+    monkeypatch.setattr("sparselet.container.MAPPED", 0)
+    monkeypatch.setattr(TensorFile, "_open", lambda file: (opened.append(file), reopen(file))[1])
     found = merge(paths, workers=3)
     assert len(opened) > 8
     for name, delta in merge(experts).items():

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparselet.adapter import CONFIG_FILE, PREFIX, check_target_name, require_finite
+from sparselet.container import TensorFile
 from sparselet.delta import SparseDelta, check_shape
 from sparselet.errors import (
     BadConfig,
@@ -35,7 +36,7 @@ from sparselet.errors import (
 )
 from sparselet.experts.expert import ExpertFile
 from sparselet.experts.model_files import ModelFiles
-from sparselet.experts.reading import FLOATS, TensorFile, describe, open_weights, refuse_fields, target_of
+from sparselet.experts.reading import FLOATS, describe, open_weights, refuse_fields, target_of
 from sparselet.fingerprint import require_same_base
 
 NOTE = "sparselet.targets"  # in the file's header: {target: {"shape", "nnz", "fingerprint"}} of what was exported

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sparselet.adapter import CONFIG_FILE, PREFIX, check_target_name, require_finite
+from sparselet.container import TensorFile
 from sparselet.delta import SparseDelta, check_shape
 from sparselet.errors import BadConfig, BadDtype, BadShape, MissingTensor, UnknownTensor, UnsupportedExpert
 from sparselet.experts.expert import ExpertFile, full_delta
 from sparselet.experts.model_files import OUTPUT_LAYERS, ModelFiles
-from sparselet.experts.reading import FLOATS, TensorFile, describe, open_weights, refuse_fields, target_of
+from sparselet.experts.reading import FLOATS, describe, open_weights, refuse_fields, target_of
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 

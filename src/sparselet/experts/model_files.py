@@ -4,8 +4,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sparselet.container import TensorFile
 from sparselet.errors import BadConfig, MissingFile, MissingTensor, UnsafePath, UnsupportedExpert
-from sparselet.experts.reading import TensorFile, read_object
+from sparselet.experts.reading import read_object
 
 MODEL_CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -1,53 +1,17 @@
-"""Reading what others wrote: JSON objects, and safetensors files tensor by tensor."""
+"""Reading what others wrote: JSON objects, the weights of adapters, and fields that change their meaning."""
 
 import json
-import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-from torch import Tensor
-
-from sparselet.adapter import CONFIG_FILE, MAPPED, PREFIX, WEIGHTS_FILE
-from sparselet.errors import AbsurdShape, BadConfig, BadContainer, MissingFile, UnsupportedExpert
+from sparselet.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from sparselet.container import TensorFile
+from sparselet.errors import AbsurdShape, BadConfig, MissingFile, UnsupportedExpert
 from sparselet.files import check_inside
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_JSON_BYTES = 64 * 2**20
-
-
-class TensorFile:
-    """A safetensors file: shapes and dtypes from its header, its tensors when asked for.
-
-    shapes, dtypes: by tensor name. notes: the strings that the header holds beside the tensors.
-    Raises BadContainer.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        self._open()
-        slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - not a mapping
-        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        self.dtypes: dict[str, str] = {name: part.get_dtype() for name, part in slices.items()}
-        self.notes: dict[str, str] = dict(self._file.metadata() or {})
-
-    def read(self, name: str) -> Tensor:
-        """A tensor, mapped into memory; not to be written to. What was mapped is let go by and by."""
-        with self._lock:  # threads read targets of one file at the same time
-            if self._mapped > MAPPED:
-                self._open()
-            tensor = self._file.get_tensor(name)
-            self._mapped += tensor.nbytes
-            return tensor
-
-    def _open(self) -> None:
-        try:
-            self._file = safetensors.safe_open(self.path, framework="pt")
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise BadContainer(f"{self.path} is not a whole safetensors file: {error}") from error
-        self._mapped = 0
 
 
 def read_object(file: Path) -> dict[str, Any]:

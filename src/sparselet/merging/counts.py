@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparselet.adapter import CONFIG_FILE, AdapterFile
 from sparselet.adapter_stream import adapter_stream
-from sparselet.container import TensorStream
+from sparselet.container import TensorFile, TensorStream
 from sparselet.delta import SparseDelta
 from sparselet.errors import (
     ArgumentError,
@@ -35,7 +35,6 @@ from sparselet.errors import (
     UnknownTensor,
 )
 from sparselet.experts import open_expert
-from sparselet.experts.reading import TensorFile
 from sparselet.files import atomic_directory, atomic_write, check_inside, refuse_existing
 from sparselet.merging.entries import per_unit, selected
 from sparselet.merging.parallel import in_order
