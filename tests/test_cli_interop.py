@@ -6,31 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
-from tiny import make_adapter, make_model
+from tiny import logits, make_adapter, make_model
 from transformers import AutoModelForCausalLM
 
 from sparselet import SparseAdapter
-from sparselet.cli.main import run
 from sparselet.experts import open_expert
 from sparselet.resident import applied
 
-IDS = torch.tensor([[5, 9, 200, 31, 7]])
 QV = ["q_proj", "v_proj"]
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    """Run a command line in this process: its exit code, standard output and standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +21,6 @@ def expert(tmp_path_factory, base_dir):
     """A sparse expert of the base model."""
     about = {"task": "one", "base_model_name_or_path": base_dir, "task_type": "CAUSAL_LM"}
     return make_adapter(make_model(), 4, **about).save(tmp_path_factory.mktemp("experts") / "one")
-
-
-def logits(model):
-    with torch.inference_mode():
-        return model(input_ids=IDS).logits
 
 
 def expected(path, base=None):

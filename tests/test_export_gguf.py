@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from tiny import make_adapter, make_model, make_t5, make_tokenizer
+from tiny import logits, make_adapter, make_model, make_t5, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from sparselet import SparseAdapter, SparseDelta
@@ -16,7 +16,6 @@ from sparselet.export import export_checkpoint, export_gguf_checkpoint
 from sparselet.export.gguf import ARCHITECTURES
 from sparselet.resident import applied
 
-IDS = torch.tensor([[5, 9, 200, 31, 7]])
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -26,11 +25,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-
-
-def logits(model):
-    with torch.inference_mode():
-        return model(input_ids=IDS).logits
 
 
 def read(directory, name):

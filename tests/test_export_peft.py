@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from strategies import few
-from tiny import make_adapter, make_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from tiny import IDS, logits, make_adapter, make_gpt2, make_model
+from transformers import GPT2LMHeadModel
 
 from sparselet import SparseAdapter, SparseDelta
 from sparselet.adapter import AdapterFile
@@ -24,8 +24,6 @@ from sparselet.experts.entries import NOTE
 from sparselet.export import export_lora, export_shira, export_super_tuning
 from sparselet.export.peft import kept_entries, padded, smallest_fit
 from sparselet.resident import applied
-
-IDS = torch.tensor([[5, 9, 200, 31, 7]])
 
 ELSEWHERE = """
 import json, sys
@@ -49,17 +47,6 @@ for base, adapter, ids, answers in json.loads(sys.argv[1]):
         torch.save(model(input_ids=torch.tensor(ids)).logits, answers)
 assert "sparselet" not in sys.modules
 """
-
-
-def make_gpt2(seed=0):
-    torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=258, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.2)
-    return GPT2LMHeadModel(config).eval()
-
-
-def logits(model):
-    with torch.inference_mode():
-        return model(input_ids=IDS).logits
 
 
 def with_applied(model, adapter):

@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM
 
 from sparselet import SparseAdapter, merge
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE
-from sparselet.cli.main import run
 from sparselet.errors import (
     AbsurdShape,
     BadConfig,
@@ -708,21 +707,6 @@ def test_whatever_the_metadata_holds_the_card_is_valid(metadata, recipe):
 
 
 # The command line
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    """Run a command line: its exit code, standard output and standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return call
 
 
 def test_a_dry_run_shows_files_and_card_and_asks_nobody(cli, hub, expert):

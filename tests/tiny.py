@@ -5,12 +5,21 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from sparselet import SparseAdapter, SparseDelta
 from sparselet.fingerprint import fingerprint_weight
 
 PAD, END = "<pad>", "<end>"
+IDS = torch.tensor([[5, 9, 200, 31, 7]])
 TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -44,11 +53,23 @@ def make_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> 
     return model
 
 
+def make_gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=258, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.2)
+    return GPT2LMHeadModel(config).eval()
+
+
 def make_t5(seed: int = 0) -> T5ForConditionalGeneration:
     torch.manual_seed(seed)
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
     special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
     return T5ForConditionalGeneration(T5Config(vocab_size=258, **sizes, **special)).eval()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """The model's answer to one fixed row."""
+    with torch.inference_mode():
+        return model(input_ids=IDS).logits
 
 
 def save_base(directory: Path, template: bool = False, model: torch.nn.Module | None = None, **changes) -> str:

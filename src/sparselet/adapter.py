@@ -1,6 +1,5 @@
 """`SparseAdapter`: named deltas with metadata, as one directory. The bytes are specified in docs/format.md."""
 
-import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,6 @@ from torch import Tensor
 from sparselet.container import TensorFile, TensorStream
 from sparselet.delta import SparseDelta, check_shape, index_dtype
 from sparselet.errors import (
-    AbsurdShape,
     BadConfig,
     BadDtype,
     BadShape,
@@ -26,7 +24,7 @@ from sparselet.errors import (
     UnsafePath,
     UnsupportedVersion,
 )
-from sparselet.files import atomic_write, check_inside, json_bytes
+from sparselet.files import atomic_write, check_inside, json_bytes, read_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -36,7 +34,6 @@ VALUES, INDICES = ".sparse_values", ".sparse_indices"
 # In the files of a training checkpoint whose selection phase has not ended (docs/format.md); never needed to apply it.
 PENDING, PROGRESS = ".sparse_pending", ".sparse_progress"
 
-_MAX_CONFIG_BYTES = 64 * 2**20
 _VALUE_DTYPES = ("F64", "F32", "F16", "BF16")
 _STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -308,14 +305,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]
     file = check_inside(path, CONFIG_FILE)
     if not file.is_file():
         raise MissingFile(f"{file} is missing; an adapter is {CONFIG_FILE} and {WEIGHTS_FILE}.")
-    if file.stat().st_size > _MAX_CONFIG_BYTES:
-        raise AbsurdShape(f"{file} has {file.stat().st_size} bytes; the limit is {_MAX_CONFIG_BYTES}.")
-    try:
-        config = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BadConfig(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise BadConfig(f"{file}: expected an object, got {type(config).__name__}.")
+    config = read_object(file)
     if config.get("peft_type") != "SPARSELET":
         raise BadConfig(f"{file}: peft_type is {config.get('peft_type')!r}; a sparse adapter has 'SPARSELET'.")
     version = config.get("format_version")

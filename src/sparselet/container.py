@@ -15,7 +15,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from sparselet.errors import BadContainer, BadDtype
+from sparselet.errors import BadContainer, BadDtype, MissingFile
 
 _NAMES = {torch.float32: "F32", torch.int32: "I32"}
 MAPPED = 4 * 2**20  # bytes of a file that stay mapped, and so resident, after they were read
@@ -67,10 +67,12 @@ class TensorFile:
     """A safetensors file: shapes and dtypes from its header, its tensors when asked for.
 
     shapes, dtypes: by tensor name. notes: the strings that the header holds beside the tensors.
-    Raises BadContainer.
+    Raises MissingFile, BadContainer.
     """
 
     def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise MissingFile(f"{path} is missing.")
         self.path = path
         self._lock = threading.Lock()
         self._open()

@@ -16,7 +16,9 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from sparselet.errors import OutputExists, UnsafePath, WriteFailed
+from sparselet.errors import AbsurdShape, BadConfig, MissingFile, OutputExists, UnsafePath, WriteFailed
+
+_MAX_JSON_BYTES = 64 * 2**20
 
 
 @contextlib.contextmanager
@@ -104,6 +106,21 @@ def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises MissingFile, AbsurdShape, BadConfig."""
+    if not file.is_file():
+        raise MissingFile(f"{file} is missing.")
+    if file.stat().st_size > _MAX_JSON_BYTES:
+        raise AbsurdShape(f"{file} has {file.stat().st_size} bytes; the limit is {_MAX_JSON_BYTES}.")
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BadConfig(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise BadConfig(f"{file}: expected an object, got {type(content).__name__}.")
+    return content
 
 
 def refuse_existing(path: str | Path) -> None:

@@ -9,7 +9,6 @@ that could run code.
 import fnmatch
 import glob
 import importlib
-import json
 import os
 import re
 import shutil
@@ -20,11 +19,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import safetensors
-
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, require_finite
-from sparselet.errors import BadConfig, BadContainer, FormatError, MissingExtra, MissingFile, ModelError
-from sparselet.files import atomic_directory, cache_directory, check_inside, naming_failure, refuse_existing, write_text
+from sparselet.container import TensorFile
+from sparselet.errors import BadConfig, FormatError, MissingExtra, MissingFile, ModelError
+from sparselet.files import (
+    atomic_directory,
+    cache_directory,
+    check_inside,
+    naming_failure,
+    read_object,
+    refuse_existing,
+    write_text,
+)
 from sparselet.report.card import model_card, peft_card
 
 CARD_FILE = "README.md"
@@ -138,7 +144,7 @@ def prepare(path: str | Path, name: str, revision: str | None = None) -> Upload:
     if CARD_FILE in files:
         return Upload(repository, branch, kind, files, None)
     size = sum(file.stat().st_size for file in files.values())
-    config = _read_json(path, CONFIG_FILE)
+    config = read_object(check_inside(path, CONFIG_FILE))
     base = config.get("base_model_name_or_path")
     if isinstance(base, str) and Path(base).exists():  # or models/llama would be taken for a name on the hub
         config["base_model_name_or_path"] = str(Path(base).absolute())
@@ -202,9 +208,9 @@ def check(path: str | Path) -> str:
     if (path / CONFIG_FILE).exists() or not (path / "config.json").is_file():
         kind = _peft_type(path)
         if kind != "SPARSELET":
-            with _open(check_inside(path, WEIGHTS_FILE)) as file:
-                for name in file.keys():  # noqa: SIM118  (not a mapping)
-                    require_finite(file.get_tensor(name), f"{path / WEIGHTS_FILE}: {name}")
+            file = TensorFile(check_inside(path, WEIGHTS_FILE))
+            for name in file.shapes:
+                require_finite(file.read(name), f"{file.path}: {name}")
             return f"{kind} adapter"
         adapter = AdapterFile(path)
         for name in adapter:
@@ -212,15 +218,15 @@ def check(path: str | Path) -> str:
         for name, tensor in adapter.read_modules().items():
             require_finite(tensor, f"{path / WEIGHTS_FILE}: {name}")
         return "sparse adapter"
-    _read_json(path, "config.json")
+    read_object(check_inside(path, "config.json"))
     parts = {file.name for file in path.glob("*.safetensors")}
     for index in sorted(path.glob("*.safetensors.index.json")):
-        listed = _read_json(path, index.name).get("weight_map")
+        listed = read_object(check_inside(path, index.name)).get("weight_map")
         if not isinstance(listed, dict):
             raise BadConfig(f"{index}: weight_map is {type(listed).__name__}; expected an object.")
         parts |= {str(part) for part in listed.values()}
     for part in sorted(parts) or ["model.safetensors"]:
-        _open(check_inside(path, part))
+        TensorFile(check_inside(path, part))
     return "checkpoint"
 
 
@@ -295,32 +301,9 @@ def _choose(name: str, present: list[str]) -> list[str]:
 
 def _peft_type(path: Path) -> str:
     """What kind of adapter a directory says it is; SPARSELET where it says nothing, for `AdapterFile` to complain of."""
-    file = path / CONFIG_FILE
-    if not file.is_file() or file.stat().st_size > 2**26:
-        return "SPARSELET"
-    kind = _read_json(path, CONFIG_FILE).get("peft_type")
+    file = check_inside(path, CONFIG_FILE)
+    kind = read_object(file).get("peft_type") if file.is_file() else None
     return kind if isinstance(kind, str) and kind.isidentifier() else "SPARSELET"
-
-
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    file = check_inside(path, name)
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BadConfig(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise BadConfig(f"{file}: expected an object, got {type(content).__name__}.")
-    return content
-
-
-def _open(file: Path) -> Any:
-    """A safetensors file, its header and size checked."""
-    if not file.is_file():
-        raise MissingFile(f"{file} is missing.")
-    try:
-        return safetensors.safe_open(file, framework="pt")
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise BadContainer(f"{file} is not a whole safetensors file: {error}") from error
 
 
 def _reason(error: Exception) -> str:

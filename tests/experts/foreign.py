@@ -8,24 +8,11 @@ import torch
 from peft import ShiraConfig, SupertuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import make_model
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparselet.experts import open_expert
 
-IDS = torch.tensor([[5, 9, 200, 31, 7]])
 FIRST = "model.layers.0.self_attn.q_proj"
 QV = ["q_proj", "v_proj"]
-
-
-def make_gpt2(seed=0):
-    torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=258, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.2)
-    return GPT2LMHeadModel(config).eval()
-
-
-def logits(model):
-    with torch.inference_mode():
-        return model(input_ids=IDS).logits
 
 
 def save_peft(directory, config, model=None, seed=1):

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from foreign import FIRST, IDS, SOME, logits, make_gpt2, refused, tuned
+from foreign import FIRST, SOME, refused, tuned
 from safetensors.torch import load_file, save_file
-from tiny import make_model, make_t5
+from tiny import IDS, logits, make_gpt2, make_model, make_t5
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from sparselet import SparseDelta

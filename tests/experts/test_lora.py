@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from foreign import FIRST, QV, edit, logits, make_gpt2, refused, save_peft, tuner_layers
+from foreign import FIRST, QV, edit, refused, save_peft, tuner_layers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny import make_adapter, make_model
+from tiny import logits, make_adapter, make_gpt2, make_model
 
 from sparselet import merge
 from sparselet.errors import (

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import FIRST, indexed, logits, refused
+from foreign import FIRST, indexed, refused
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import make_adapter, make_model
+from tiny import logits, make_adapter, make_model
 
 from sparselet import SparseAdapter
 from sparselet.adapter import AdapterFile

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from foreign import FIRST, QV, edit, indexed, logits, refused, save_peft, tuner_layers
+from foreign import FIRST, QV, edit, indexed, refused, save_peft, tuner_layers
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel, SupertuningConfig
 from safetensors.torch import load_file
 from strategies import few
-from tiny import make_model
+from tiny import logits, make_model
 
 from sparselet.errors import (
     BadConfig,

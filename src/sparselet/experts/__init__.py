@@ -12,8 +12,7 @@ from sparselet.experts.entries import SHIRA, SUPER_TUNING, EntriesFile
 from sparselet.experts.expert import ExpertFile
 from sparselet.experts.lora import LoraFile
 from sparselet.experts.model_files import MODEL_CONFIG, ModelFiles
-from sparselet.experts.reading import read_object
-from sparselet.files import check_inside
+from sparselet.files import check_inside, read_object
 
 __all__ = ["CheckpointFile", "EntriesFile", "Expert", "ExpertFile", "LoraFile", "open_expert", "save_expert"]
 

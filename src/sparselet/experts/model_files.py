@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sparselet.container import TensorFile
 from sparselet.errors import BadConfig, MissingFile, MissingTensor, UnsafePath, UnsupportedExpert
-from sparselet.experts.reading import read_object
+from sparselet.files import read_object
 
 MODEL_CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -1,32 +1,15 @@
-"""Reading what others wrote: JSON objects, the weights of adapters, and fields that change their meaning."""
+"""Reading what others wrote: the weights of adapters, and fields that change their meaning."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sparselet.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from sparselet.container import TensorFile
-from sparselet.errors import AbsurdShape, BadConfig, MissingFile, UnsupportedExpert
+from sparselet.errors import MissingFile, UnsupportedExpert
 from sparselet.files import check_inside
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-_MAX_JSON_BYTES = 64 * 2**20
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises MissingFile, AbsurdShape, BadConfig."""
-    if not file.is_file():
-        raise MissingFile(f"{file} is missing.")
-    if file.stat().st_size > _MAX_JSON_BYTES:
-        raise AbsurdShape(f"{file} has {file.stat().st_size} bytes; the limit is {_MAX_JSON_BYTES}.")
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BadConfig(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise BadConfig(f"{file}: expected an object, got {type(content).__name__}.")
-    return content
 
 
 def open_weights(path: Path) -> TensorFile:

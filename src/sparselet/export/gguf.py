@@ -8,10 +8,9 @@ from typing import Any
 from sparselet.delta import SparseDelta
 from sparselet.errors import ExportError, MissingExtra
 from sparselet.experts.model_files import MODEL_CONFIG, ModelFiles
-from sparselet.experts.reading import read_object
 from sparselet.export.checkpoint import write_checkpoint
 from sparselet.export.targets import refuse_modules
-from sparselet.files import atomic_directory, write_json
+from sparselet.files import atomic_directory, read_object, write_json
 
 # The converter's table (llama.cpp, conversion/), for the classes of transformers whose tensors it takes one by one.
 ARCHITECTURES = {
