@@ -5,7 +5,7 @@ little-endian header length, a JSON header (padded with spaces), then the tensor
 """
 
 import json
-import threading
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,20 @@ from torch import Tensor
 from sparselet.errors import BadContainer, BadDtype, MissingFile
 
 _NAMES = {torch.float32: "F32", torch.int32: "I32"}
-MAPPED = 4 * 2**20  # bytes of a file that stay mapped, and so resident, after they were read
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "F64": torch.float64,
+}
 _ROOM = 120  # bytes of header a tensor takes beside its name: dtype, up to three sides, two offsets
 
 
@@ -74,25 +87,44 @@ class TensorFile:
         if not path.is_file():
             raise MissingFile(f"{path} is missing.")
         self.path = path
-        self._lock = threading.Lock()
-        self._open()
-        slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - not a mapping
-        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        self.dtypes: dict[str, str] = {name: part.get_dtype() for name, part in slices.items()}
-        self.notes: dict[str, str] = dict(self._file.metadata() or {})
+        try:
+            with safetensors.safe_open(path, framework="pt"), path.open("rb") as file:  # it checks the header and the size
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+                self._inode = os.fstat(file.fileno()).st_ino
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise BadContainer(f"{path} is not a whole safetensors file: {error}") from error
+        self.notes: dict[str, str] = header.pop("__metadata__", None) or {}
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        self.dtypes: dict[str, str] = {name: entry["dtype"] for name, entry in header.items()}
+        self._start = 8 + size
+        self._offsets: dict[str, tuple[int, int]] = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
 
     def read(self, name: str) -> Tensor:
-        """A tensor, mapped into memory; not to be written to. What was mapped is let go by and by."""
-        with self._lock:  # threads read targets of one file at the same time
-            if self._mapped > MAPPED:
-                self._open()
-            tensor = self._file.get_tensor(name)
-            self._mapped += tensor.nbytes
-            return tensor
+        """A tensor, read into memory of its own. Threads may read one file at the same time.
 
-    def _open(self) -> None:
+        The file is open only meanwhile, so that there may be more files than a process may have open.
+        Raises BadDtype, MissingFile, BadContainer (the file was replaced or cut short after its header was read).
+        """
+        if self.dtypes[name] not in DTYPES:
+            raise BadDtype(f"{self.path}: {name} is {self.dtypes[name]}; expected one of {', '.join(DTYPES)}.")
+        begin, end = self._offsets[name]
+        data = torch.empty(end - begin, dtype=torch.uint8)
+        self._fill(data.numpy().data, self._start + begin)
+        return data.view(DTYPES[self.dtypes[name]]).view(self.shapes[name])
+
+    def _fill(self, view: memoryview, position: int) -> None:
         try:
-            self._file = safetensors.safe_open(self.path, framework="pt")
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise BadContainer(f"{self.path} is not a whole safetensors file: {error}") from error
-        self._mapped = 0
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise MissingFile(f"{self.path} cannot be read any more: {error.strerror}.") from error
+        try:
+            same = os.fstat(descriptor).st_ino == self._inode
+            while same and view:  # a call reads at most 2 GiB
+                count = os.preadv(descriptor, [view], position)
+                same = count > 0
+                view, position = view[count:], position + count
+        finally:
+            os.close(descriptor)
+        if not same:
+            raise BadContainer(f"{self.path} was replaced or cut short while it was read.")

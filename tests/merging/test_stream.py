@@ -1,5 +1,9 @@
 """Merging target by target: from files to a file as in memory, whole or not at all."""
 
+import os
+import re
+import resource
+
 import pytest
 import torch
 from made import OTHER, Q, V, contents, expert, mixed_experts, names_in, saved
@@ -7,8 +11,7 @@ from strategies import assert_is, random_delta, spelt_out
 
 from sparselet import METHODS, SparseAdapter, SparseDelta, merge
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFile
-from sparselet.container import TensorFile
-from sparselet.errors import ArgumentError, NonFiniteValue, OutputExists, WriteFailed
+from sparselet.errors import ArgumentError, BadContainer, MissingFile, NonFiniteValue, OutputExists, WriteFailed
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.merging import merge_to
 
@@ -95,17 +98,32 @@ def test_asking_whether_a_file_has_a_target_reads_no_tensor(tmp_path, monkeypatc
     assert "layers.9.q" not in file
 
 
-def test_a_file_that_is_let_go_while_it_is_read_gives_the_same(tmp_path, monkeypatch):
-    experts = [expert(1), expert(2)]
-    paths = saved(tmp_path, experts)
-    opened = []
-    reopen = TensorFile._open
-    monkeypatch.setattr("sparselet.container.MAPPED", 0)
-    monkeypatch.setattr(TensorFile, "_open", lambda file: (opened.append(file), reopen(file))[1])
-    found = merge(paths, workers=3)
-    assert len(opened) > 8
-    for name, delta in merge(experts).items():
+def test_more_experts_than_a_process_may_have_files_open(tmp_path):
+    path = expert(1).save(tmp_path / "a")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    now = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (now + 20, hard))
+    try:
+        found = merge([path] * 40, workers=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for name, delta in merge([expert(1)] * 40).items():
         assert_is(found[name], *spelt_out(delta))
+
+
+@pytest.mark.parametrize("how", ["replaced", "cut", "gone"])
+def test_a_file_that_changes_after_it_was_opened_is_refused(tmp_path, how):
+    path = expert(1).save(tmp_path / "a")
+    opened, file = AdapterFile(path), path / WEIGHTS_FILE
+    if how == "replaced":
+        expert(2).save(path)
+    elif how == "cut":
+        os.truncate(file, file.stat().st_size - 4)
+    else:
+        file.unlink()
+    error = MissingFile if how == "gone" else BadContainer
+    with pytest.raises(error, match=f"{re.escape(str(file))}.* (was replaced or cut short|cannot be read any more)"):
+        merge([opened])
 
 
 # What goes wrong

@@ -70,12 +70,14 @@ def expert_magnitudes_at(targets: Targets, ranks: Ranks, density_of: str) -> lis
         for i, delta in enumerate(deltas):
             entries[i] += entries_of(delta, density_of)
             _count(upper[i], _bits(delta) >> 16)
+        del deltas  # before the next target's are read
     wanted = {i: [_bin(upper[i], k) for k in ranks(entries[i])] for i in upper}
     lower = {(i, bin_): torch.zeros(2**16, dtype=torch.int64) for i in wanted for bin_, k in wanted[i] if k}
     for deltas, _ in targets() if lower else ():
         for (i, bin_), counts in lower.items():
             bits = _bits(deltas[i])
             _count(counts, bits.index_select(0, selected(bits >> 16 == bin_)) & 0xFFFF)
+        del deltas
     return [
         tuple(_float(bin_ << 16 | _bin(lower[i, bin_], k)[0]) if k else 0.0 for bin_, k in bins) for i, bins in wanted.items()
     ]
