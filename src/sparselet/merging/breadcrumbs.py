@@ -35,7 +35,7 @@ def breadcrumbs(
     trim: ranks are counted in each target ("target", published) or over all targets of an expert together ("global").
     merge: "linear" (published), or "ties": `disjoint_mean` of what is kept.
     scale: α; the paper chooses it on validation data. With 1 a single expert is what was kept of it.
-    cutoffs: for "global", the largest and the smallest magnitude that each expert keeps.
+    cutoffs: the largest and the smallest magnitude that each expert keeps; without them as for `ties`.
 
     deltas: N of one target. weights: N.
     Returns an element mask, the union of what is kept. Raises ShapeMismatch, DensityOutOfRange, ArgumentError.
@@ -47,7 +47,7 @@ def breadcrumbs(
     require_finite_number("scale", scale)
     require_trim(density_of, trim)
     require_choice("merge", merge, ("linear", "ties"))
-    if trim == "target" or cutoffs is None:
+    if cutoffs is None:
         ranks = _bounds(density, gamma)
         cutoffs = [(high, low) for d in deltas for high, low in [magnitudes_at(d, ranks(entries_of(d, density_of)))]]
     kept = [within(delta, low, high) for delta, (high, low) in zip(deltas, cutoffs, strict=True)]

@@ -52,6 +52,10 @@ SURVEYS: dict[str, Survey] = {
     "breadcrumbs": survey_breadcrumbs,
 }
 
+# An entry that these merge depends on the experts' values at that entry alone, and on what was surveyed; they can be given
+# some of a target's rows.
+BY_ENTRY = ("overlap", "uniform", "arithmetic", "magmax", "ties", "breadcrumbs", "emr", "consensus")
+
 # What becomes of each single expert, for methods that compress as well as merge: one delta an expert.
 PER_TASK: dict[str, Callable[..., list[SparseDelta]]] = {
     "emr": emr_experts,

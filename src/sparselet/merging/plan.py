@@ -10,7 +10,10 @@ from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError, ShapeMismatch
 from sparselet.experts import open_expert
 from sparselet.fingerprint import require_same_base
-from sparselet.merging.methods import METHODS, SURVEYED, SURVEYS, Survey, complete_parameters
+from sparselet.merging.bands import cut, join
+from sparselet.merging.entries import common_units
+from sparselet.merging.methods import BY_ENTRY, METHODS, SURVEYED, SURVEYS, Survey, complete_parameters
+from sparselet.merging.parallel import MEMORY, in_order
 from sparselet.merging.ranges import require_finite_number
 
 Expert = Mapping[str, SparseDelta]
@@ -78,10 +81,30 @@ class Plan:
         """Merge one target's deltas."""
         return METHODS[self.method](deltas, self.weights_of(name), **self.parameters, **self.surveyed)
 
+    def merge_in_bands(self, name: str, deltas: Sequence[SparseDelta], workers: int | None) -> SparseDelta:
+        """`merge` by several threads, where the method can be given some of the rows; the result is the same."""
+        if self.method not in BY_ENTRY:
+            return self.merge(name, deltas)
+        deltas, weights = common_units(deltas), self.weights_of(name)
+        surveyed = self.surveyed
+        if self.parameters.get("trim") == "target":
+            surveyed = SURVEYS[self.method](lambda: [(deltas, weights)], {**self.parameters, "trim": "global"})
+
+        def work(band: Sequence[SparseDelta]) -> SparseDelta:
+            return METHODS[self.method](band, weights, **self.parameters, **surveyed)
+
+        return join(list(in_order(work, cut(deltas), lambda band: self._bytes(band[0].size), workers)))
+
+    def is_large(self, name: str) -> bool:
+        """Whether two targets like this one are too much to be merged at the same time."""
+        return 2 * self.bytes_of(name) > MEMORY
+
     def bytes_of(self, name: str) -> int:
         """About how much memory merging this target takes: its deltas twice, and half a dozen sums of its size."""
-        size = self.shapes[name][0] * self.shapes[name][1]
-        return int(size * (28 + 16 * self._crowding))
+        return self._bytes(self.shapes[name][0] * self.shapes[name][1])
+
+    def _bytes(self, entries: int) -> int:
+        return int(entries * (28 + 16 * self._crowding))
 
 
 def weight_of(weight: Weight, name: str) -> float:

@@ -1,6 +1,7 @@
 """Merging target by target: `merge` in memory, `merge_to` from files to a file."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from sparselet.files import atomic_directory, refuse_existing
 from sparselet.merging.parallel import in_order
 from sparselet.merging.plan import Expert, Plan, Weight
 from sparselet.merging.record import Digests, merged_metadata
+
+Target = tuple[str, SparseDelta]
 
 
 def merge(
@@ -75,19 +78,26 @@ def merge_to(
     return Path(output)
 
 
-def _merged(plan: Plan, digests: Digests, workers: int | None) -> Generator[tuple[str, SparseDelta]]:
+def _merged(plan: Plan, digests: Digests, workers: int | None) -> Generator[Target]:
     """The merged targets, in the order of their names, once all experts were read for what cannot be merged."""
     plan.check_values()
     plan.survey()
 
-    def work(name: str) -> tuple[str, SparseDelta]:
+    def work(name: str) -> Target:
         deltas = plan.deltas(name)
         digests.add(name, deltas)
         try:
-            merged = plan.merge(name, deltas)
+            merged = plan.merge_in_bands(name, deltas, workers) if plan.is_large(name) else plan.merge(name, deltas)
         except SparseletError as error:
             raise type(error)(f"{name}: {error}") from error
         require_finite(merged.values, name)
         return name, merged
 
-    return in_order(work, plan.shapes, plan.bytes_of, workers)
+    return _in_turn(work, plan, workers)
+
+
+def _in_turn(work: Callable[[str], Target], plan: Plan, workers: int | None) -> Generator[Target]:
+    """`work` on each target: on small ones several at a time, on a large one by itself."""
+    for large, names in itertools.groupby(plan.shapes, plan.is_large):
+        group = list(names)
+        yield from map(work, group) if large else in_order(work, group, plan.bytes_of, workers)

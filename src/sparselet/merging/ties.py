@@ -30,7 +30,7 @@ def ties(
         ("nonzeros"): with "size" 0.2 trims nothing of an expert of density 0.1.
     trim: k is counted over all targets of an expert together ("global", published) or in each target ("target").
     elect, mean, scale: see `disjoint_mean`. The paper chooses λ on validation data, near 1 (0.8 to 2.5).
-    cutoffs: for "global", the smallest magnitude that each expert keeps; without them the deltas are taken as whole experts.
+    cutoffs: the smallest magnitude that each expert keeps; without them the deltas are taken as whole targets, or experts.
 
     deltas: N of one target. weights: N.
     Returns an element mask, the union of the trimmed deltas'. Raises ShapeMismatch, DensityOutOfRange, ArgumentError.
@@ -39,7 +39,7 @@ def ties(
     require_finite_number("scale", scale)
     require_trim(density_of, trim)
     require_election(elect, mean)
-    if trim == "target" or cutoffs is None:
+    if cutoffs is None:
         cutoffs = [magnitudes_at(d, (units_to_keep(density, entries_of(d, density_of)),))[0] for d in deltas]
     trimmed = [within(delta, cutoff) for delta, cutoff in zip(deltas, cutoffs, strict=True)]
     return disjoint_mean(trimmed, weights, elect=elect, mean=mean, scale=scale)
