@@ -79,7 +79,8 @@ def race_tables(results: dict[str, Any]) -> str:
     where = f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB"
     lines = [f"`{results['command']}`", "", f"{results['date']}, {where}; {named}.", ""]
     if machine["load_before"] > BUSY:
-        lines += [f"**Other processes were running (load {machine['load_before']:.1f}): do not trust the times.**", ""]
+        load = machine["load_before"]
+        lines += [f"The load average of the minute before was {load:.1f}: what ran then may still have run at the start.", ""]
     lines += ["| aim | | found |", "| --- | --- | ---: |"]
     for aim in results["targets"]:
         lines.append(f"| {aim['what']} | {aim['aim']} | {aim['found']:.1f}{' (missed)' if aim['met'] is False else ''} |")

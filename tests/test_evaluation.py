@@ -1,5 +1,7 @@
 """Scores against their library, batched answers against one prompt at a time, and the base model left as it was."""
 
+import sys
+
 import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
@@ -7,6 +9,7 @@ from tiny import make_adapter, make_model, make_t5, make_tokenizer
 
 from sparselet.errors import ConfigError, TaskError, WrongBase
 from sparselet.evaluation import EvalSettings, evaluate, exact_match, generate, rouge_l
+from sparselet.evaluation.generate import _batches
 from sparselet.resident import applied
 from sparselet.tasks import Row, Task
 
@@ -82,7 +85,7 @@ def model():
     return make_model(initializer_range=0.5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("batch_size", [1, 3, 64, None])
 def test_batched_answers_are_those_of_one_prompt_at_a_time_in_order(model, batch_size):
     tokenizer = make_tokenizer()
     expected = [alone(model, tokenizer, prompt, max_new_tokens=8) for prompt in PROMPTS]
@@ -124,6 +127,24 @@ def test_an_answer_ends_at_the_end_token_and_has_no_more_tokens_than_allowed(mod
     stopping = make_model(initializer_range=0.5)
     stopping.generation_config.eos_token_id = first
     assert generate(stopping, tokenizer, ["ant"], max_new_tokens=12) == [tokenizer.decode([first]).strip()]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size", "sizes"),
+    [
+        ([3, 3, 3, 3, 3], 2, [2, 2, 1]),
+        ([3, 3, 3, 3], 4, [4]),
+        ([1, 2, 3, 4, 5], None, [3, 2]),
+        ([10, 10, 10], None, [1, 1, 1]),
+        ([50, 60], None, [1, 1]),
+        ([], None, []),
+    ],
+)
+def test_batches_hold_so_many_rows_or_tokens(monkeypatch, lengths, size, sizes):
+    monkeypatch.setattr(sys.modules[_batches.__module__], "TOKENS", 10)
+    found = list(_batches(range(len(lengths)), lengths, size))
+    assert [len(batch) for batch in found] == sizes
+    assert [row for batch in found for row in batch] == list(range(len(lengths)))
 
 
 def test_no_prompts_give_no_answers(model):

@@ -31,7 +31,7 @@ def eval_(
     chat_template: bool | None = None,
     max_input_length: int = 2048,
     max_new_tokens: int = 64,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     dtype: str = "float32",
     predictions: Path | None = None,
     json: bool = False,
@@ -66,7 +66,7 @@ def eval_(
     max_new_tokens
         Longest answer, in tokens.
     batch_size
-        Rows answered together.
+        Rows answered together; by default as many as hold 16,384 tokens with their answers.
     dtype
         Dtype of the model: float32, bfloat16 or float16.
     predictions

@@ -37,8 +37,8 @@ class EvalSettings:
     """Tokens of a prompt; longer ones are cut from the left."""
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
-    batch_size: int = 64
-    """Rows answered together."""
+    batch_size: int | None = None
+    """Rows answered together; by default as many as hold 16,384 tokens with their answers."""
     split: str = "test"
     """The split that is asked."""
 
