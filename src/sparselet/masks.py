@@ -1,11 +1,13 @@
 """From scores to masks: exactly k units, ties to the lower index, per target or over all targets."""
 
+import math
 import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from sparselet import kernels
 from sparselet.delta import index_dtype
 from sparselet.errors import DensityOutOfRange, NonFiniteScore
 
@@ -32,7 +34,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
         return torch.empty(0, dtype=index_dtype(scores.numel()), device=scores.device)
     if k >= scores.numel():
         return torch.arange(scores.numel(), dtype=index_dtype(scores.numel()), device=scores.device)
-    threshold = torch.topk(scores, k, sorted=False).values.min()
+    threshold = kernels.kth_largest([scores], k)
     return _at_threshold(scores, threshold, k)
 
 
@@ -59,8 +61,7 @@ def global_threshold(scores: Mapping[str, Tensor], k: int) -> Tensor:
     """The k-th highest score over all targets (paper, Eq. 5), a scalar. Raises NonFiniteScore."""
     for target in scores.values():
         _require_finite(target)
-    everything = torch.cat([target.reshape(-1) for target in scores.values()])
-    return torch.topk(everything, min(k, everything.numel()), sorted=False).values.min()
+    return kernels.kth_largest(list(scores.values()), min(k, sum(target.numel() for target in scores.values())))
 
 
 def dropped_layers(scores: Mapping[str, Tensor], density: float) -> set[str]:
@@ -82,12 +83,14 @@ def layer_of(target: str) -> str:
 
 
 def _at_threshold(scores: Tensor, threshold: Tensor, k: int) -> Tensor:
-    chosen = scores > threshold
-    equal = (scores == threshold).nonzero().squeeze(1)[: k - int(chosen.sum())]
-    chosen[equal] = True
-    return chosen.nonzero().squeeze(1).to(index_dtype(scores.numel()))
+    """The ids of all scores above `threshold` and of the first that equal it, k together, ascending."""
+    ids = kernels.selected(scores >= threshold)
+    if len(ids) > k:
+        equal = scores.index_select(0, ids) == threshold
+        ids = ids[~equal | (equal.cumsum(0) <= k - int((~equal).sum()))]
+    return ids.to(index_dtype(scores.numel()))
 
 
 def _require_finite(scores: Tensor) -> None:
-    if not torch.isfinite(scores).all():
+    if not math.isfinite(scores.sum().item()) and not torch.isfinite(scores).all():  # a finite sum has no other terms
         raise NonFiniteScore("a score is NaN or infinite; the loss has probably diverged. Lower the learning rate.")

@@ -1,13 +1,34 @@
-"""Operations on masked entries: read, write, gradient. `reference` defines them."""
+"""Operations on masked entries: read, write, gradient, selection. `reference` defines them."""
 
-from sparselet.kernels.reference import (
-    as_tiles,
-    gather,
-    masked_weight_gradient,
-    tile_entries,
-    tile_sum,
-    weight_gradient,
-    write,
-)
+import math
 
-__all__ = ["as_tiles", "gather", "masked_weight_gradient", "tile_entries", "tile_sum", "weight_gradient", "write"]
+from torch import Tensor
+
+from sparselet.kernels import reference
+from sparselet.kernels.bands import banded_weight_gradient
+from sparselet.kernels.choice import choose
+from sparselet.kernels.reference import as_tiles, gather, tile_entries, tile_sum, weight_gradient, write
+from sparselet.kernels.select import kth_largest, selected
+
+__all__ = [
+    "as_tiles",
+    "gather",
+    "kth_largest",
+    "masked_weight_gradient",
+    "selected",
+    "tile_entries",
+    "tile_sum",
+    "weight_gradient",
+    "write",
+]
+
+
+def masked_weight_gradient(
+    x: Tensor, grad_output: Tensor, units: Tensor, block_size: int = 1, transposed: bool = False
+) -> Tensor:
+    """`reference.masked_weight_gradient`, by the version that is fastest (`choice.choose`). units: ascending."""
+    inside, outside = x.shape[-1], grad_output.shape[-1]
+    shape = (inside, outside) if transposed else (outside, inside)
+    chosen = choose(shape, math.prod(x.shape[:-1]), len(units), block_size, x.device)
+    version = banded_weight_gradient if chosen == "bands" else reference.masked_weight_gradient
+    return version(x, grad_output, units, block_size, transposed)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from sparselet.delta import SparseDelta
-from sparselet.merging.entries import common_units, mask_count, selected, weighted_sum
+from sparselet.kernels import selected
+from sparselet.merging.entries import common_units, mask_count, weighted_sum
 from sparselet.merging.ranges import require_finite_number
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from sparselet.delta import SparseDelta
-from sparselet.merging.entries import common_units, mask_count, per_unit, selected, weighted_sum
+from sparselet.kernels import selected
+from sparselet.merging.entries import common_units, mask_count, per_unit, weighted_sum
 from sparselet.merging.ranges import require_sum
 
 

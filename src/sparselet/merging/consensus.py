@@ -7,7 +7,8 @@ from torch import Tensor
 
 from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError
-from sparselet.merging.entries import common_units, selected
+from sparselet.kernels import selected
+from sparselet.merging.entries import common_units
 from sparselet.merging.ranges import require_finite_number
 from sparselet.merging.sums import sum_in_double
 

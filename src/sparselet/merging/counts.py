@@ -36,7 +36,8 @@ from sparselet.errors import (
 )
 from sparselet.experts import open_expert
 from sparselet.files import atomic_directory, atomic_write, check_inside, refuse_existing
-from sparselet.merging.entries import per_unit, selected
+from sparselet.kernels import selected
+from sparselet.merging.entries import per_unit
 from sparselet.merging.parallel import in_order
 from sparselet.merging.plan import Expert, Plan, Weight, check_patterns, check_weights, label, metadata_of, weight_of
 from sparselet.merging.record import Digests, expert_digest, expert_record, metadata_of_merge

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sparselet.delta import SparseDelta
-from sparselet.merging.entries import common_units, mask_count, selected
+from sparselet.kernels import selected
+from sparselet.merging.entries import common_units, mask_count
 from sparselet.merging.ranges import require_choice
 
 

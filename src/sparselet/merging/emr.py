@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sparselet.delta import SparseDelta
-from sparselet.merging.entries import common_units, mask_count, selected
+from sparselet.kernels import selected
+from sparselet.merging.entries import common_units, mask_count
 from sparselet.merging.sums import sum_in_double, total
 from sparselet.merging.trim import Targets
 

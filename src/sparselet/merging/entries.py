@@ -57,13 +57,6 @@ def mask_count(deltas: Sequence[SparseDelta]) -> Tensor:
     return count
 
 
-def selected(marks: Tensor) -> Tensor:
-    """The units at which `marks` [units] is not 0, ascending, int64 [n]."""
-    if marks.device.type != "cpu":
-        return marks.nonzero().squeeze(1)
-    return torch.from_numpy((marks.numpy() != 0).nonzero()[0])  # of bool, and numpy's: many times as fast as torch's
-
-
 def per_unit(numbers: Tensor, like: Tensor) -> Tensor:
     """`numbers` [n] shaped to multiply or divide `like`, [n] or [n, B, B]."""
     return numbers.reshape(-1, *(1 for _ in like.shape[1:]))

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from sparselet.delta import SparseDelta
+from sparselet.kernels import selected
 from sparselet.masks import check_density, units_to_keep
-from sparselet.merging.entries import common_units, selected
+from sparselet.merging.entries import common_units
 from sparselet.merging.ranges import require_finite_number, require_fraction
 from sparselet.merging.sums import sum_in_double
 from sparselet.merging.trim import entries_of, kth_largest, require_trim

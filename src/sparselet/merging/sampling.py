@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparselet.delta import SparseDelta
-from sparselet.merging.entries import selected
+from sparselet.kernels import selected
 
 RESCALE = ("density", "norm", "none")
 

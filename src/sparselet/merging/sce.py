@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from sparselet.delta import SparseDelta
+from sparselet.kernels import selected
 from sparselet.masks import check_density, units_to_keep
-from sparselet.merging.entries import common_units, mask_count, selected
+from sparselet.merging.entries import common_units, mask_count
 from sparselet.merging.ranges import require_choice
 from sparselet.merging.sums import sum_in_double, total
 from sparselet.merging.trim import kth_largest

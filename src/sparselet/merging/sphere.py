@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError
-from sparselet.merging.entries import common_units, mask_count, selected, weighted_sum
+from sparselet.kernels import selected
+from sparselet.merging.entries import common_units, mask_count, weighted_sum
 from sparselet.merging.gram import cosines, gram
 from sparselet.merging.ranges import require_finite_number, require_sum
 

@@ -4,12 +4,12 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from sparselet import kernels
 from sparselet.delta import SparseDelta
-from sparselet.merging.entries import selected
+from sparselet.kernels import selected
 from sparselet.merging.ranges import require_choice
 
 Targets = Callable[[], Iterable[tuple[Sequence[SparseDelta], Sequence[float]]]]
@@ -49,12 +49,9 @@ def magnitudes_at(delta: SparseDelta, ranks: Sequence[int]) -> tuple[float, ...]
 
 def kth_largest(numbers: Tensor, k: int) -> float:
     """The k-th largest of `numbers` [n], k ≥ 1; 0 for k beyond n."""
-    n = len(numbers)
-    if k > n:
+    if k > len(numbers):
         return 0.0
-    if numbers.device.type != "cpu":
-        return float(numbers.kthvalue(n - k + 1).values)
-    return float(np.partition(numbers.numpy(), n - k)[n - k])  # ten times as fast as torch's kthvalue
+    return float(kernels.kth_largest([numbers], k))
 
 
 def expert_magnitudes_at(targets: Targets, ranks: Ranks, density_of: str) -> list[tuple[float, ...]]:
