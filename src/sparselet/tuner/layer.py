@@ -299,7 +299,8 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's own forward pass; the trained adapters' gradients are taken on the way back."""
-        self.refresh()
+        if not torch.compiler.is_compiling():  # compiled code relies on the refresh after every optimizer step
+            self.refresh()
         y = self.base_layer(x, *args, **kwargs)
         if self.recorder is not None:
             self.calls += 1
