@@ -12,18 +12,18 @@ def gather(weight: Tensor, units: Tensor, block_size: int = 1) -> Tensor:
     """Copy the masked entries of `weight` [rows, columns] into a new tensor, [n] or [n, B, B], of its dtype."""
     if block_size == 1:
         return weight.reshape(-1).index_select(0, units)
-    tiles = as_tiles(weight, block_size)
-    return tiles[units // tiles.shape[1], units % tiles.shape[1]]
+    runs = _runs(units, weight.shape[1], block_size)
+    return weight.reshape(-1, block_size).index_select(0, runs).view(-1, block_size, block_size)
 
 
 def write(weight: Tensor, units: Tensor, values: Tensor, block_size: int = 1) -> None:
     """Overwrite the masked entries of the contiguous `weight` [rows, columns] in place, casting to its dtype."""
     values = values.to(weight.dtype)
     if block_size == 1:
-        weight.view(-1)[units] = values
+        weight.view(-1).index_copy_(0, units.long(), values)
     else:
-        tiles = as_tiles(weight, block_size)
-        tiles[units // tiles.shape[1], units % tiles.shape[1]] = values
+        runs = _runs(units, weight.shape[1], block_size)
+        weight.view(-1, block_size).index_copy_(0, runs, values.reshape(-1, block_size))
 
 
 def weight_gradient(x: Tensor, grad_output: Tensor, transposed: bool = False) -> Tensor:
@@ -58,9 +58,13 @@ def as_tiles(matrix: Tensor, block_size: int) -> Tensor:
 
 def tile_entries(units: Tensor, shape: tuple[int, int], block_size: int) -> Tensor:
     """Flat entry ids of the given tiles, int64 [n, B, B], in the order of a tile's own rows and columns."""
-    columns = shape[1]
-    tile_columns = columns // block_size
+    runs = _runs(units, shape[1], block_size).view(-1, block_size, 1)
+    return runs * block_size + torch.arange(block_size, device=units.device)
+
+
+def _runs(units: Tensor, columns: int, block_size: int) -> Tensor:
+    """The rows of the given tiles, as places in the weight cut into runs of `block_size` entries; int64 [n·B]."""
+    per_row = columns // block_size
     units = units.long()
-    top_left = (units // tile_columns) * (block_size * columns) + (units % tile_columns) * block_size
-    step = torch.arange(block_size, device=units.device)
-    return top_left[:, None, None] + step[None, :, None] * columns + step[None, None, :]
+    first = units // per_row * (block_size * per_row) + units % per_row
+    return (first[:, None] + torch.arange(block_size, device=units.device) * per_row).reshape(-1)
