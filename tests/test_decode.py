@@ -6,7 +6,8 @@ from tiny import make_gpt2, make_model, make_t5
 from transformers import MistralConfig, MistralForCausalLM
 
 from sparselet.evaluation import decode as module
-from sparselet.evaluation.decode import can_decode, decode, encode_prefix, end_tokens, shared_prefix
+from sparselet.evaluation.decode import can_decode, decode, encode_prefix, end_tokens
+from sparselet.prompts import shared_prefix
 
 PAD, NEW = 0, 12
 
@@ -95,6 +96,7 @@ def test_the_prefix_is_computed_once_and_stays_as_it_was(model):
         ([[1, 2, 3], [1, 2]], [1]),
         ([[1, 2, 3], [1, 2, 4], [1, 5]], [1]),
         ([[1], [1, 2]], []),
+        ([[], [1, 2]], []),
         ([[4, 1], [3, 1]], []),
     ],
 )

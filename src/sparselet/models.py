@@ -1,6 +1,7 @@
 """Base models by hub name, local directory, or the packaged copy."""
 
 import hashlib
+import inspect
 import shutil
 import subprocess
 import sys
@@ -11,15 +12,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    DynamicCache,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicLayer
 
 from sparselet.errors import MissingExtra, ModelError, SparseletError
 from sparselet.files import atomic_directory, cache_directory
@@ -153,3 +158,14 @@ def _fetch_gguf(scratch: Path) -> Path:
     if digest != _GGUF_SHA256:
         raise ModelError(f"{_GGUF} has SHA-256 {digest}, expected {_GGUF_SHA256}; it was changed or damaged.")
     return gguf
+
+
+def attends_to_all(model: nn.Module) -> bool:
+    """Whether a model is a decoder of transformers' kind with full attention in every layer, whose `forward` takes a cache
+    and positions, so that rows can go on from keys and values that were computed before."""
+    needed = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig) or config.is_encoder_decoder:
+        return False
+    layers = DynamicCache(config=config).layers
+    return needed <= set(inspect.signature(model.forward).parameters) and all(type(layer) is DynamicLayer for layer in layers)

@@ -30,6 +30,14 @@ def target_tokens(tokenizer: PreTrainedTokenizerBase, text: str, chat_template: 
     return [*tokens, tokenizer.eos_token_id]
 
 
+def shared_prefix(prompts: Sequence[list[int]]) -> list[int]:
+    """The tokens that all prompts begin with, but for at least one token of each."""
+    first, last = min(prompts), max(prompts)
+    limit = max(0, min(len(prompt) for prompt in prompts) - 1)
+    same = next((i for i in range(limit) if first[i] != last[i]), limit)
+    return first[:same]
+
+
 def uses_template(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> bool:
     """Whether prompts go through a chat template: it is wanted, and the tokenizer has one."""
     return chat_template and getattr(tokenizer, "chat_template", None) is not None

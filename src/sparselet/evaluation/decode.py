@@ -5,7 +5,6 @@ The tokens are those of transformers' `generate` with its defaults; models and g
 certain are left to it (`can_decode`).
 """
 
-import inspect
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -14,10 +13,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from sparselet.models import attends_to_all
 from sparselet.prompts import pad
 
 LEAVE = 0.75  # the batch is made smaller when no more than this fraction of its rows goes on
-_NEEDED = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 # Generation settings that do not change what greedy decoding says, or are read here.
 _PLAIN = {
     "_from_model_config",
@@ -82,27 +81,14 @@ class RoomyLayer(DynamicLayer):
 def can_decode(model: PreTrainedModel) -> bool:
     """Whether `decode` says what the model's own `generate` would: a decoder with full attention in every layer, and
     generation settings without processors of logits."""
-    if model.config.is_encoder_decoder or not set(inspect.signature(model.forward).parameters) >= _NEEDED:
-        return False
     settings = model.generation_config
-    if settings is None or not set(settings.to_diff_dict()) <= _PLAIN:
-        return False
-    layers = DynamicCache(config=model.config).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    return attends_to_all(model) and settings is not None and set(settings.to_diff_dict()) <= _PLAIN
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:
     """The tokens that end an answer, by the model's generation settings."""
     ends: Any = model.generation_config and model.generation_config.eos_token_id
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
-
-
-def shared_prefix(prompts: Sequence[list[int]]) -> list[int]:
-    """The tokens that all prompts begin with, but for at least one token of each."""
-    first, last = min(prompts), max(prompts)
-    limit = min(len(prompt) for prompt in prompts) - 1
-    same = next((i for i in range(limit) if first[i] != last[i]), limit)
-    return first[:same]
 
 
 @torch.inference_mode()

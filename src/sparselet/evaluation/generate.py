@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparselet.evaluation.decode import can_decode, decode, encode_prefix, end_tokens, shared_prefix
-from sparselet.prompts import pad, prompt_tokens
+from sparselet.evaluation.decode import can_decode, decode, encode_prefix, end_tokens
+from sparselet.prompts import pad, prompt_tokens, shared_prefix
 
 TOKENS = 16384  # of a batch; 0.75 GB of keys and values of a model of 135M parameters in float32
 

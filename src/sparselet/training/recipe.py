@@ -161,7 +161,8 @@ def _fit(
 ) -> TrainerState:
     """Train from the checkpoint, if there is one, to the end; the best weights are in the model then."""
     with _switched_back(job.model, job.settings):
-        collate = collator(job.model, job.tokenizer)
+        # What is recomputed in the backward pass cannot go on from a cache.
+        collate = collator(job.model, job.tokenizer, share=not job.settings.gradient_checkpointing)
         every = [*ready.callbacks, *callbacks]
         trainer = make_trainer(ready.module, collate, rows, job.settings, work, every, ready.autocast)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

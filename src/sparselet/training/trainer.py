@@ -26,6 +26,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from sparselet.errors import MissingTensor
 from sparselet.files import naming_failure
 from sparselet.training.collate import Encoded
+from sparselet.training.prefix import begun
 from sparselet.training.sampling import LengthGroupedSampler
 from sparselet.training.settings import TrainSettings
 from sparselet.tuner import UnselectedMaskWarning
@@ -116,6 +117,10 @@ class RunTrainer(Trainer):
         if self.autocast is None:
             return super().autocast_smart_context_manager(cache_enabled)
         return torch.autocast(self.args.device.type, self.autocast, cache_enabled=cache_enabled)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's loss, of rows that may go on from a shared beginning."""
+        return super().compute_loss(model, begun(model, inputs), *args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
