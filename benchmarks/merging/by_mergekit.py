@@ -11,7 +11,7 @@ from mergekit.merge import run_merge
 from mergekit.merge_methods.api import merge_tensors
 from mergekit.options import MergeOptions
 from torch import Tensor
-from worker import serve
+from racing.worker import serve
 
 TENSORS = "model.safetensors"
 

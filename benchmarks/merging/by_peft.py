@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
-from worker import serve
+from racing.worker import serve
 
 TARGETS = ["q_proj", "k_proj", "v_proj"]
 
