@@ -133,8 +133,9 @@ def evaluated(asked: argparse.Namespace, race: Race, model: str, work: Path) -> 
     names = (asked.tasks / "held_in.txt").read_text().split()[: asked.eval_tasks]
     job = {**job_of(asked), "model": model, "tasks": [str(asked.tasks / name) for name in names], "rows": asked.eval_rows}
     job |= {"max_new_tokens": asked.max_new_tokens}
+    process = "by_evaluation.py" if asked.quick else None
     contestants = [
-        Contestant(library, name, "by_evaluation.py", {"do": do, **job, "answers": str(work / f"{do}.json")}, None)
+        Contestant(library, name, "by_evaluation.py", {"do": do, **job, "answers": str(work / f"{do}.json")}, process)
         for library, name, do in (("torch", GENERATE, "plain"), (OURS, "evaluate", "sparselet"))
     ]
     rows = race.group("evaluate", contestants, asked.eval_rounds)

@@ -65,7 +65,7 @@ def targets(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> list[d
 def main() -> None:
     asked = read(parser_of(__doc__))
     load, started = load_before(), datetime.datetime.now(datetime.UTC)
-    with Race() as race:
+    with Race(together=asked.quick) as race:
         rows = race.peaks(contestants(asked), asked.rounds)
     about = record(
         "bench_memory.py", {str(asked.out): "OUT"}, settings_of(asked), started, load, race.versions, race.about

@@ -87,7 +87,7 @@ def main() -> None:
     asked.model = "smollm2"  # the shapes are all here
     load, started = load_before(), datetime.datetime.now(datetime.UTC)
     rows: list[dict[str, Any]] = []
-    with Race() as race:
+    with Race(together=asked.quick) as race:
         for label in (*SELECTIONS, "gradient"):
             contestants = gradients(asked) if label == "gradient" else selecting(asked, label)
             measured = race.group(label, contestants, asked.rounds)

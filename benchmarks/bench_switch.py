@@ -66,7 +66,7 @@ def switching(asked: argparse.Namespace, work: str) -> list[Contestant]:
     shapes = SHAPES[asked.model] * LAYERS[asked.model]
     job = {"do": "rewrite", **shared, "density": DENSITY, "shapes": shapes}
     floor = Contestant(FLOOR, "overwrite and read", "by_torch.py", job, "by_torch.py")
-    return [floor, *(Contestant(lib, n, script, {"do": do, **shared}, f"{script} {do}") for lib, n, script, do in SWITCHING)]
+    return [floor, *(Contestant(lib, n, script, {"do": do, **shared}, script) for lib, n, script, do in SWITCHING)]
 
 
 def exactness(race: Race, contestants: Sequence[Contestant], rows: Sequence[dict[str, Any]]) -> None:
@@ -98,7 +98,7 @@ def main() -> None:
     load, started = load_before(), datetime.datetime.now(datetime.UTC)
     work = tempfile.mkdtemp(prefix="bench-switch-")
     try:
-        with Race() as race:
+        with Race(together=asked.quick) as race:
             prepared(asked, race, work)
             rows = race.group("load", loading(asked, work), asked.rounds)
             switchers = switching(asked, work)

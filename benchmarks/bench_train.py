@@ -105,7 +105,7 @@ def _falls(value: dict[str, float]) -> bool:
 def main() -> None:
     asked = read(parser_of(__doc__))
     load, started = load_before(), datetime.datetime.now(datetime.UTC)
-    with Race() as race:
+    with Race(together=asked.quick) as race:
         rows = race.group("step", contestants(asked), asked.rounds)
     about = record(
         "bench_train.py", {str(asked.out): "OUT"}, settings_of(asked), started, load, race.versions, race.about

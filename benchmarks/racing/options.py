@@ -51,8 +51,8 @@ def job_of(asked: argparse.Namespace) -> dict[str, Any]:
 
 def process_of(asked: argparse.Namespace, script: str, name: str) -> str:
     """Who shares a process: where models are kept everyone has one, since an optimizer's step writes back for all adapters in
-    its process; where they are not, and where times do not matter, all of a script share one."""
-    return script if asked.quick or asked.model == "phi3" else f"{script} {name}"
+    its process; where they are not, all of a script share one."""
+    return script if asked.model == "phi3" else f"{script} {name}"
 
 
 def result_name(asked: argparse.Namespace, name: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from racing.process import BENCHMARKS, Worker, progress
 
 OURS, FLOOR = "sparselet", "floor"
+ALL = "by_all.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +35,11 @@ class Contestant:
 class Race:
     """Holds the processes that stay, and asks them.
 
-    versions: of every package that a process announced. about: what else they announced (device, threads).
+    together: one process does everything, whatever the contestants say; figures mean little then. versions: of every package that a process announced. about: what else they announced (device, threads).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, together: bool = False) -> None:
+        self._together = together
         self._open = ExitStack()
         self._workers: dict[str, Worker] = {}
         self.versions: dict[str, str] = {}
@@ -52,13 +54,17 @@ class Race:
     def start(self, contestants: Iterable[Contestant]) -> None:
         """Start the processes that stay, all at once."""
         for one in contestants:
-            if one.process is not None and one.process not in self._workers:
-                self._workers[one.process] = self._open.enter_context(Worker(BENCHMARKS / "training" / one.script))
+            script, process = (ALL, ALL) if self._together else (one.script, one.process)
+            if process is not None and process not in self._workers:
+                self._workers[process] = self._open.enter_context(Worker(BENCHMARKS / "training" / script))
 
     def ask(self, one: Contestant, **more: Any) -> dict[str, Any]:
         """One run. A failure ends the benchmark; of a peer it is the answer."""
         job = {**one.job, **more}
-        if one.process is None:
+        if self._together:
+            self.start([one])
+            answer = self._do(self._workers[ALL], {**job, "do": f"{one.script} {job['do']}"})
+        elif one.process is None:
             with Worker(BENCHMARKS / "training" / one.script) as worker:
                 answer = self._do(worker, job)
         else:
@@ -96,14 +102,16 @@ class Race:
         return rows_of(name, contestants, answers, errors)
 
     def peaks(self, contestants: Sequence[Contestant], rounds: int) -> list[dict[str, Any]]:
-        """For each, the bytes of every round's process over what it had imported, and over the first contestant's median.
+        """For each, the peak of every round over what its process had imported, and over the first contestant's median.
+
+        They mean something where each run has a process of its own.
 
         On a GPU they are those torch had allocated there.
         """
         found: dict[int, list[dict[str, Any]]] = {place: [] for place in range(len(contestants))}
         for number in range(rounds):
             for place, one in enumerate(contestants):
-                answer = self.ask(dataclasses.replace(one, process=None))
+                answer = self.ask(one)
                 found[place].append(answer)
                 progress(f"round {number + 1}: {_peak(answer) / 1e6 if 'error' not in answer else 0:9.1f} MB {one}")
         floor = statistics.median(_peak(answer) for answer in found[0])

@@ -34,6 +34,7 @@ def serve(jobs: dict[str, Job], packages: tuple[str, ...], **more: Any) -> None:
         print(json.dumps(content), file=answers, flush=True)
 
     imported = resident()
+    gc.freeze()  # looking through all that was imported takes longer than many a job
     answer({"versions": {package: version(package) for package in packages}, **more})
     for line in sys.stdin:
         job = json.loads(line)

@@ -27,7 +27,8 @@ def build(job: dict[str, Any]) -> Training:
     model, batch = model_and_batch(job)
     variant = job["variant"]
     initial = variant.get("initial", "random")
-    config = SparseletConfig(density=variant["density"], block_size=variant["block"], initial_mask=initial)
+    score = "gm" if initial == "gradient" else "mcs"  # mcs cannot choose again what was never trained
+    config = SparseletConfig(density=variant["density"], block_size=variant["block"], initial_mask=initial, score=score)
     module = get_peft_model(model, config)
     if initial == "random":
         freeze_masks(module)

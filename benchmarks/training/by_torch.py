@@ -38,9 +38,11 @@ def floor(job: dict[str, Any]) -> Training:
     model.train()
     training = Training(model, batch, None)
     reached: list[Tensor] = []
-    first = next(iter(targets(model).values()))
-    # A tensor's hook runs when its gradient has come.
-    hook = first.register_forward_pre_hook(lambda _, inputs: inputs[0].register_hook(reached.append))
+
+    def watch(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        inputs[0].register_hook(reached.append)  # called when the gradient has come
+
+    hook = next(iter(targets(model).values())).register_forward_pre_hook(watch)
     training.step()
     hook.remove()
     assert reached, "no gradient reaches the first target's input"
