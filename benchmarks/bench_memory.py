@@ -5,7 +5,8 @@
     python benchmarks/bench_memory.py --quick --out OUT                    a tiny model: does it run?
 
 Every run is a fresh process: imports, the model, then three steps, or a selection phase of two selections. Its peak resident
-size is taken over what it had after its imports, and then over that of the floor; on a GPU it is what torch had allocated.
+size is taken over what it had after its imports, and then over that of the floor. On a GPU it is the most that torch had
+allocated there, the model included.
 """
 
 import argparse
@@ -14,8 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench_train import FITTING, MASKS, PEERS, name_of
-from racing.options import job_of, parser_of, read, result_name
-from racing.race import FLOOR, OURS, Contestant, Race
+from racing.options import FLOOR, job_of, parser_of, read, result_name
+from racing.race import OURS, Contestant, Race
 from racing.record import aim, found, load_before, record, settings_of, write
 
 STEPS = 3
@@ -24,10 +25,12 @@ DENSE_BYTES = 20  # aimed at, for each entry of the targets, while a dense selec
 
 def contestants(asked: argparse.Namespace) -> list[Contestant]:
     """The floor first."""
-    shared = {**job_of(asked), "repeat": STEPS, "cold": True}
+    shared = {**job_of(asked), "repeat": STEPS, "cold": True, "keep": False}
 
     def one(library: str, name: str, script: str, variant: dict[str, Any], do: str = "step", **more: Any) -> Contestant:
-        return Contestant(library, name, script, {"do": do, **shared, "variant": variant, **more}, None)
+        # torch counts what is allocated on a GPU, so that no new process is needed there.
+        process = None if asked.device == "cpu" else script
+        return Contestant(library, name, script, {"do": do, **shared, "variant": variant, **more}, process)
 
     entrants = [one(FLOOR, "frozen model", "by_torch.py", {"kind": "floor"})]
     for density, block in MASKS:

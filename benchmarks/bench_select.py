@@ -11,12 +11,13 @@ gradient is that of a 2048×2048 target for 1024 tokens, over the dense product.
 
 import argparse
 import datetime
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from bench_train import name_of
-from racing.options import job_of, parser_of, process_of, read, result_name
-from racing.race import FLOOR, OURS, Contestant, Race
+from racing.options import FLOOR, job_of, parser_of, process_of, read, result_name
+from racing.race import OURS, Contestant, Race
 from racing.record import aim, found, load_before, middle, record, settings_of, write
 
 DENSITY = 0.1
@@ -65,6 +66,16 @@ def checked(race: Race, contestants: Sequence[Contestant], rows: Sequence[dict[s
             row["value"] = race.ask(one, do=do, repeat=1)["value"]
 
 
+def check(rows: Sequence[dict[str, Any]], tolerance: float) -> list[str]:
+    """What is wrong: a choice that torch.topk would not make, a gradient that is not the dense one's."""
+    own = [row for row in rows if row["library"] == OURS]
+    return [f"{row['group']}, {row['name']}: {row['value']}" for row in own if not _right(row["value"], tolerance)]
+
+
+def _right(value: dict[str, float], tolerance: float) -> bool:
+    return value["same"] == 1 if "same" in value else value["difference"] <= tolerance
+
+
 def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     aims = []
     for place, label in enumerate(SELECTIONS):
@@ -94,7 +105,10 @@ def main() -> None:
             checked(race, contestants, measured, "same gradient" if label == "gradient" else "same top")
             rows += measured
     about = record("bench_select.py", {str(asked.out): "OUT"}, settings_of(asked), started, load, race.versions, race.about)
-    write({**about, "rows": rows, "targets": targets(rows)}, asked.out, result_name(asked, "select"))
+    wrong = check(rows, 1e-5 if asked.dtype == "float32" else 1e-2)
+    write({**about, "rows": rows, "targets": targets(rows), "wrong": wrong}, asked.out, result_name(asked, "select"))
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":

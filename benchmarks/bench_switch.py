@@ -17,8 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from racing.options import job_of, parser_of, read, result_name
-from racing.race import FLOOR, OURS, Contestant, Race
+from racing.options import FLOOR, job_of, parser_of, read, result_name
+from racing.race import OURS, Contestant, Race
 from racing.record import aim, found, load_before, middle, record, settings_of, write
 
 DENSITY, RANK = 0.1, 64

@@ -12,11 +12,12 @@ Needs Linux, and nothing else to be running: the script warns if something is.
 
 import argparse
 import datetime
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-from racing.options import job_of, parser_of, process_of, read, result_name
-from racing.race import FLOOR, OURS, Contestant, Race
+from racing.options import FLOOR, job_of, parser_of, process_of, read, result_name
+from racing.race import OURS, Contestant, Race
 from racing.record import aim, found, load_before, middle, record, settings_of, write
 
 # (density, block size) of the adapters; tiles must fit the model's targets.
@@ -32,7 +33,7 @@ PEERS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("torch", "full fine-tuning", "by_torch.py", {"kind": "full"}),
     ("torch", "side product, dense mask 0.1", "by_torch.py", {"kind": "side product", "density": 0.1}),
 ]
-STEPS = {"cpu": 1, "cuda": 10}  # of a run
+STEPS = {"cpu": 1, "cuda": 5}  # of a run
 PARTS_REPEATED = {"cpu": 5, "cuda": 20}
 
 
@@ -45,7 +46,7 @@ def contestants(asked: argparse.Namespace) -> list[Contestant]:
     shared = job_of(asked)
 
     def one(library: str, name: str, script: str, variant: dict[str, Any], do: str = "step", **more: Any) -> Contestant:
-        process = process_of(asked, script, more.pop("beside", name))
+        process = process_of(asked, script, FLOOR if library == FLOOR else more.pop("beside", name))
         job = {"do": do, "repeat": STEPS[asked.device], **shared, "variant": variant, **more}
         return Contestant(library, name, script, job, process)
 
@@ -112,6 +113,8 @@ def main() -> None:
     )
     wrong = check(rows)
     write({**about, "rows": rows, "targets": targets(rows), "wrong": wrong}, asked.out, result_name(asked, "train"))
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":

@@ -24,14 +24,14 @@ if [ "${1:-}" = "--dry-run" ]; then
     done
 else
     out=${1:-benchmarks/results}
-    for model in smollm2 phi3; do
+    for model in phi3 smollm2; do
         set -- --device cuda --model "$model" --dtype bf16 --batch 4 --tokens 1024 --out "$out"
-        bench train "$@" --rounds 3
+        bench train "$@" --rounds 2
         bench memory "$@" --rounds 1
         bench switch "$@" --rounds 3
     done
     bench select --device cuda --dtype bf16 --rounds 5 --out "$out"
-    bench end_to_end --device cuda --random-weights --rounds 1 --eval-tasks 4 --eval-rows 64 --max-new-tokens 32 --out "$out"
+    bench end_to_end --device cuda --rounds 1 --eval-tasks 4 --eval-rows 64 --max-new-tokens 32 --out "$out"
 fi
 if [ -n "$failed" ]; then
     echo "failed:$failed" >&2

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+FLOOR = "floor"
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -37,7 +38,7 @@ def read(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def job_of(asked: argparse.Namespace) -> dict[str, Any]:
     """What every job of a model holds: the model, its dtype and device, the size of a step.
 
-    keep: a process holds on to what it has built; models that one GPU cannot hold several of are built for each run.
+    keep: a process holds on to all it has built; of models that one GPU cannot hold several of it holds the last.
     """
     return {
         "model": f"random:{asked.model}" if asked.random_weights else "packaged:smollm2-135m",
@@ -51,8 +52,8 @@ def job_of(asked: argparse.Namespace) -> dict[str, Any]:
 
 def process_of(asked: argparse.Namespace, script: str, name: str) -> str:
     """Who shares a process: where models are kept everyone has one, since an optimizer's step writes back for all adapters in
-    its process; where they are not, all of a script share one."""
-    return script if asked.model == "phi3" else f"{script} {name}"
+    its process; where they are not, all of a script share one, but for the floor."""
+    return script if asked.model == "phi3" and name != FLOOR else f"{script} {name}"
 
 
 def result_name(asked: argparse.Namespace, name: str) -> str:

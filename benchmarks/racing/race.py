@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from racing.options import FLOOR
 from racing.process import BENCHMARKS, Worker, progress
 
-OURS, FLOOR = "sparselet", "floor"
+OURS = "sparselet"
 ALL = "by_all.py"
 
 
@@ -77,12 +78,12 @@ class Race:
     def group(self, name: str, contestants: Sequence[Contestant], rounds: int) -> list[dict[str, Any]]:
         """The rows of a group, whose first contestant is its floor; see `rows_of`.
 
-        Everyone has run once before the first round. A peer that fails then is left out, and its row says why.
+        Everyone has run once before the first round. A peer that fails is left out, and its row says why.
         """
         self.start(contestants)
         errors: dict[int, str] = {}
         for place, one in enumerate(contestants):
-            if one.process is not None:
+            if one.process is not None and one.job.get("keep", True):  # what is built anew has run once by then
                 progress(f"warm-up: {one}")
                 answer = self.ask(one, repeat=1)
                 errors |= {place: answer["error"]} if "error" in answer else {}

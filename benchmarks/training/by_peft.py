@@ -21,10 +21,20 @@ def build(job: dict[str, Any]) -> Training:
     if variant["kind"] == "lora":
         config = LoraConfig(r=variant["rank"], target_modules=names)
     elif variant["kind"] == "shira":  # r(m + n) numbers a target
-        config = ShiraConfig(r=equal_rank(model, variant["density"]), target_modules=names, random_seed=0)
+        config = ShiraConfig(r=equal_rank(model, variant["density"]), target_modules=names)
+        config.mask_fn = random_mask
     else:
         config = SupertuningConfig(sparsity=1 - variant["density"], target_modules=names)
     return trained(get_peft_model(model, config), batch)
+
+
+def random_mask(base_layer: Any, r: int, **_: Any) -> torch.Tensor:
+    """Exactly r(m + n) ones. SHiRA's own shuffles all entries on the CPU, which takes a minute for a model of billions."""
+    weight = base_layer.weight
+    count = r * sum(weight.shape)
+    mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+    mask[torch.rand(weight.numel(), device=weight.device).topk(count).indices] = True
+    return mask.view(weight.shape)
 
 
 def write(job: dict[str, Any]) -> Callable[[], None]:

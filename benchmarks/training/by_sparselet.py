@@ -23,14 +23,20 @@ A, B, NEW = "a", "b", "new"
 
 
 def build(job: dict[str, Any]) -> Training:
-    """An adapter whose masks are random and frozen, or, with `initial`, still to be selected."""
+    """An adapter whose masks are frozen, or, with `initial`, still to be selected.
+
+    Frozen masks are random on the CPU. On a GPU they are chosen there, by the gradient: random ones are drawn on the CPU, which
+    takes half a minute for a model of billions.
+    """
     model, batch = model_and_batch(job)
     variant = job["variant"]
-    initial = variant.get("initial", "random")
+    initial = variant.get("initial", "random" if job["device"] == "cpu" else "gradient")
     score = "gm" if initial == "gradient" else "mcs"  # mcs cannot choose again what was never trained
     config = SparseletConfig(density=variant["density"], block_size=variant["block"], initial_mask=initial, score=score)
     module = get_peft_model(model, config)
-    if initial == "random":
+    if "initial" not in variant:
+        if initial == "gradient":
+            reselect(module, [batch])
         freeze_masks(module)
     return trained(module, batch)
 
@@ -118,12 +124,13 @@ def write(job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
 
     def start() -> dict[str, Any]:
         for seed, name in enumerate((A, B)):
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator(job["device"]).manual_seed(seed)
             deltas = {}
             for target, weight in weights.items():
                 shape = (weight.shape[0], weight.shape[1])
                 indices = random_entries(shape, job["density"], generator)
-                deltas[target] = SparseDelta(shape, indices, torch.randn(len(indices), generator=generator) * 1e-3)
+                values = torch.randn(len(indices), generator=generator, device=indices.device) * 1e-3
+                deltas[target] = SparseDelta(shape, indices.cpu(), values.cpu())
             SparseAdapter(deltas, {"task": f"synthetic-{name}"}, fingerprints).save(f"{job['out']}/sparse-{name}")
         return {"entries": sum(len(delta.indices) for delta in deltas.values()), "targets": len(deltas)}
 

@@ -35,20 +35,19 @@ def _gradient_inputs(shape: tuple[int, int], tokens: int, dtype: str, device: st
     return x.to(DTYPES[dtype]), gradient.to(DTYPES[dtype])
 
 
-def switch_inputs(job: dict[str, Any]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], list[Tensor]]:
-    """For each of the job's `shapes`, a flat weight, the entries of two masks of `density`, and as many values."""
+def switch_inputs(job: dict[str, Any]) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """For each of the job's `shapes` a flat weight, the entries of two masks of `density`, and the values for each."""
     return _switch_inputs(tuple(map(tuple, job["shapes"])), job["density"], job["dtype"], job["device"])
 
 
 @functools.cache
 def _switch_inputs(
     shapes: tuple[tuple[int, int], ...], density: float, dtype: str, device: str
-) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], list[Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.zeros(rows * columns, dtype=DTYPES[dtype], device=device) for rows, columns in shapes]
-    masks = [
-        (random_entries(shape, density, generator).to(device), random_entries(shape, density, generator).to(device))
-        for shape in shapes
-    ]
-    values = [torch.ones(len(out), dtype=DTYPES[dtype], device=device) for out, _ in masks]
-    return weights, masks, values
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    generator = torch.Generator(device).manual_seed(0)
+    made = []
+    for shape in shapes:
+        weight = torch.zeros(shape[0] * shape[1], dtype=DTYPES[dtype], device=device)
+        out, into = random_entries(shape, density, generator), random_entries(shape, density, generator)
+        made.append((weight, out, weight[out] + 1, into, weight[into] + 1))
+    return made

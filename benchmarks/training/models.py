@@ -59,9 +59,9 @@ def target_names(model: nn.Module) -> list[str]:
 
 
 def random_entries(shape: tuple[int, int], density: float, generator: torch.Generator) -> Tensor:
-    """Flat ids of round(density · size) entries, ascending, int64 [n]."""
-    size = shape[0] * shape[1]
-    return torch.randperm(size, generator=generator)[: max(1, round(density * size))].sort().values
+    """Flat ids of entries, each taken with probability `density`, ascending, int64 [n], on the generator's device."""
+    drawn = torch.rand(shape[0] * shape[1], generator=generator, device=generator.device)
+    return (drawn < density).nonzero().squeeze(1)
 
 
 def equal_rank(model: nn.Module, density: float) -> int:

@@ -1,5 +1,6 @@
 """A step of training, the same for every contestant: forward, backward, fused AdamW."""
 
+import gc
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,14 +55,18 @@ _kept: dict[str, Any] = {}
 
 
 def kept(job: dict[str, Any], build: Callable[[dict[str, Any]], Any]) -> Any:
-    """What `build` makes of the job; with `keep` it is made once, for all jobs that differ only in what is done with it."""
+    """What `build` makes of the job, once for all jobs that differ only in what is done with it.
+
+    Without `keep` only the last is held: it goes before the next is built.
+    """
     key = json.dumps([job["variant"], *(job[field] for field in ("model", "dtype", "device", "batch", "tokens"))])
     if key in _kept:
         return _kept[key]
-    built = build(job)
-    if job["keep"]:
-        _kept[key] = built
-    return built
+    if not job["keep"]:
+        _kept.clear()
+        gc.collect()
+    _kept[key] = build(job)
+    return _kept[key]
 
 
 def step_job(build: Callable[[dict[str, Any]], Training]) -> Callable[[dict[str, Any]], Callable[[], dict[str, Any]]]:
