@@ -3,8 +3,8 @@
     python benchmarks/bench_end_to_end.py --tasks DIR                      SmolLM2-135M, float32, on the CPU
     python benchmarks/bench_end_to_end.py --quick --out OUT                a tiny model on made-up tasks: does it run?
 
-DIR holds a directory a task, with train.jsonl, validation.jsonl and test.jsonl, and held_in.txt, their names. Without it there is
-nothing to measure, and the script says so and ends.
+DIR holds a directory a task, with train.jsonl, validation.jsonl and test.jsonl, and held_in.txt, their names. Without it there
+is nothing to measure, and the script says so and ends.
 
 *train and evaluate* is everything in processes of its own, imports and model loading included: `sparselet train` and `sparselet
 eval`, with their defaults but for the rate, against training/plain_lora.py. Both see the same rows as often, in batches of the
@@ -90,7 +90,13 @@ def make_inputs(asked: argparse.Namespace, work: Path) -> str:
 
 
 def plain_commands(asked: argparse.Namespace, model: str, out: Path) -> list[list[str]]:
-    options = {"--model": model, "--task": asked.tasks / asked.task, "--out": out, "--learning-rate": RATE, "--batch": asked.batch}
+    options = {
+        "--model": model,
+        "--task": asked.tasks / asked.task,
+        "--out": out,
+        "--learning-rate": RATE,
+        "--batch": asked.batch,
+    }
     options |= {"--train-rows": asked.train_rows, "--test-rows": asked.test_rows, "--epochs": asked.epochs}
     options |= {"--max-new-tokens": asked.max_new_tokens}
     return [[sys.executable, str(BENCHMARKS / "training/plain_lora.py"), *(str(w) for pair in options.items() for w in pair)]]

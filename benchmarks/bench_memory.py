@@ -70,9 +70,7 @@ def main() -> None:
     load, started = load_before(), datetime.datetime.now(datetime.UTC)
     with Race(together=asked.quick) as race:
         rows = race.peaks(contestants(asked), asked.rounds)
-    about = record(
-        "bench_memory.py", {str(asked.out): "OUT"}, settings_of(asked), started, load, race.versions, race.about
-    )
+    about = record("bench_memory.py", {str(asked.out): "OUT"}, settings_of(asked), started, load, race.versions, race.about)
     write({**about, "rows": rows, "targets": targets(asked, rows)}, asked.out, result_name(asked, "memory"))
 
 

@@ -4,10 +4,10 @@
     python benchmarks/bench_switch.py --device cuda --model phi3 --dtype bf16
     python benchmarks/bench_switch.py --quick --out OUT                    a tiny model: does it run, and is it exact?
 
-Two sparse adapters of density 0.1 and two LoRA adapters of rank 64, all random, are written to a temporary directory. Loading is
-measured with the files in the page cache. A switch takes one adapter out of the model and puts the other in; afterwards the base
-weights are compared, bit for bit, with what they were before. The floor of loading reads the sparse adapter's file and sums it;
-that of switching overwrites and reads as many entries of flat tensors as a switch must.
+Two sparse adapters of density 0.1 and two LoRA adapters of rank 64, all random, are written to a temporary directory. Loading
+is measured with the files in the page cache. A switch takes one adapter out of the model and puts the other in; afterwards the
+base weights are compared, bit for bit, with what they were before. The floor of loading reads the sparse adapter's file and
+sums it; that of switching overwrites and reads as many entries of flat tensors as a switch must.
 """
 
 import argparse
@@ -56,7 +56,9 @@ def prepared(asked: argparse.Namespace, race: Race, work: str) -> None:
 def loading(asked: argparse.Namespace, work: str) -> list[Contestant]:
     """The floor first."""
     shared = {**job_of(asked), "work": work}
-    floor = Contestant(FLOOR, "read and sum", "by_torch.py", {"do": "read", **shared, "adapter": f"{work}/sparse-b"}, "by_torch.py")
+    floor = Contestant(
+        FLOOR, "read and sum", "by_torch.py", {"do": "read", **shared, "adapter": f"{work}/sparse-b"}, "by_torch.py"
+    )
     return [floor, *(Contestant(lib, name, script, {"do": do, **shared}, script) for lib, name, script, do in LOADING)]
 
 

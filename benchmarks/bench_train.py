@@ -108,9 +108,7 @@ def main() -> None:
     load, started = load_before(), datetime.datetime.now(datetime.UTC)
     with Race(together=asked.quick) as race:
         rows = race.group("step", contestants(asked), asked.rounds)
-    about = record(
-        "bench_train.py", {str(asked.out): "OUT"}, settings_of(asked), started, load, race.versions, race.about
-    )
+    about = record("bench_train.py", {str(asked.out): "OUT"}, settings_of(asked), started, load, race.versions, race.about)
     wrong = check(rows)
     write({**about, "rows": rows, "targets": targets(rows), "wrong": wrong}, asked.out, result_name(asked, "train"))
     if wrong:

@@ -36,7 +36,8 @@ class Contestant:
 class Race:
     """Holds the processes that stay, and asks them.
 
-    together: one process does everything, whatever the contestants say; figures mean little then. versions: of every package that a process announced. about: what else they announced (device, threads).
+    together: one process does everything, whatever the contestants say; figures mean little then. versions: of every package
+    that a process announced. about: what else they announced (device, threads).
     """
 
     def __init__(self, together: bool = False) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from racing.worker import Job, serve
+
 from training import by_peft, by_sparselet, by_torch
 
 SCRIPTS = {"by_torch.py": by_torch.JOBS, "by_peft.py": by_peft.JOBS, "by_sparselet.py": by_sparselet.JOBS}

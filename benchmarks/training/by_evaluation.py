@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from racing.worker import serve
-from training.models import DTYPES
-from training.plain_lora import generate, load_tokenizer, read_rows
 from transformers import AutoModelForCausalLM
 
 from sparselet import models
 from sparselet.evaluation import EvalSettings, evaluate
 from sparselet.tasks import load_task
+from training.models import DTYPES
+from training.plain_lora import generate, load_tokenizer, read_rows
 
 
 def by_sparselet(job: dict[str, Any]) -> Callable[[], dict[str, int]]:

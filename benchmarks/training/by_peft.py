@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, ShiraConfig, SupertuningConfig, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from racing.worker import serve
+
 from training.models import equal_rank, make_model, target_names, targets
 from training.steps import Training, model_and_batch, step_job, trained
 
@@ -51,9 +52,7 @@ def write(job: dict[str, Any]) -> Callable[[], None]:
 
 
 @functools.cache
-def resident(
-    model: str, dtype: str, device: str, work: str, merging: bool
-) -> tuple[PeftModel, dict[str, torch.Tensor]]:
+def resident(model: str, dtype: str, device: str, work: str, merging: bool) -> tuple[PeftModel, dict[str, torch.Tensor]]:
     """A model with the adapters a (active) and b, and a copy of its targets' base weights. One is kept for merging alone."""
     plain = make_model(model, dtype, device)
     before = {name: module.weight.detach().clone() for name, module in targets(plain).items()}

@@ -8,15 +8,15 @@ import torch
 from peft import PeftModel, get_peft_model
 from racing.worker import serve
 from torch import Tensor
-from training.inputs import gradient_inputs, random_scores
-from training.models import make_model, random_entries, targets
-from training.steps import Training, kept, model_and_batch, several, step_job, trained
 
 from sparselet import SparseAdapter, SparseDelta, SparseletConfig, freeze_masks, kernels, reselect
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.masks import top_k, top_k_global, units_to_keep
 from sparselet.resident import applied
 from sparselet.tuner import SparseletLayer, get_tuner
+from training.inputs import gradient_inputs, random_scores
+from training.models import make_model, random_entries, targets
+from training.steps import Training, kept, model_and_batch, several, step_job, trained
 
 NAME = "default"  # PEFT's name for the only adapter
 A, B, NEW = "a", "b", "new"
@@ -72,8 +72,8 @@ def _phase(training: Training) -> list[Callable[[], Any]]:
 def part(job: dict[str, Any]) -> Callable[[], Any]:
     """One part of a step of all targets, by itself; `part` says which.
 
-    product: the dense ∂L/∂W. gather: its masked entries. gradient: both, as the backward pass computes them. optimizer: its step,
-    which writes the values back. write-back: that alone.
+    product: the dense ∂L/∂W. gather: its masked entries. gradient: both, as the backward pass computes them. optimizer: its
+    step, which writes the values back. write-back: that alone.
     """
     training = kept(job, build)
     if training.first is None:

@@ -8,6 +8,7 @@ import torch
 from racing.worker import serve
 from torch import Tensor, nn
 from torch.nn import functional
+
 from training.inputs import gradient_inputs, random_scores, switch_inputs
 from training.models import targets
 from training.steps import Training, model_and_batch, step_job, trained

@@ -32,7 +32,7 @@ def config_of(shapes: str) -> Any:
 
 
 def make_model(model: str, dtype: str, device: str) -> PreTrainedModel:
-    """`random:tiny`, `random:smollm2`, `random:phi3` with random weights, made where they are to be; or what `load_model` takes."""
+    """`random:tiny`, `random:smollm2`, `random:phi3`: random weights, made on the device. Else what `load_model` takes."""
     if not model.startswith(RANDOM):
         return load_model(model, dtype).to(device)  # pyright: ignore[reportArgumentType]
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from training.models import make_batch, make_model
 
 RATE = 1e-4
