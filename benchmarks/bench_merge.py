@@ -18,9 +18,7 @@ import dataclasses
 import datetime
 import json
 import operator
-import os
 import platform
-import re
 import shlex
 import shutil
 import statistics
@@ -31,7 +29,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from merging.race import SCRIPTS, Contestant, Race, progress
+from merging.race import SCRIPTS, Contestant, Race
+from racing.record import command_of, load_before, machine
 
 ROOT = Path(__file__).parent.parent
 
@@ -161,25 +160,6 @@ def targets(shapes: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
     ]
 
 
-def machine() -> dict[str, Any]:
-    processor = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    memory = re.search(r"^MemTotal:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    return {
-        "processor": processor.group(1) if processor else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(int(memory.group(1)) / 2**20, 1) if memory else None,
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-    }
-
-
-def command_of(asked: argparse.Namespace) -> str:
-    """The command as given, with WORK, OUT and PYTHON for paths of this machine."""
-    places = {str(asked.work): "WORK", str(asked.out): "OUT", str(asked.mergekit_python): "PYTHON"}
-    threads = [f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"] if "OMP_NUM_THREADS" in os.environ else []
-    words = [*threads, "python", "benchmarks/bench_merge.py", *(places.get(word, word) for word in sys.argv[1:])]
-    return shlex.join(words)
-
-
 def prepare(asked: argparse.Namespace) -> dict[str, Any]:
     """Write what is missing of experts and checkpoints."""
     command = [sys.executable, str(SCRIPTS / "inputs.py"), str(asked.work), "--shapes", asked.shapes]
@@ -196,18 +176,17 @@ def prepare(asked: argparse.Namespace) -> dict[str, Any]:
 
 def measure(asked: argparse.Namespace) -> dict[str, Any]:
     """The whole result, as it is written."""
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        progress(f"the load is {load:.1f}: other processes are running, and times will mean little")
+    load = load_before()
     inputs = prepare(asked)
     started = datetime.datetime.now(datetime.UTC)
     with Race(inputs, asked.work / "merged", asked.mergekit_python) as race:
         contestants = field(asked, inputs, race.worker("by_sparselet.py").about["methods"])
         race.rounds(contestants)
         rows = rows_of(contestants, race)
+    places = {str(asked.work): "WORK", str(asked.out): "OUT", str(asked.mergekit_python): "PYTHON"}
     settings = {name: getattr(asked, name) for name in ("shapes", "layers", "experts", "rounds", "heavy_rounds", "quick")}
     return {
-        "command": command_of(asked),
+        "command": command_of("bench_merge.py", places),
         "date": started.date().isoformat(),
         "minutes": round((datetime.datetime.now(datetime.UTC) - started).total_seconds() / 60, 1),
         "machine": {**machine(), "load_before": load},

@@ -7,7 +7,9 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME.json hol
 """
 
 import json
+import math
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,67 @@ def kinds_table(results: dict[str, Any]) -> str:
     return loss_table(rows)
 
 
+def turns_tables(results: dict[str, Any]) -> str:
+    """What one of the benchmarks of training measured: command and machine, what was aimed at, and every contestant."""
+    machine, versions = results["machine"], results["versions"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("sparselet", "torch", "transformers", "peft") if name in versions)
+    where = machine.get("gpu") if results["settings"]["device"] == "cuda" else None
+    where = where or f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB"
+    lines = [f"`{results['command']}`", "", f"{results['date']}, {where}; {named}.", ""]
+    if machine["load_before"] > BUSY:
+        lines += [f"**Other processes were running (load {machine['load_before']:.1f}): do not trust the times.**", ""]
+    lines += ["| aim | | found |", "| --- | --- | ---: |"]
+    for aim in results["targets"]:
+        value = "not measured" if aim["found"] is None else short(aim["found"])
+        lines.append(f"| {aim['what']} | {aim['aim']} | {value}{' (missed)' if aim['met'] is False else ''} |")
+    for group in dict.fromkeys(row["group"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["group"] == group]
+        lines += ["", *(memory_rows(rows) if group == "memory" else time_rows(group, rows))]
+    return "\n".join(lines) + "\n"
+
+
+def time_rows(group: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Median seconds, and the median and quartiles of the ratios to the first row."""
+    first = rows[0]["name"]
+    lines = [f"| {group} | | seconds | × {first} (quartiles) | the same in CPU-seconds |", "| --- | --- |" + " ---: |" * 3]
+    for row in rows:
+        cells = [row["library"], row["name"]]
+        if "error" in row:
+            cells += ["failed: " + row["error"].replace("|", "/"), "", ""]
+        else:
+            cells.append(short(row["median"]))
+            cells += [quartiles(row["times_floor"][kind]) if "times_floor" in row else "1" for kind in ("wall", "cpu")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def memory_rows(rows: list[dict[str, Any]]) -> list[str]:
+    """Median peaks in MB, and over the first row's."""
+    lines = [f"| memory | | MB | over the {rows[0]['name']}'s |", "| --- | --- | ---: | ---: |"]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['library']} | {row['name']} | failed: {row['error'].replace('|', '/')} | |")
+            continue
+        peak = statistics.median(row["peak_bytes"])
+        lines.append(f"| {row['library']} | {row['name']} | {peak / 1e6:.0f} | {row['over_floor_bytes'] / 1e6:+.0f} |")
+    return lines
+
+
+def quartiles(values: list[float]) -> str:
+    low, middle, high = (short(value) for value in values)
+    return f"{middle} ({low} to {high})"
+
+
+def short(value: float) -> str:
+    """Three digits of a small number, none after the point of a large one."""
+    if not value:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{digits}f}"
+
+
+TRAINING = ("train", "memory", "switch")  # also measured on a GPU, by model
+
 TABLES = {
     "learning_rate_baselines": kinds_table,
     "merge_methods": merge_methods_table,
@@ -126,15 +189,19 @@ TABLES = {
     "learning_rate": loss_table,
     "merge": race_tables,
     "merge_phi3": race_tables,
+    **dict.fromkeys((*TRAINING, "select", "end_to_end"), turns_tables),
+    **dict.fromkeys((f"{name}_cuda_{model}" for name in TRAINING for model in ("smollm2", "phi3")), turns_tables),
+    **dict.fromkeys((f"{name}_cuda_smollm2" for name in ("select", "end_to_end")), turns_tables),
 }
 
 
 def fill(text: str) -> str:
-    """The page with every table it has a place for."""
+    """The page with every table it has a place for; a place without a result says so."""
     for name, draw in TABLES.items():
         place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if place.search(text):
-            table = draw(json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()))
+            file = ROOT / f"benchmarks/results/{name}.json"
+            table = draw(json.loads(file.read_text())) if file.exists() else "Not measured yet.\n"
             text = place.sub(lambda match, table=table: f"{match.group(1)}{table}{match.group(2)}", text)
     return text
 

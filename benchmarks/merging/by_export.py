@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from worker import serve
+from racing.worker import serve
 
 from sparselet import merge
 from sparselet.export import export_checkpoint

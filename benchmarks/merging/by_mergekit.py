@@ -10,8 +10,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.merge_methods.api import merge_tensors
 from mergekit.options import MergeOptions
+from racing.worker import serve
 from torch import Tensor
-from worker import serve
 
 TENSORS = "model.safetensors"
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from racing.worker import serve
 from transformers import AutoModelForCausalLM
-from worker import serve
 
 TARGETS = ["q_proj", "k_proj", "v_proj"]
 

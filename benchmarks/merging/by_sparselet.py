@@ -6,7 +6,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-from worker import serve
+from racing.worker import serve
 
 from sparselet import METHODS, SparseAdapter, merge
 from sparselet.adapter import WEIGHTS_FILE

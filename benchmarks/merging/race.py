@@ -1,15 +1,15 @@
 """Contestants, the processes that run them, and the race: everyone in turn, round after round."""
 
 import dataclasses
-import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from racing.process import Worker, progress
 
 SCRIPTS = Path(__file__).parent
 
@@ -30,39 +30,6 @@ class Contestant:
 
     def __str__(self) -> str:
         return f"{self.library}, {self.how}: {self.method} {self.parameters or ''}".strip()
-
-
-class Worker:
-    """A process that runs one of the scripts, and what it said of itself."""
-
-    def __init__(self, script: str, python: str) -> None:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        command = [python, str(SCRIPTS / script)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=SCRIPTS
-        )
-        self.about = self._answer()
-
-    def do(self, job: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit(f"{self._process.args} ended with {self._process.wait()}; its message is above")
-        return json.loads(line)
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
 
 
 class Race:
@@ -89,7 +56,7 @@ class Race:
     def start(self, script: str) -> Worker:
         python = self._mergekit if script == "by_mergekit.py" else sys.executable
         assert python is not None
-        worker = Worker(script, python)
+        worker = Worker(SCRIPTS / script, python)
         self.versions[script.removeprefix("by_").removesuffix(".py")] = worker.about["versions"]
         return worker
 
@@ -100,11 +67,11 @@ class Race:
         return self._workers[script]
 
     def run(self, contestant: Contestant, worker: Worker) -> dict[str, Any]:
-        """One run; nothing of it stays on the disk."""
+        """One run; nothing of it stays on the disk. Ends the benchmark where it fails."""
         shutil.rmtree(self._output, ignore_errors=True)
         os.sync()
         more = {"parameters": contestant.parameters, **self._inputs, **contestant.job, "out": str(self._output)}
-        return worker.do({"do": contestant.how, "method": contestant.method, **more})
+        return _whole(contestant, worker.do({"do": contestant.how, "method": contestant.method, **more}))
 
     def rounds(self, contestants: Sequence[Contestant]) -> None:
         """All rounds, after each contestant that has no process for each run has run once.
@@ -139,7 +106,7 @@ class Race:
     def _difference(self, contestant: Contestant) -> float:
         method, parameters = contestant.same_as or ("", {})
         job = {"method": method, "parameters": parameters, "checkpoint": str(self._output), **self._inputs}
-        return self.worker("by_sparselet.py").do({**job, "do": "difference"})["value"]
+        return _whole(contestant, self.worker("by_sparselet.py").do({**job, "do": "difference"}))["value"]
 
     def memory(self, contestants: Sequence[Contestant]) -> Iterator[dict[str, int]]:
         """Bytes over the imported library, for each: what was `prepared` before the run, and its `peak`."""
@@ -153,5 +120,7 @@ class Race:
             yield {f"{field}_bytes": max(answer[field] for answer in found) for field in ("prepared", "peak")}
 
 
-def progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _whole(contestant: Contestant, answer: dict[str, Any]) -> dict[str, Any]:
+    if "error" in answer:
+        sys.exit(f"{contestant} failed: {answer['error']}")
+    return answer

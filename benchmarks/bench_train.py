@@ -1,0 +1,119 @@
+"""Time of a training step, against the frozen model's forward and backward pass, PEFT's methods, and fine-tuning.
+
+    python benchmarks/bench_train.py                                       SmolLM2-135M, 8 × 128 tokens, float32, on the CPU
+    python benchmarks/bench_train.py --device cuda --model phi3 --dtype bf16 --batch 4 --tokens 1024
+    python benchmarks/bench_train.py --quick --out OUT                     a tiny model: does it run, and is it right?
+
+The floor is forward and backward with every weight frozen and the gradient taken back to the first target's input: what any
+adapter must do. A step of the others is zero_grad, forward, backward and fused AdamW. All take turns, round after round, each
+after a run of the floor, and each in a process of its own. The parts of sparselet's step are also measured by themselves.
+Needs Linux, and nothing else to be running: the script warns if something is.
+"""
+
+import argparse
+import datetime
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from racing.options import FLOOR, job_of, parser_of, process_of, read, result_name
+from racing.race import OURS, Contestant, Race
+from racing.record import aim, found, load_before, middle, record, settings_of, write
+
+# (density, block size) of the adapters; tiles must fit the model's targets.
+MASKS = [(0.1, 1), (0.1, 16), (0.1, 64), (0.1, 128), (0.01, 1)]
+FITTING = {"smollm2": 64, "phi3": 128, "tiny": 128}  # the largest tile that divides every target
+PARTS = ("product", "gather", "gradient", "optimizer", "write-back")
+# Library, name, script and variant of everyone else.
+PEERS: list[tuple[str, str, str, dict[str, Any]]] = [
+    *(("PEFT", f"LoRA r {rank}", "by_peft.py", {"kind": "lora", "rank": rank}) for rank in (8, 64, 128)),
+    ("PEFT", "SHiRA 0.1", "by_peft.py", {"kind": "shira", "density": 0.1}),
+    ("PEFT", "Super-Tuning 0.1", "by_peft.py", {"kind": "supertuning", "density": 0.1}),
+    ("torch", "QKV fine-tuning", "by_torch.py", {"kind": "qkv"}),
+    ("torch", "full fine-tuning", "by_torch.py", {"kind": "full"}),
+    ("torch", "side product, dense mask 0.1", "by_torch.py", {"kind": "side product", "density": 0.1}),
+]
+STEPS = {"cpu": 1, "cuda": 5}  # of a run
+PARTS_REPEATED = {"cpu": 5, "cuda": 20}
+
+
+def name_of(density: float, block: int) -> str:
+    return f"element {density:g}" if block == 1 else f"tiles of {block}, {density:g}"
+
+
+def contestants(asked: argparse.Namespace) -> list[Contestant]:
+    """The floor first."""
+    shared = job_of(asked)
+
+    def one(library: str, name: str, script: str, variant: dict[str, Any], do: str = "step", **more: Any) -> Contestant:
+        process = process_of(asked, script, FLOOR if library == FLOOR else more.pop("beside", name))
+        job = {"do": do, "repeat": STEPS[asked.device], **shared, "variant": variant, **more}
+        return Contestant(library, name, script, job, process)
+
+    entrants = [one(FLOOR, "frozen model", "by_torch.py", {"kind": "floor"})]
+    masks = [(density, block) for density, block in MASKS if block <= FITTING[asked.model]]
+    for density, block in masks:
+        variant = {"density": density, "block": block}
+        entrants.append(one(OURS, name_of(density, block), "by_sparselet.py", variant))
+    entrants += [one(*peer) for peer in PEERS]
+    for initial in ("dense", "gradient"):
+        variant = {"density": 0.1, "block": 1, "initial": initial}
+        entrants.append(one(OURS, f"selection ({initial})", "by_sparselet.py", variant, "select", repeat=1))
+    for density, block in ((0.1, 1), (0.1, 16)):
+        for part in PARTS:
+            name, variant = name_of(density, block), {"density": density, "block": block}
+            more = {"part": part, "beside": name, "repeat": PARTS_REPEATED[asked.device]}
+            entrants.append(one(OURS, f"{name}: {part}", "by_sparselet.py", variant, "part", **more))
+    return entrants
+
+
+def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was aimed at: step, step over LoRA r 128, and all that is not the frozen model or the dense product."""
+    aims = []
+    for kind, label in (("wall", ""), ("cpu", ", CPU")):
+        for name in (name_of(0.1, 1), name_of(0.1, 16)):
+            row = found(rows, OURS, name)
+            aims.append(aim(f"step, {name}: times the floor{label}", middle(row.get("times_floor"), kind), "at most", 1.06))
+            over = row.get("times", {}).get("PEFT: LoRA r 128")
+            aims.append(aim(f"step, {name}: times LoRA r 128's{label}", middle(over, kind), "at most", 0.95))
+            parts = [middle(found(rows, OURS, f"{name}: {p}").get("times_floor"), kind) for p in ("gather", "optimizer")]
+            rest = None if None in parts else sum(part for part in parts if part is not None)
+            what = f"gather, optimizer and write-back, {name}: times the floor{label}"
+            aims.append(aim(what, rest, "at most", 0.01))
+    step = middle(found(rows, OURS, name_of(0.1, 1)).get("times_floor"), "wall")
+    for initial in ("dense", "gradient"):
+        selection = middle(found(rows, OURS, f"selection ({initial})").get("times_floor"), "wall")
+        aims.append(aim(f"selection ({initial}): times an ordinary step", selection and step and selection / step))
+    return aims
+
+
+def check(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What is wrong: everyone starts from the same model, so their first losses agree, and their steps make it smaller."""
+    floor = rows[0]["value"]["first"]
+    stepping = [row for row in rows[1:] if isinstance(row.get("value"), dict) and "last" in row["value"]]
+    wrong = [
+        f"{row['name']}: the first loss is {row['value']['first']}, the floor's {floor}"
+        for row in stepping
+        if abs(row["value"]["first"] - floor) > 0.02 * floor
+    ]
+    return wrong + [f"{row['name']}: training makes the loss no smaller" for row in stepping if not _falls(row["value"])]
+
+
+def _falls(value: dict[str, float]) -> bool:
+    return value["last"] < value["first"]
+
+
+def main() -> None:
+    asked = read(parser_of(__doc__))
+    load, started = load_before(), datetime.datetime.now(datetime.UTC)
+    with Race(together=asked.quick) as race:
+        rows = race.group("step", contestants(asked), asked.rounds)
+    about = record("bench_train.py", {str(asked.out): "OUT"}, settings_of(asked), started, load, race.versions, race.about)
+    wrong = check(rows)
+    write({**about, "rows": rows, "targets": targets(rows), "wrong": wrong}, asked.out, result_name(asked, "train"))
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

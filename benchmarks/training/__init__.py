@@ -1,0 +1,1 @@
+"""The contestants of the benchmarks of training, switching, selection and of the whole job."""

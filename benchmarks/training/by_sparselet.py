@@ -1,0 +1,287 @@
+"""What sparselet does: steps and their parts, selection of masks, loading and switching."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from racing.worker import serve
+from torch import Tensor
+
+from sparselet import SparseAdapter, SparseDelta, SparseletConfig, freeze_masks, kernels, reselect
+from sparselet.fingerprint import fingerprint_weight
+from sparselet.masks import top_k, top_k_global, units_to_keep
+from sparselet.resident import applied
+from sparselet.tuner import SparseletLayer, get_tuner
+from training.inputs import gradient_inputs, random_scores
+from training.models import make_model, random_entries, targets
+from training.steps import Training, kept, model_and_batch, several, step_job, trained
+
+NAME = "default"  # PEFT's name for the only adapter
+A, B, NEW = "a", "b", "new"
+
+
+def build(job: dict[str, Any]) -> Training:
+    """An adapter whose masks are frozen, or, with `initial`, still to be selected.
+
+    Frozen masks are random on the CPU. On a GPU they are chosen there, by the gradient: random ones are drawn on the CPU, which
+    takes half a minute for a model of billions.
+    """
+    model, batch = model_and_batch(job)
+    variant = job["variant"]
+    initial = variant.get("initial", "random" if job["device"] == "cpu" else "gradient")
+    score = "gm" if initial == "gradient" else "mcs"  # mcs cannot choose again what was never trained
+    config = SparseletConfig(density=variant["density"], block_size=variant["block"], initial_mask=initial, score=score)
+    module = get_peft_model(model, config)
+    if "initial" not in variant:
+        if initial == "gradient":
+            reselect(module, [batch])
+        freeze_masks(module)
+    return trained(module, batch)
+
+
+def select(job: dict[str, Any]) -> Callable[[], Any]:
+    """`reselect` on one batch, as after an ordinary step: the masks were selected before, and the values are not zero."""
+    training = kept(job, build)
+    if training.first is None:
+        several(_phase(training))()
+    return lambda: reselect(training.module, [training.batch], training.optimizer)
+
+
+def selection_phase(job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    """The whole of a phase, from the first step or selection: what needs most memory."""
+    training = kept(job, build)
+
+    def start() -> dict[str, Any]:
+        loss = several(_phase(training))()
+        return {"first": training.first, "last": loss}
+
+    return start
+
+
+def _phase(training: Training) -> list[Callable[[], Any]]:
+    def choose() -> Any:
+        return reselect(training.module, [training.batch], training.optimizer)
+
+    dense = next(iter(_layers(training))).sparse_mask[NAME].dense
+    first = [training.step] if dense else []
+    return [*first, choose, training.step, choose, training.step]
+
+
+def part(job: dict[str, Any]) -> Callable[[], Any]:
+    """One part of a step of all targets, by itself; `part` says which.
+
+    product: the dense ∂L/∂W. gather: its masked entries. gradient: both, as the backward pass computes them. optimizer: its
+    step, which writes the values back. write-back: that alone.
+    """
+    training = kept(job, build)
+    if training.first is None:
+        training.step()
+    layers = list(_layers(training))
+    dtype, device = layers[0].base_weight.dtype, layers[0].base_weight.device
+    tokens = job["batch"] * job["tokens"]
+    shapes = {layer.shape for layer in layers}
+    # One tensor a shape: in training, too, a gradient is gathered from while it is still in the cache.
+    dense = {shape: torch.randn(shape, device=device).to(dtype) for shape in shapes}
+    passing = {n: torch.randn(tokens, n, device=device).to(dtype) for shape in shapes for n in shape}
+
+    def product() -> None:
+        for layer in layers:
+            kernels.weight_gradient(passing[layer.in_features], passing[layer.out_features], layer.transposed)
+
+    def gather() -> None:
+        for layer in layers:
+            kernels.gather(dense[layer.shape], layer.sparse_indices[NAME], layer.sparse_mask[NAME].block_size)
+
+    def gradient() -> None:
+        for layer in layers:
+            x, passed = passing[layer.in_features], passing[layer.out_features]
+            units, block = layer.sparse_indices[NAME], layer.sparse_mask[NAME].block_size
+            kernels.masked_weight_gradient(x, passed, units, block, layer.transposed)
+
+    def write_back() -> None:
+        for layer in layers:
+            layer.refresh(force=True)
+
+    assert training.optimizer is not None
+    parts = {"product": product, "gather": gather, "gradient": gradient, "write-back": write_back}
+    return {**parts, "optimizer": training.optimizer.step}[job["part"]]
+
+
+def _layers(training: Training) -> Iterator[SparseletLayer]:
+    return iter(get_tuner(training.module).layers().values())
+
+
+# Switching
+
+
+def write(job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    """Two random adapters of `density`, as OUT/sparse-a and OUT/sparse-b. Returns the entries and targets of one."""
+    model = make_model(job["model"], job["dtype"], job["device"])
+    weights = {name: module.weight.detach() for name, module in targets(model).items()}
+    fingerprints = {name: fingerprint_weight(weight) for name, weight in weights.items()}
+
+    def start() -> dict[str, Any]:
+        for seed, name in enumerate((A, B)):
+            generator = torch.Generator(job["device"]).manual_seed(seed)
+            deltas = {}
+            for target, weight in weights.items():
+                shape = (weight.shape[0], weight.shape[1])
+                indices = random_entries(shape, job["density"], generator)
+                values = torch.randn(len(indices), generator=generator, device=indices.device) * 1e-3
+                deltas[target] = SparseDelta(shape, indices.cpu(), values.cpu())
+            SparseAdapter(deltas, {"task": f"synthetic-{name}"}, fingerprints).save(f"{job['out']}/sparse-{name}")
+        return {"entries": sum(len(delta.indices) for delta in deltas.values()), "targets": len(deltas)}
+
+    return start
+
+
+@functools.cache
+def plain(model: str, dtype: str, device: str, wrapped: bool) -> tuple[Any, dict[str, Tensor]]:
+    """A model, and a copy of its targets' weights. One is kept to be `wrapped` by PEFT, one to stay as it is."""
+    found = make_model(model, dtype, device)
+    return found, {name: module.weight.detach().clone() for name, module in targets(found).items()}
+
+
+@functools.cache
+def resident(model: str, dtype: str, device: str, work: str) -> PeftModel:
+    """A model with the adapters a (active) and b."""
+    found = PeftModel.from_pretrained(plain(model, dtype, device, True)[0], f"{work}/sparse-{A}", adapter_name=A)
+    found.load_adapter(f"{work}/sparse-{B}", B)
+    return found
+
+
+def model_of(job: dict[str, Any]) -> PeftModel:
+    return resident(job["model"], job["dtype"], job["device"], job["work"])
+
+
+def load_file(job: dict[str, Any]) -> Callable[[], SparseAdapter]:
+    return lambda: SparseAdapter.load(f"{job['work']}/sparse-{B}")
+
+
+def load(job: dict[str, Any]) -> Callable[[], Any]:
+    """PEFT's `load_adapter` of a third adapter."""
+    model = model_of(job)
+    if NEW in model.peft_config:
+        model.delete_adapter(NEW)
+    return lambda: model.load_adapter(f"{job['work']}/sparse-{B}", NEW)
+
+
+def set_adapter(job: dict[str, Any]) -> Callable[[], None]:
+    """The active adapter out of the weights, the other one in."""
+    model = model_of(job)
+    return lambda: model.set_adapter(B if model.active_adapter == A else A)
+
+
+def enter_and_exit(job: dict[str, Any]) -> Callable[[], None]:
+    """An adapter in memory into a plain model's weights and out again, each as often as in a switch."""
+    model, _ = plain(job["model"], job["dtype"], job["device"], False)
+    adapter = _loaded(f"{job['work']}/sparse-{B}")
+
+    def start() -> None:
+        with applied(model, adapter):
+            pass
+
+    return start
+
+
+@functools.cache
+def _loaded(path: str) -> SparseAdapter:
+    return SparseAdapter.load(path)
+
+
+def changed(job: dict[str, Any]) -> Callable[[], dict[str, int]]:
+    """How many entries of the base weights the job `of` left different from what they were, once no adapter is resident."""
+    wrapped = job["of"] != "enter and exit"
+    model, before = plain(job["model"], job["dtype"], job["device"], wrapped)
+
+    def start() -> dict[str, int]:
+        if wrapped:
+            with model_of(job).disable_adapter():
+                return _different(model, before)
+        return _different(model, before)
+
+    return start
+
+
+def _different(model: Any, before: dict[str, Tensor]) -> dict[str, int]:
+    bases = {name: getattr(model.get_submodule(name), "base_layer", model.get_submodule(name)) for name in before}
+    return {
+        "changed": sum(int((bases[name].weight != weight).sum()) for name, weight in before.items()),
+        "entries": sum(weight.numel() for weight in before.values()),
+    }
+
+
+# Selection
+
+
+def select_top(job: dict[str, Any]) -> Callable[[], Any]:
+    """`top_k` of one target's scores, `top_k_global` of several."""
+    scores = random_scores(job)
+    k = round(job["density"] * sum(target.numel() for target in scores.values()))
+    if len(scores) == 1:
+        (only,) = scores.values()
+        return lambda: top_k(only, k)
+    return lambda: top_k_global(scores, k)
+
+
+def same_top(job: dict[str, Any]) -> Callable[[], dict[str, int]]:
+    """Whether what was selected has the same scores as torch.topk's choice; ties may fall elsewhere."""
+    scores = random_scores(job)
+
+    def start() -> dict[str, int]:
+        found = select_top(job)()
+        chosen = found if isinstance(found, dict) else dict.fromkeys(scores, found)
+        ours = torch.cat([target[chosen[name]] for name, target in scores.items()]).sort(descending=True).values
+        return {"same": int(torch.equal(ours, torch.topk(torch.cat(list(scores.values())), len(ours)).values))}
+
+    return start
+
+
+def masked_gradient(job: dict[str, Any]) -> Callable[[], Tensor]:
+    """The masked entries of ∂L/∂W, at random units."""
+    x, gradient = gradient_inputs(job)
+    units = _units(tuple(job["shape"]), job["density"], job["block"], job["device"])
+    return lambda: kernels.masked_weight_gradient(x, gradient, units, job["block"])
+
+
+def same_gradient(job: dict[str, Any]) -> Callable[[], dict[str, float]]:
+    """The largest difference from the entries of the dense product, over the largest of these."""
+    x, gradient = gradient_inputs(job)
+    units = _units(tuple(job["shape"]), job["density"], job["block"], job["device"])
+
+    def start() -> dict[str, float]:
+        expected = kernels.gather((gradient.t() @ x).contiguous(), units, job["block"])
+        found = kernels.masked_weight_gradient(x, gradient, units, job["block"])
+        return {"difference": float((found - expected).abs().max() / expected.abs().max())}
+
+    return start
+
+
+@functools.cache
+def _units(shape: tuple[int, int], density: float, block: int, device: str) -> Tensor:
+    total = shape[0] * shape[1] // block**2
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(total, generator=generator)[: units_to_keep(density, total)].sort().values.to(torch.int32).to(device)
+
+
+JOBS = {
+    "step": step_job(build),
+    "select": select,
+    "selection phase": selection_phase,
+    "part": part,
+    "write": write,
+    "load file": load_file,
+    "load": load,
+    "set_adapter": set_adapter,
+    "enter and exit": enter_and_exit,
+    "changed": changed,
+    "select top": select_top,
+    "same top": same_top,
+    "masked gradient": masked_gradient,
+    "same gradient": same_gradient,
+}
+
+if __name__ == "__main__":
+    serve(JOBS, ("sparselet", "torch", "transformers", "peft"))
