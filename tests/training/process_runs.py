@@ -7,47 +7,46 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tiny import make_model
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sparselet import MaskSchedule, SparseletConfig, freeze_masks, reselect, to_adapter
-from sparselet.errors import SelectionError
 from sparselet.training import TrainSettings, train
 from sparselet.tuner import get_tuner
+from sparselet.tuner.distributed import first_masks
 
 # The adapter's configuration, then the Trainer's arguments.
 CASES: dict[str, tuple[dict, dict]] = {
-    "dense": ({"score": "mcs"}, {}),
-    "dense-clipped": ({"score": "cs"}, {"max_grad_norm": 0.02}),
+    "dense": ({"score": "mcs"}, {"max_grad_norm": 0.02}),
     "dense-tiles": ({"score": "mcs_neg", "block_size": 4}, {}),
-    "dense-accumulation": ({"score": "mcs_neg"}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}),
+    "dense-accumulation": (
+        {"score": "mcs_neg", "modules_to_save": ["lm_head"]},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "max_grad_norm": 0.05},
+    ),
     "dense-batches": ({"score": "cs", "score_batches": 3}, {"optim": "sgd", "learning_rate": 0.5}),
     "gradient": ({"score": "gm", "initial_mask": "gradient"}, {}),
     "gradient-tiles": (
-        {"score": "gd", "initial_mask": "gradient", "block_size": 4},
+        {"score": "gm", "initial_mask": "gradient", "block_size": 4},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     ),
-    "global": ({"score": "gm", "scope": "global", "density": 0.02}, {"ddp_find_unused_parameters": False}),
     "layer-drop": (
         {"score": "gm", "scope": "global", "layer_drop": True, "density": 0.005},
         {"ddp_find_unused_parameters": False},
     ),
-    "head": ({"score": "mcs", "modules_to_save": ["lm_head"]}, {"max_grad_norm": 0.05}),
-    "random": ({"score": "random", "initial_mask": "random", "reselect_every": 1}, {"ddp_static_graph": True}),
-    "once": ({"score": "mcs", "reselect_every": 0}, {}),
+    "random": ({"score": "random", "initial_mask": "random", "reselect_every": 1}, {}),
 }
 
 
 class Rows(Dataset):
-    """24 rows of unlike lengths, of whose labels unlike numbers are counted."""
+    """16 rows of unlike lengths, of whose labels unlike numbers are counted."""
 
     def __init__(self):
         generator = torch.Generator().manual_seed(3)
         self.rows = []
-        for i in range(24):
+        for i in range(16):
             ids = torch.randint(2, 258, (4 + i % 7,), generator=generator)
             labels = ids.clone()
             labels[: 1 + i % 3] = -100
@@ -80,9 +79,11 @@ class Masks(TrainerCallback):
         self.steps[f"step.{state.global_step}"] = torch.cat([layer.sparse_indices["default"].long() for layer in layers])
 
 
-def make_trainer(directory, adapter, arguments, processes=1, seed=0, **more):
+def make_trainer(directory, adapter, arguments, processes=1, model=None, **more):
     """A Trainer over 4 rows a step (or more, accumulated), of which each process takes its share."""
-    model = get_peft_model(make_model(seed=seed), SparseletConfig(**{"density": 0.1, "reselect_every": 2, **adapter}))
+    model = model or make_model()
+    if not isinstance(model, PeftModel):
+        model = get_peft_model(model, SparseletConfig(**{"density": 0.1, "reselect_every": 2, **adapter}))
     rows = arguments.get("per_device_train_batch_size", 2) * 2 // processes
     arguments = {
         "output_dir": str(directory / "trainer"),
@@ -101,16 +102,18 @@ def make_trainer(directory, adapter, arguments, processes=1, seed=0, **more):
     return Trainer(model=model, args=TrainingArguments(**arguments), train_dataset=Rows(), data_collator=collate, **more)
 
 
+def tensors(adapter):
+    """Masks and values of an adapter by name."""
+    return {f"{name}.{part}": getattr(delta, part) for name, delta in adapter.items() for part in ("indices", "values")}
+
+
 def run(case, directory, processes=1):
     """Train, and return masks by step, then masks and values in the end."""
     masks = Masks()
     trainer = make_trainer(directory, *CASES[case], processes, callbacks=[MaskSchedule(), masks])
     trainer.train()
-    found = dict(masks.steps)
     adapter = to_adapter(trainer.model)
-    for name, delta in adapter.items():
-        found[f"{name}.indices"], found[f"{name}.values"] = delta.indices, delta.values
-    return found | {f"module.{name}": tensor for name, tensor in adapter.modules.items()}
+    return masks.steps | tensors(adapter) | {f"module.{name}": tensor for name, tensor in adapter.modules.items()}
 
 
 def own_loop(directory, processes=1):
@@ -129,7 +132,7 @@ def own_loop(directory, processes=1):
             batch = ids[8, rank::processes]
             reselect(wrapped, [{"input_ids": batch, "labels": batch}], optimizer)
     freeze_masks(model)
-    return {f"{n}.{k}": getattr(d, k) for n, d in to_adapter(model).items() for k in ("indices", "values")}
+    return tensors(to_adapter(model))
 
 
 def resumed(directory, processes=1):
@@ -139,18 +142,52 @@ def resumed(directory, processes=1):
     make_trainer(directory, adapter, saving, processes, callbacks=[MaskSchedule()]).train()
     trainer = make_trainer(directory, adapter, saving, processes, callbacks=[MaskSchedule()])
     trainer.train(resume_from_checkpoint=str(directory / "trainer" / "checkpoint-3"))
-    return {f"{n}.{k}": getattr(d, k) for n, d in to_adapter(trainer.model).items() for k in ("indices", "values")}
+    return tensors(to_adapter(trainer.model))
 
 
-RUNS = {**{case: lambda directory, processes=1, case=case: run(case, directory, processes) for case in CASES}}
-RUNS |= {"own-loop": own_loop, "resumed": resumed}
+def trained_before(directory, processes=1):
+    """By another Trainer, which is still there and has wrapped the same model, with no mask selected."""
+    before = make_trainer(directory, {"score": "gm"}, {"max_steps": 2}, processes)
+    before.train()
+    trainer = make_trainer(directory, {}, {}, processes, model=before.model, callbacks=[MaskSchedule()])
+    trainer.train()
+    assert before.state.global_step == 2
+    return tensors(to_adapter(trainer.model))
+
+
+def unlike_graphs(directory, processes=1):
+    """A loss that uses the targets in another order on the second process, and one of them not at all."""
+    model = get_peft_model(make_model(), SparseletConfig(density=0.1, score="gm"))
+    layers = list(get_tuner(model).layers().values())
+
+    def loss(model, batch):
+        x = torch.randn(3, 16, generator=torch.Generator().manual_seed(batch["process"]))
+        order = layers[-2::-1] if batch["process"] else layers
+        return sum((layer(x) ** 2).sum() for layer in order)
+
+    own = [0, 1] if processes == 1 else [dist.get_rank()]
+    wrapped = DistributedDataParallel(model) if processes > 1 else model
+    reselect(wrapped, [{"process": number} for number in own], loss=loss)
+    return tensors(to_adapter(model))
+
+
+def unlike_masks(directory, processes=1):
+    """What rounding might do to the scores of one process."""
+    rank = dist.get_rank() if processes > 1 else 0
+    masks = {"a": torch.arange(3) + rank, "b": torch.arange(2 + rank), "c": torch.arange(rank)}
+    return masks if processes == 1 else first_masks(masks, torch.device("cpu"), dist.group.WORLD)
+
+
+RUNS = {case: lambda directory, processes=1, case=case: run(case, directory, processes) for case in CASES}
+RUNS |= {"own-loop": own_loop, "resumed": resumed, "trained-before": trained_before}
+RUNS |= {"unlike-graphs": unlike_graphs, "unlike-masks": unlike_masks}
 
 
 # What is refused
 
 
 def another_base(directory):
-    make_trainer(directory, {}, {}, 2, seed=dist.get_rank(), callbacks=[MaskSchedule()]).train()
+    make_trainer(directory, {}, {}, 2, model=make_model(seed=dist.get_rank()), callbacks=[MaskSchedule()]).train()
 
 
 def other_masks(directory):
@@ -181,6 +218,10 @@ def own_group(directory):
     reselect(DistributedDataParallel(model, process_group=group), [])
 
 
+def static_graph(directory):
+    make_trainer(directory, {}, {"ddp_static_graph": True}, 2, callbacks=[MaskSchedule()]).train()
+
+
 def communication_hook(directory):
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -204,9 +245,10 @@ def unused_target(directory):
     wrapper = DistributedDataParallel(get_peft_model(make_model(), SparseletConfig()))
 
     def loss(model, batch):
-        return model.base_model.model.model.embed_tokens(batch["ids"]).sum() + model.get_submodule(
-            "base_model.model.model.layers.0.self_attn.q_proj"
-        )(torch.ones(1, 16)).sum()
+        return (
+            model.base_model.model.model.embed_tokens(batch["ids"]).sum()
+            + model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")(torch.ones(1, 16)).sum()
+        )
 
     reselect(wrapper, [{"ids": torch.tensor([[3]])}], loss=loss)
 
@@ -215,8 +257,8 @@ def recipe(directory):
     train(TrainSettings(model="none", task="none"), directory / "out")
 
 
-REFUSED = (another_base, other_masks, fsdp, fsdp2_by_hand, own_group, communication_hook, no_wrapper)
-REFUSED += (fewer_rows_than_processes, unused_target, recipe)
+REFUSED = (another_base, other_masks, fsdp, fsdp2_by_hand, own_group, static_graph, communication_hook)
+REFUSED += (no_wrapper, fewer_rows_than_processes, unused_target, recipe)
 
 
 def main(directory):

@@ -1,5 +1,6 @@
 """Two processes and one: the same masks, and the same adapter up to rounding, with the same rows a step."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -66,9 +67,9 @@ def test_two_processes_train_what_one_does_on_the_same_rows(two, name, tmp_path)
 def test_the_runs_move_their_masks_and_train(two, name):
     """Or the comparisons above would say little."""
     found = of_both(two, name)[0]
-    steps = [found[f"step.{i}"] for i in range(1, 13) if f"step.{i}" in found]
-    moved = sum(not torch.equal(a, b) for a, b in zip(steps, steps[1:], strict=False))
-    assert moved >= (1 if name == "once" else 2)
+    steps = [found[f"step.{i}"] for i in range(1, 9) if f"step.{i}" in found]
+    moved = sum(not torch.equal(a, b) for a, b in itertools.pairwise(steps))
+    assert moved >= 2
     values = torch.cat([tensor.flatten() for key, tensor in found.items() if key.endswith(".values")])
     assert values.abs().max() > 1e-3
 
@@ -89,6 +90,7 @@ MESSAGES = {
     "fsdp": "SelectionError: sparse adapters cannot be trained with FSDP",
     "fsdp2_by_hand": "is a DTensor, of which each process holds a part",
     "own_group": "SelectionError: the model's DistributedDataParallel has a process group of its own",
+    "static_graph": "SelectionError: the model's DistributedDataParallel has static_graph",
     "communication_hook": "SelectionError: the model's DistributedDataParallel has a communication hook",
     "no_wrapper": "SelectionError: there are 2 processes, but no DistributedDataParallel",
     "fewer_rows_than_processes": "SelectionError: 1 training rows cannot be shared by 2 processes",

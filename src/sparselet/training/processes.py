@@ -28,8 +28,8 @@ def refuse_several() -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         raise ConfigError(
-            f"a run writes its output and checkpoints from one process, but there are {processes} (WORLD_SIZE). Start it without "
-            "torchrun, or train over several processes with a transformers Trainer and sparselet.MaskSchedule()."
+            f"a run writes its output and checkpoints from one process, but there are {processes} (WORLD_SIZE). Start it "
+            "without torchrun, or train over several processes with a transformers Trainer and sparselet.MaskSchedule()."
         )
 
 
@@ -53,20 +53,20 @@ def refuse_sharding(args: TrainingArguments, model: nn.Module) -> None:
         )
 
 
-def wrapped(args: TrainingArguments, model: nn.Module) -> nn.Module:
-    """What masks are selected on: the model itself, or the DistributedDataParallel around it where there are processes.
+def selected_on(args: TrainingArguments, model: nn.Module) -> list[nn.Module]:
+    """What masks are selected on: the model itself, or where there are processes each DistributedDataParallel around it.
 
-    Raises SelectionError if there are several processes and no wrapper.
+    There is more than one if Trainers before have wrapped the model too. Raises SelectionError if there is none.
     """
     if args.world_size == 1:
-        return model
+        return [model]
     found = wrappers(model)
     if not found:
         raise SelectionError(
             f"there are {args.world_size} processes, but no DistributedDataParallel around the model, the only way in which "
             "masks can be selected over several. Start the Trainer with torchrun, without another kind of parallelism."
         )
-    return found[0]
+    return list(found)
 
 
 def shared_loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from sparselet.errors import SelectionError
-from sparselet.training.processes import refuse_sharding, shared_loss, wrapped
+from sparselet.training.processes import refuse_sharding, selected_on, shared_loss
 from sparselet.tuner import SparseletConfig, freeze_masks, get_tuner, reselect
 from sparselet.tuner.distributed import group_of, rebuild, require_same_start
 from sparselet.tuner.layer import SparseletLayer, seeded
@@ -47,6 +48,7 @@ class MaskSchedule(TrainerCallback):
         self.rows = rows
         self.phase = 0
         self.interval = 0
+        self.models: list[nn.Module] = []
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse, before a model is taken apart for it, what `on_train_begin` would refuse."""
@@ -64,10 +66,11 @@ class MaskSchedule(TrainerCallback):
         if adapter is None:
             return
         config, layers = adapter
-        module = wrapped(args, kwargs["model"])
-        if isinstance(module, DistributedDataParallel):
-            require_same_start(layers, group_of(module))
-            rebuild(module)  # what was loaded since it was made may have other shapes
+        self.models = selected_on(args, kwargs["model"])
+        for model in self.models:
+            if isinstance(model, DistributedDataParallel):
+                require_same_start(layers, group_of(model))
+                rebuild(model)  # what was loaded since it was made may have other shapes
         loader = kwargs["train_dataloader"]
         if not has_length(loader.dataset):
             raise SelectionError("scoring batches are drawn from the training data, which must have a length.")
@@ -97,6 +100,7 @@ class MaskSchedule(TrainerCallback):
         """A phase cut short by the end of training ends here."""
         if self.phase and _selecting(kwargs["model"]) is not None:
             self._end(args, state, kwargs)
+        self.models = []
 
     def _end(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
         adapter = _selecting(kwargs["model"])
@@ -114,7 +118,10 @@ class MaskSchedule(TrainerCallback):
         rows = None if self.rows is None else self.rows(state.global_step)
         batches = _scoring_batches(kwargs["train_dataloader"], adapter[0], state.global_step, args, rows)
         loss = shared_loss if self.loss is None and args.world_size > 1 else self.loss
-        done = reselect(wrapped(args, kwargs["model"]), batches, kwargs["optimizer"], loss=loss)
+        done = reselect(self.models[0], batches, kwargs["optimizer"], loss=loss)
+        for model in self.models[1:]:
+            assert isinstance(model, DistributedDataParallel)
+            rebuild(model)
         logger.info(
             "step %d: masks selected: %d entries in %d targets, %.0f %% of them new.",
             state.global_step,

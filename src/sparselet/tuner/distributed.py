@@ -19,24 +19,29 @@ from sparselet.tuner.layer import SparseletLayer
 
 
 def wrappers(module: nn.Module) -> list[DistributedDataParallel]:
-    """The DistributedDataParallel objects around a module, whoever holds them; a callback is given the module alone."""
-    # `type`, since proxies and lazy modules may answer `isinstance` by doing things.
-    found = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
+    """The DistributedDataParallel objects around a module, whoever holds them; a callback is given the module alone.
+
+    Goes through all objects of the process, which takes a fraction of a second.
+    """
+    # By type, since proxies and lazy modules may answer `isinstance` by doing things.
+    found = [o for o in gc.get_objects() if DistributedDataParallel in type(o).__mro__]
     return [wrapper for wrapper in found if getattr(wrapper, "module", None) is module]
 
 
 def group_of(wrapper: DistributedDataParallel) -> "dist.ProcessGroup":
     """The processes that a wrapper trains over. Raises SelectionError for a wrapper that cannot be made anew."""
-    if wrapper.process_group is not dist.group.WORLD:
-        raise SelectionError(
-            "the model's DistributedDataParallel has a process group of its own, which a moving mask cannot follow. Wrap it "
-            "without process_group, or select in one process and call freeze_masks before wrapping."
-        )
-    if wrapper._comm_hooks:
-        raise SelectionError(
-            "the model's DistributedDataParallel has a communication hook, which would not know the new masks. Take it out "
-            "(with accelerate: comm_hook='no')."
-        )
+    kept = {
+        "static_graph (ddp_static_graph)": wrapper.static_graph,
+        "mixed_precision": wrapper.mixed_precision is not None,
+        "a communication hook": bool(wrapper._comm_hooks),
+        "a process group of its own": wrapper.process_group is not dist.group.WORLD,
+    }
+    for what, has in kept.items():
+        if has:
+            raise SelectionError(
+                f"the model's DistributedDataParallel has {what}, which a moving mask cannot go with. Leave it out, or select "
+                "in one process and call freeze_masks before the model is wrapped."
+            )
     return wrapper.process_group
 
 
@@ -100,4 +105,3 @@ def require_same_start(layers: Mapping[str, SparseletLayer], group: "dist.Proces
             "the processes start from different base weights or masks. Load the same base model and adapter on all of them, "
             "or call transformers.set_seed with one seed before making the model."
         )
-

@@ -211,8 +211,8 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         if not current:
             if is_sharded(weight):
                 raise SelectionError(
-                    f"{self.target_name}: the weight is a DTensor, of which each process holds a part, so it cannot be changed in "
-                    "place. Train with DistributedDataParallel instead of FSDP2 or tensor parallelism."
+                    f"{self.target_name}: the weight is a DTensor, of which each process holds a part, so it cannot be changed "
+                    "in place. Train with DistributedDataParallel instead of FSDP2 or tensor parallelism."
                 )
             self.restore()
             if not names:

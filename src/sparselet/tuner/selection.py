@@ -15,7 +15,7 @@ from sparselet.errors import SelectionError
 from sparselet.masks import dropped_layers, layer_of, top_k, top_k_global, units_to_keep
 from sparselet.scores import Candidate, get_score
 from sparselet.tuner.config import SparseletConfig
-from sparselet.tuner.distributed import anywhere, average, first_masks, group_of, rebuild, wrappers
+from sparselet.tuner.distributed import anywhere, average, first_masks, group_of, rebuild
 from sparselet.tuner.layer import SparseletLayer, seeded
 from sparselet.tuner.model import get_tuner
 
@@ -78,8 +78,8 @@ def reselect(
         _move_mask(layer, name, masks[target], config, optimizer)
         changed += _newcomers(before, masks[target])
         entries += masks[target].numel()
-    for wrapper in wrappers(module) if group is not None else ():
-        rebuild(wrapper)
+    if isinstance(model, DistributedDataParallel):
+        rebuild(model)
     kept = [target for target in masks if masks[target].numel()]
     return Selection(
         targets=len(kept),
