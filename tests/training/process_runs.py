@@ -1,5 +1,6 @@
 """Short runs that are made in one process and in two, and compared. Started by torchrun, writes what each rank has."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -263,6 +264,7 @@ REFUSED += (no_wrapper, fewer_rows_than_processes, unused_target, recipe)
 
 def main(directory):
     torch.set_num_threads(1)
+    gc.freeze()  # each Trainer collects garbage, which takes longer than the training here
     TrainingArguments(output_dir=str(directory), use_cpu=True, ddp_backend="gloo").device  # noqa: B018 (joins the group)
     rank, messages = dist.get_rank(), {}
     for name, make in RUNS.items():

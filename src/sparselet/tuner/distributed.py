@@ -42,6 +42,7 @@ def group_of(wrapper: DistributedDataParallel) -> "dist.ProcessGroup":
                 f"the model's DistributedDataParallel has {what}, which a moving mask cannot go with. Leave it out, or select "
                 "in one process and call freeze_masks before the model is wrapped."
             )
+    assert wrapper.process_group is not None
     return wrapper.process_group
 
 
