@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sparselet import MaskSchedule, SparseletConfig, freeze_masks, reselect, to_adapter
 from sparselet.training import TrainSettings, train
-from sparselet.tuner import get_tuner
+from sparselet.tuner import get_tuner, selection
 from sparselet.tuner.distributed import first_masks
 
 # The adapter's configuration, then the Trainer's arguments.
@@ -172,8 +172,25 @@ def unlike_graphs(directory, processes=1):
     return tensors(to_adapter(model))
 
 
+def unlike_scores(directory, processes=1):
+    """As if the second process had averaged to something else."""
+    model = get_peft_model(make_model(), SparseletConfig(density=0.1, score="gm"))
+
+    def loss(model, batch):
+        return model(input_ids=batch["ids"], labels=batch["ids"]).loss
+
+    wrapped, averaged = DistributedDataParallel(model) if processes > 1 else model, selection.average
+    if processes > 1 and dist.get_rank():
+        selection.average = lambda gradient, group: gradient.copy_(averaged(gradient, group).flip(0))
+    try:
+        reselect(wrapped, [{"ids": torch.arange(2, 12).reshape(1, 10)}], loss=loss)
+    finally:
+        selection.average = averaged
+    return tensors(to_adapter(model))
+
+
 def unlike_masks(directory, processes=1):
-    """What rounding might do to the scores of one process."""
+    """Of unlike sizes too."""
     rank = dist.get_rank() if processes > 1 else 0
     masks = {"a": torch.arange(3) + rank, "b": torch.arange(2 + rank), "c": torch.arange(rank)}
     return masks if processes == 1 else first_masks(masks, torch.device("cpu"), dist.group.WORLD)
@@ -181,7 +198,7 @@ def unlike_masks(directory, processes=1):
 
 RUNS = {case: lambda directory, processes=1, case=case: run(case, directory, processes) for case in CASES}
 RUNS |= {"own-loop": own_loop, "resumed": resumed, "trained-before": trained_before}
-RUNS |= {"unlike-graphs": unlike_graphs, "unlike-masks": unlike_masks}
+RUNS |= {"unlike-graphs": unlike_graphs, "unlike-scores": unlike_scores, "unlike-masks": unlike_masks}
 
 
 # What is refused
