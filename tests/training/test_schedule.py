@@ -416,19 +416,21 @@ def test_the_optimizer_follows_each_selection(fit):
 
 
 def begin(model, **changes):
-    arguments = SimpleNamespace(world_size=1, gradient_accumulation_steps=1, per_device_train_batch_size=4, device="cpu")
+    arguments = SimpleNamespace(
+        world_size=1,
+        process_index=0,
+        n_gpu=0,
+        fsdp=None,
+        deepspeed=None,
+        gradient_accumulation_steps=1,
+        per_device_train_batch_size=4,
+        device="cpu",
+    )
     state = SimpleNamespace(global_step=0, max_steps=10)
     loader = torch.utils.data.DataLoader(changes.pop("data", Tokens()), batch_size=4)
     for key, value in changes.items():
         setattr(arguments, key, value)
     MaskSchedule().on_train_begin(arguments, state, None, model=model, train_dataloader=loader, optimizer=None)
-
-
-def test_several_processes_are_refused():
-    model = get_peft_model(make_model(), SparseletConfig())
-    begin(model)
-    with pytest.raises(SelectionError, match="several processes"):
-        begin(model, world_size=2)
 
 
 def test_several_processes_may_train_frozen_masks():

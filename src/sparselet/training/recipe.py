@@ -24,6 +24,7 @@ from sparselet.resident import target_weights
 from sparselet.tasks import Task, load_task
 from sparselet.training.collate import Encoded, collator, encode
 from sparselet.training.methods import METHODS, Job, Ready
+from sparselet.training.processes import refuse_several
 from sparselet.training.settings import TrainSettings
 from sparselet.training.trainer import COMPLETE, checkpoint_step, make_trainer
 from sparselet.tuner.model import versions
@@ -61,6 +62,7 @@ def train(
     Returns the adapter of the methods sparse and full-qkv, a `Trained` of the others. Raises OutputExists, ConfigError,
     TaskError, ModelError, WriteFailed, what reading an adapter raises, WrongBase and whatever the tuner refuses.
     """
+    refuse_several()
     output = Path(output)
     refuse_existing(output)
     work = work_directory(output)

@@ -5,12 +5,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from sparselet.errors import SelectionError
+from sparselet.training.processes import refuse_sharding, selected_on, shared_loss
 from sparselet.tuner import SparseletConfig, freeze_masks, get_tuner, reselect
+from sparselet.tuner.distributed import group_of, rebuild, require_same_start
 from sparselet.tuner.layer import SparseletLayer, seeded
 from sparselet.tuner.selection import Loss
 
@@ -31,7 +35,11 @@ class MaskSchedule(TrainerCallback):
     Each selection scores on `score_batches` batches drawn from the training data by the adapter's seed and the step, so
     the order of the training data stays as it is, and a resumed run scores on the same rows.
 
-    loss: a function of model and batch, for a Trainer with a loss of its own; by default the model's own.
+    Over several processes (DistributedDataParallel) each scores on its share of such a batch, which then has as many rows as
+    all processes take at a time, and all get the same masks.
+
+    loss: a function of model and batch, for a Trainer with a loss of its own; by default the model's own. Over several
+        processes it sees a share of the batch, and all shares count alike.
     rows: the numbers of the training rows that a step's scoring batches are drawn from; by default all.
     """
 
@@ -40,19 +48,29 @@ class MaskSchedule(TrainerCallback):
         self.rows = rows
         self.phase = 0
         self.interval = 0
+        self.models: list[nn.Module] = []
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Refuse, before a model is taken apart for it, what `on_train_begin` would refuse."""
+        refuse_sharding(args, kwargs["model"])
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Plan the phase; with `initial_mask="gradient"`, select before the first step.
 
-        Raises SelectionError for more than one process, or training data that cannot be indexed.
+        Raises SelectionError for sharded training, processes without DistributedDataParallel or with different base weights,
+        and training data that cannot be indexed.
         """
         self.phase = 0
+        refuse_sharding(args, kwargs["model"])
         adapter = _selecting(kwargs["model"])
         if adapter is None:
             return
         config, layers = adapter
-        if args.world_size > 1:
-            raise SelectionError("masks cannot be selected over several processes yet; train in one.")
+        self.models = selected_on(args, kwargs["model"])
+        for model in self.models:
+            if isinstance(model, DistributedDataParallel):
+                require_same_start(layers, group_of(model))
+                rebuild(model)  # what was loaded since it was made may have other shapes
         loader = kwargs["train_dataloader"]
         if not has_length(loader.dataset):
             raise SelectionError("scoring batches are drawn from the training data, which must have a length.")
@@ -82,6 +100,7 @@ class MaskSchedule(TrainerCallback):
         """A phase cut short by the end of training ends here."""
         if self.phase and _selecting(kwargs["model"]) is not None:
             self._end(args, state, kwargs)
+        self.models = []
 
     def _end(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
         adapter = _selecting(kwargs["model"])
@@ -98,7 +117,11 @@ class MaskSchedule(TrainerCallback):
         assert adapter is not None
         rows = None if self.rows is None else self.rows(state.global_step)
         batches = _scoring_batches(kwargs["train_dataloader"], adapter[0], state.global_step, args, rows)
-        done = reselect(kwargs["model"], batches, kwargs["optimizer"], loss=self.loss)
+        loss = shared_loss if self.loss is None and args.world_size > 1 else self.loss
+        done = reselect(self.models[0], batches, kwargs["optimizer"], loss=loss)
+        for model in self.models[1:]:
+            assert isinstance(model, DistributedDataParallel)
+            rebuild(model)
         logger.info(
             "step %d: masks selected: %d entries in %d targets, %.0f %% of them new.",
             state.global_step,
@@ -111,14 +134,17 @@ class MaskSchedule(TrainerCallback):
 def _scoring_batches(
     loader: DataLoader[Any], config: SparseletConfig, step: int, args: TrainingArguments, rows: Sequence[int] | None
 ) -> Iterator[dict[str, Any]]:
+    """This process's share of each scoring batch. Raises SelectionError if there is no row for each process."""
     dataset: Any = loader.dataset
-    size = args.per_device_train_batch_size
+    size = args.per_device_train_batch_size * args.world_size
     pool = range(len(dataset)) if rows is None else rows
+    if len(pool) < args.world_size:
+        raise SelectionError(f"{len(pool)} training rows cannot be shared by {args.world_size} processes; start fewer.")
     order = [pool[i] for i in torch.randperm(len(pool), generator=seeded(config.seed, "scoring", step)).tolist()]
     assert loader.collate_fn is not None
     for i in range(config.score_batches):
         drawn = [order[(i * size + j) % len(order)] for j in range(min(size, len(order)))]
-        batch = loader.collate_fn([dataset[row] for row in drawn])
+        batch = loader.collate_fn([dataset[row] for row in drawn[args.process_index :: args.world_size]])
         yield {key: value.to(args.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 

@@ -209,6 +209,11 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         if not names and resident is None:
             return
         if not current:
+            if is_sharded(weight):
+                raise SelectionError(
+                    f"{self.target_name}: the weight is a DTensor, of which each process holds a part, so it cannot be changed "
+                    "in place. Train with DistributedDataParallel instead of FSDP2 or tensor parallelism."
+                )
             self.restore()
             if not names:
                 return
@@ -407,6 +412,11 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
                 "Load them before the adapter, or inside `with model.disable_adapter():`."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether a weight is a DTensor (asked without importing it)."""
+    return getattr(weight, "device_mesh", None) is not None
 
 
 def seeded(seed: int, *salt: object) -> torch.Generator:

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sparselet import kernels
 from sparselet.errors import SelectionError
 from sparselet.masks import dropped_layers, layer_of, top_k, top_k_global, units_to_keep
 from sparselet.scores import Candidate, get_score
 from sparselet.tuner.config import SparseletConfig
+from sparselet.tuner.distributed import anywhere, average, first_masks, group_of, rebuild
 from sparselet.tuner.layer import SparseletLayer, seeded
 from sparselet.tuner.model import get_tuner
 
@@ -45,19 +48,23 @@ def reselect(
     theirs, newcomers start from zero under the optimizer's own step count. Call it after `optimizer.step()`; gradients
     of the adapter are dropped, those of other parameters are left alone.
 
-    model: a `PeftModel` with exactly one active, trainable sparse adapter.
+    model: a `PeftModel` with exactly one active, trainable sparse adapter; or `DistributedDataParallel` around one. The
+        batches are then this process's own, as many as on the others: gradients are averaged over the processes, all get
+        the masks of the first, and the wrapper follows. Scoring itself goes past the wrapper.
     batches: what `loss` takes; by default keyword arguments of the model, whose output must have a `loss`.
     Returns what was done. Raises SelectionError (no batch, no loss, several adapters, an optimizer whose state cannot
-    follow), NonFiniteScore.
+    follow, a wrapper that cannot), NonFiniteScore.
     """
-    config, name, layers = _trained_layers(model)
+    group = group_of(model) if isinstance(model, DistributedDataParallel) else None
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    config, name, layers = _trained_layers(module)
     if optimizer is not None:
         for layer in layers.values():
             _require_movable(optimizer, layer.sparse_values[name], layer.target_name)
     first = not any(layer.sparse_mask[name].selections for layer in layers.values())
     score = "gm" if first and config.initial_mask == "gradient" else config.score
-    scorer = _Scorer(layers, name, config, score)
-    _backward(model, batches, loss, scorer)
+    scorer = _Scorer(layers, name, config, score, group)
+    _backward(module, batches, loss, scorer)
     masks = scorer.masks()
     if not scorer.informed:
         warnings.warn(
@@ -71,6 +78,8 @@ def reselect(
         _move_mask(layer, name, masks[target], config, optimizer)
         changed += _newcomers(before, masks[target])
         entries += masks[target].numel()
+    if isinstance(model, DistributedDataParallel):
+        rebuild(model)
     kept = [target for target in masks if masks[target].numel()]
     return Selection(
         targets=len(kept),
@@ -97,8 +106,16 @@ def freeze_masks(model: nn.Module) -> None:
 class _Scorer:
     """Receives each target's dense gradient inside the backward pass, and scores it there where it can."""
 
-    def __init__(self, layers: dict[str, SparseletLayer], name: str, config: SparseletConfig, score: str) -> None:
-        self.layers, self.name, self.config = layers, name, config
+    def __init__(
+        self,
+        layers: dict[str, SparseletLayer],
+        name: str,
+        config: SparseletConfig,
+        score: str,
+        group: "dist.ProcessGroup | None",
+    ) -> None:
+        self.layers, self.name, self.config, self.group = layers, name, config, group
+        self.device = next(iter(layers.values())).base_weight.device
         self.score = get_score(score)
         self.together = config.scope == "global" or config.layer_drop
         self.expected: dict[str, int] = {}  # gradients still to come in this backward pass
@@ -108,32 +125,45 @@ class _Scorer:
         self.scores: dict[str, Tensor] = {}
         self.chosen: dict[str, Tensor] = {}
         self.informed = False  # whether any score differs from 0
+        self.received = dict.fromkeys(layers, False)
+        self.waiting = list(layers)  # to be averaged over the processes; backward comes by them from the end
 
     def __call__(self, layer: SparseletLayer, gradient: Tensor) -> None:
         target = layer.target_name
         gradient = gradient.detach().to(layer.sparse_values[self.name].dtype)
+        self.received[target] = True
         if target in self.gradients:
             self.gradients[target] += gradient
         else:
             self.gradients[target] = gradient
         self.expected[target] -= 1
-        if self.last and self.expected[target] == 0:
-            self.finish(target)
+        if not self.last:
+            return
+        if self.group is None:
+            if self.expected[target] == 0:
+                self.finish(target)
+            return
+        # The processes average the same target at the same time, whatever the order of their backward passes.
+        while self.waiting and self.expected[self.waiting[-1]] == 0:
+            self.finish(self.waiting.pop())
 
     def finish(self, target: str) -> None:
         """Score one target by its accumulated gradient, and drop the gradient."""
         layer, config = self.layers[target], self.config
         state = layer.sparse_mask[self.name]
         gradient = self.gradients.pop(target, None)
-        if gradient is None:
-            raise SelectionError(f"{target} got no gradient from the scoring batches; is it used in the forward pass?")
+        if gradient is None:  # here; another process may have used the target
+            gradient = torch.zeros(layer.shape, dtype=layer.sparse_values[self.name].dtype, device=self.device)
+        gradient.div_(self.batches)
+        if self.group is not None:
+            average(gradient, self.group)
         kept = units_to_keep(config.density, gradient.numel() // config.block_size**2)
         # The start of initial_mask="gradient" is no mask yet: its entries have no claim to stay.
         present = None if state.dense or not state.selections else layer.sparse_indices[self.name]
         scores = self.score(
             Candidate(
                 values=layer.dense_values(self.name),
-                gradient=gradient.div_(self.batches),
+                gradient=gradient,
                 block_size=config.block_size,
                 kept=kept,
                 mask=present,
@@ -148,13 +178,19 @@ class _Scorer:
 
     def masks(self) -> dict[str, Tensor]:
         """The new mask of every target, once all gradients have been scored."""
-        for target in list(self.gradients):
+        for target in list(self.gradients) if self.group is None else self.waiting[::-1]:
             self.finish(target)
-        missing = [target for target in self.layers if target not in self.scores and target not in self.chosen]
+        received = self.received if self.group is None else anywhere(self.received, self.device, self.group)
+        missing = [target for target in self.layers if not received[target]]
         if missing:
-            self.finish(missing[0])
-        if not self.together:
-            return self.chosen
+            raise SelectionError(f"{missing[0]} got no gradient from the scoring batches; is it used in the forward pass?")
+        masks = self._over_all_targets() if self.together else self.chosen
+        if self.group is not None:
+            masks = first_masks({target: masks[target] for target in self.layers}, self.device, self.group)
+        return masks
+
+    def _over_all_targets(self) -> dict[str, Tensor]:
+        """The masks, where what one target keeps depends on the others."""
         scores = {target: self.scores[target] for target in self.layers}
         dropped = dropped_layers(scores, self.config.density) if self.config.layer_drop else set()
         nothing = torch.empty(0, dtype=torch.int32)
@@ -188,7 +224,7 @@ def _backward(model: nn.Module, batches: Iterable[Batch], loss: Loss | None, sco
             for layer in scorer.layers.values():
                 layer.calls = 0
             with torch.enable_grad():
-                value = _loss(model, batch) if loss is None else loss(model, batch)
+                value = own_loss(model, batch) if loss is None else loss(model, batch)
                 scorer.expected = {target: layer.calls for target, layer in scorer.layers.items()}
                 value.backward()
             batch = following
@@ -202,7 +238,8 @@ def _backward(model: nn.Module, batches: Iterable[Batch], loss: Loss | None, sco
                 layer.refresh()
 
 
-def _loss(model: nn.Module, batch: Batch) -> Tensor:
+def own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss that a model returns for a batch. Raises SelectionError if there is none."""
     output = model(**batch)
     value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if value is None:

@@ -1,0 +1,102 @@
+"""Several processes in `MaskSchedule`: what is refused, and a loss that counts their shares of a batch rightly."""
+
+import inspect
+import os
+
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import TrainingArguments
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from sparselet.errors import ConfigError, SelectionError
+from sparselet.tuner import get_tuner
+from sparselet.tuner.distributed import wrappers
+from sparselet.tuner.layer import is_sharded
+from sparselet.tuner.selection import Batch, own_loss
+
+ELSEWHERE = {
+    DistributedType.FSDP: "FSDP",
+    DistributedType.DEEPSPEED: "DeepSpeed",
+    DistributedType.MEGATRON_LM: "Megatron-LM",
+}
+
+
+def refuse_several() -> None:
+    """Raise ConfigError in one of several processes, as torchrun and `accelerate launch` start them."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ConfigError(
+            f"a run writes its output and checkpoints from one process, but there are {processes} (WORLD_SIZE). Start it "
+            "without torchrun, or train over several processes with a transformers Trainer and sparselet.MaskSchedule()."
+        )
+
+
+def refuse_sharding(args: TrainingArguments, model: nn.Module) -> None:
+    """Raise SelectionError where no process holds the whole model and its optimizer, or one process several copies."""
+    kind = ELSEWHERE.get(AcceleratorState().distributed_type) if is_initialized() else None
+    if args.fsdp:
+        kind = "FSDP"
+    elif args.deepspeed:
+        kind = "DeepSpeed"
+    elif any(is_sharded(parameter) for parameter in model.parameters()):
+        kind = "a model of sharded tensors (DTensor)"
+    elif args.n_gpu > 1:
+        kind = f"DataParallel over {args.n_gpu} devices in one process"
+    if kind is not None:
+        raise SelectionError(
+            f"sparse adapters cannot be trained with {kind}: their values are written into whole weights, in place, and masks "
+            "change the size of what is trained. Use DistributedDataParallel, which each process of `torchrun "
+            "--nproc-per-node N` gets where neither fsdp nor deepspeed is set, or one process with one device "
+            "(CUDA_VISIBLE_DEVICES=0)."
+        )
+
+
+def selected_on(args: TrainingArguments, model: nn.Module) -> list[nn.Module]:
+    """What masks are selected on: the model itself, or where there are processes each DistributedDataParallel around it.
+
+    There is more than one if Trainers before have wrapped the model too. Raises SelectionError if there is none.
+    """
+    if args.world_size == 1:
+        return [model]
+    found = wrappers(model)
+    if not found:
+        raise SelectionError(
+            f"there are {args.world_size} processes, but no DistributedDataParallel around the model, the only way in which "
+            "masks can be selected over several. Start the Trainer with torchrun, without another kind of parallelism."
+        )
+    return list(found)
+
+
+def shared_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's loss on this process's share of a batch; its mean over the processes is the loss of the whole batch.
+
+    As a Trainer does it with `average_tokens_across_devices`: the sum over the share's labels, divided by the number of all
+    labels and multiplied by the number of processes. A model whose loss takes no number of items is a mean over the share,
+    and all shares count alike.
+    """
+    base = get_tuner(model).model
+    items = _items(base, batch)
+    if items is None or not _takes_number(base):
+        return own_loss(model, batch)
+    dist.all_reduce(items)
+    return own_loss(model, {**batch, "num_items_in_batch": items}) * dist.get_world_size()
+
+
+def _items(base: nn.Module, batch: Batch) -> Tensor | None:
+    """How many labels the loss of a batch is about; a causal loss leaves out the first of each row."""
+    labels = batch.get("shift_labels", batch.get("labels"))
+    if not isinstance(labels, Tensor):
+        return None
+    causal = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
+    shifts = causal and "shift_labels" not in batch and not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return (labels[..., 1:] if shifts else labels).ne(-100).sum()
+
+
+def _takes_number(base: nn.Module) -> bool:
+    """Whether a model's loss takes `num_items_in_batch`, by the rule of transformers' Trainer."""
+    told = getattr(base, "accepts_loss_kwargs", None)
+    if told is not None:
+        return bool(told)
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values())
