@@ -3,13 +3,16 @@
 Nothing here waits for the device, and equal inputs give equal bits: where the sum over tokens is split, the split depends on
 the shapes alone and the parts are added in order. Unit ids are not checked against the weight. Importing this needs triton.
 
-What a gradient must read says where it can win. On an H100 (5.5 TB/s from its L2 cache, 600 TFLOP/s in 16 bits) and for W
-3072×9216 and T = 2048 tokens, the dense product takes 0.2 ms, writing and gathering it 0.03 ms more.
-- G tiles of one row, taken together, read 2·T·B·(G + 1) bytes. B = 16 at density 0.1: 0.9 GB, 0.16 ms, with G = 4 (one by
-  one 0.26 ms). B = 64: 0.3 GB, 0.06 ms.
-- Entries read 2·T bytes each of the transposed inputs, after 0.04 ms to transpose both. Density 0.01: 0.25 ms; 0.001:
-  0.06 ms. A gain below about 0.005 only.
+Where a gradient can win, by what it must read: for W 3072×9216 and T = 2048 tokens in 16 bits, an H100 (600 TFLOP/s; 5.5 TB/s
+from its L2 cache) takes 0.23 ms for the dense product and the gather. G tiles of one row read 2·T·B·(G + 1) bytes together: at
+density 0.1 and B = 16, 0.9 GB, 0.16 ms (one by one 0.26 ms); at B = 64, 0.05 ms. Entries read 2·T bytes each, after 0.04 ms
+to transpose the inputs: 0.25 ms at density 0.01, 0.06 ms at 0.001, a gain below about 0.005 only.
 """
+
+# pyright: reportInvalidTypeForm=false
+
+import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +21,8 @@ from torch.autograd.graph import increment_version
 from sparselet.errors import ArgumentError, BlockSizeError, MissingExtra, ShapeMismatch
 
 try:
-    import triton  # pyright: ignore[reportMissingImports]
-    import triton.language as tl  # pyright: ignore[reportMissingImports]
+    triton: Any = importlib.import_module("triton")
+    tl: Any = importlib.import_module("triton.language")
 except ModuleNotFoundError as error:
     raise MissingExtra("kernels for CUDA need triton, which torch's CUDA builds bring: pip install triton.") from error
 
@@ -29,6 +32,7 @@ GRADIENT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ENOUGH_PROGRAMS = 512  # a few for each multiprocessor of the largest devices
 FEWEST_TOKENS = 256  # of a part, so that its product outweighs writing it
 AT_ONCE = 1024  # values that one program copies
+STEP = 128  # tokens that an entry's sum takes at a time
 
 
 # Gradients
@@ -43,7 +47,7 @@ def tile_gradient(
     when `transposed`. units: ascending, int32 or int64 [n]. Summed in float32; returned in `dtype`, or the inputs' dtype.
     Raises BlockSizeError, ShapeMismatch, ArgumentError.
     """
-    left, right = _as_tokens(*((x, grad_output) if transposed else (grad_output, x)))
+    left, right = _as_tokens(x, grad_output, transposed)
     if block_size not in GRADIENT_BLOCK_SIZES:
         raise BlockSizeError(f"block_size is one of {GRADIENT_BLOCK_SIZES} for this kernel, got {block_size}.")
     _check_sides((left.shape[2], right.shape[2]), block_size)
@@ -74,22 +78,21 @@ def entry_gradient(
 
     Arguments and errors are those of `tile_gradient`. Both inputs are first transposed in memory.
     """
-    left, right = (_by_feature(side) for side in _as_tokens(*((x, grad_output) if transposed else (grad_output, x))))
+    left, right = (_by_feature(side) for side in _as_tokens(x, grad_output, transposed))
     result = torch.empty(len(units), dtype=dtype or x.dtype, device=x.device)
     if len(units):
         with torch.cuda.device_of(x):
             _entry_gradient[triton.cdiv(len(units), 16),](
-                *(left, right, units.contiguous(), result, len(units), right.shape[0], left.shape[1]), ENTRIES=16, STEP=128
+                *(left, right, units.contiguous(), result, len(units), right.shape[0], left.shape[1]), ENTRIES=16, STEP=STEP
             )
     return result
 
 
 @triton.jit
 def _token_offsets(token, inner, outer_stride, inner_stride, NESTED: tl.constexpr):
+    offsets = token.to(tl.int64) * inner_stride
     if NESTED:
         offsets = (token // inner).to(tl.int64) * outer_stride + (token % inner).to(tl.int64) * inner_stride
-    else:
-        offsets = token.to(tl.int64) * inner_stride
     return offsets
 
 
@@ -149,9 +152,9 @@ def _tile_gradient(
             tl.store(tiles[None, :] + down[:, None] * B, total.to(result.dtype.element_ty), mask=mine[None, :])
 
 
-@triton.jit(do_not_specialize=["count", "tokens"])
+@triton.jit(do_not_specialize=["count"])
 def _entry_gradient(left, right, units, result, count, columns, tokens, ENTRIES: tl.constexpr, STEP: tl.constexpr):
-    """result[u] = Σ left[row of u, t] · right[column of u, t] over all tokens t."""
+    """result[u] = Σ left[row of u, t] · right[column of u, t] over all tokens t, a multiple of STEP."""
     place = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     inside = place < count
     unit = tl.load(units + place, mask=inside, other=0)
@@ -159,10 +162,9 @@ def _entry_gradient(left, right, units, result, count, columns, tokens, ENTRIES:
     right_rows = right + (unit % columns).to(tl.int64)[:, None] * tokens
     total = tl.zeros((ENTRIES, STEP), dtype=tl.float32)
     for t in range(0, tokens, STEP):
-        token = t + tl.arange(0, STEP)
-        here = inside[:, None] & (token < tokens)[None, :]
-        a = tl.load(left_rows + token[None, :], mask=here, other=0.0)
-        b = tl.load(right_rows + token[None, :], mask=here, other=0.0)
+        token = (t + tl.arange(0, STEP))[None, :]
+        a = tl.load(left_rows + token, mask=inside[:, None], other=0.0)
+        b = tl.load(right_rows + token, mask=inside[:, None], other=0.0)
         total += a.to(tl.float32) * b.to(tl.float32)
     tl.store(result + place, tl.sum(total, axis=1).to(result.dtype.element_ty), mask=inside)
 
@@ -183,14 +185,15 @@ def tokens_of_a_part(programs: int, tokens: int) -> int:
     return max(1, triton.cdiv(tokens, 64 * parts)) * 64
 
 
-def _as_tokens(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as [outer, inner, features], outer being 1 where the strides allow. Views, but perhaps of four dimensions on."""
-    if left.shape[:-1] != right.shape[:-1]:
-        raise ShapeMismatch(f"x and grad_output are of the same tokens, got {list(left.shape)} and {list(right.shape)}.")
-    if left.dtype != right.dtype or left.dtype not in GRADIENT_DTYPES:
+def _as_tokens(x: Tensor, grad_output: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    """What makes W's rows and its columns, views [outer, inner, features] (from four dimensions on perhaps copies)."""
+    if x.shape[:-1] != grad_output.shape[:-1]:
+        raise ShapeMismatch(f"x and grad_output are of the same tokens, got {list(x.shape)} and {list(grad_output.shape)}.")
+    if x.dtype != grad_output.dtype or x.dtype not in GRADIENT_DTYPES:
         raise ArgumentError(
-            f"x and grad_output have one dtype of {GRADIENT_DTYPES} for this kernel, got {left.dtype} and {right.dtype}."
+            f"x and grad_output have one dtype of {GRADIENT_DTYPES} for this kernel, got {x.dtype} and {grad_output.dtype}."
         )
+    left, right = (x, grad_output) if transposed else (grad_output, x)
     left, right = (s.flatten(0, -3) if s.ndim > 2 else s.reshape(1, -1, s.shape[-1]) for s in (left, right))
     if all(1 in s.shape[:2] or s.stride(0) == s.shape[1] * s.stride(1) for s in (left, right)):
         left, right = (s.view(1, s.shape[0] * s.shape[1], s.shape[2]) for s in (left, right))
@@ -198,9 +201,13 @@ def _as_tokens(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_feature(side: Tensor) -> Tensor:
-    """[outer, inner, features] as a contiguous [features, tokens]."""
+    """[outer, inner, features] as a contiguous [features, tokens], the tokens filled up with zeros to a multiple of STEP."""
     outer, inner, features = side.shape
-    return side.permute(2, 0, 1).contiguous().view(features, outer * inner)
+    tokens = outer * inner
+    filled = side.new_empty(features, triton.cdiv(tokens, STEP) * STEP)
+    filled[:, :tokens].view(features, outer, inner).copy_(side.permute(2, 0, 1))
+    filled[:, tokens:] = 0
+    return filled
 
 
 # Reading and writing
@@ -221,18 +228,15 @@ def gather(weight: Tensor, units: Tensor, block_size: int = 1) -> Tensor:
 
 def write(weight: Tensor, units: Tensor, values: Tensor, block_size: int = 1) -> None:
     """`reference.write`, in one pass. Raises BlockSizeError, ShapeMismatch."""
-    _launch_write(weight, units, None, values, block_size)
+    add_and_write(weight, units, None, values, block_size)
 
 
-def add_and_write(weight: Tensor, units: Tensor, displaced: Tensor, values: Tensor, block_size: int = 1) -> None:
+def add_and_write(weight: Tensor, units: Tensor, displaced: Tensor | None, values: Tensor, block_size: int = 1) -> None:
     """weight[units] = displaced + values, in place and in one pass: added in the wider of both dtypes, rounded once.
 
-    weight: contiguous [rows, columns]. displaced, values: [n], or [n, B, B] for tiles. Raises BlockSizeError, ShapeMismatch.
+    weight: contiguous [rows, columns]. displaced (None for 0), values: [n], or [n, B, B] for tiles.
+    Raises BlockSizeError, ShapeMismatch.
     """
-    _launch_write(weight, units, displaced, values, block_size)
-
-
-def _launch_write(weight: Tensor, units: Tensor, displaced: Tensor | None, values: Tensor, block_size: int) -> None:
     _check_weight(weight, block_size)
     shape = (len(units), *((block_size, block_size) if block_size > 1 else ()))
     for name, tensor in (("values", values), ("displaced", displaced)):
@@ -257,9 +261,8 @@ def _launch_write(weight: Tensor, units: Tensor, displaced: Tensor | None, value
 def _entries(units, place, inside, columns, B: tl.constexpr):
     """Where in the weight the values `place` of a mask lie, int64."""
     unit = tl.load(units + place // (B * B), mask=inside, other=0)
-    if B == 1:
-        entries = unit.to(tl.int64)
-    else:
+    entries = unit.to(tl.int64)
+    if B > 1:
         tile_columns = columns // B
         within = place % (B * B)
         row = (unit // tile_columns).to(tl.int64) * B + within // B
@@ -267,7 +270,7 @@ def _entries(units, place, inside, columns, B: tl.constexpr):
     return entries
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def _gather(weight, units, values, size, columns, B: tl.constexpr, AT_ONCE: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * AT_ONCE + tl.arange(0, AT_ONCE)
     inside = place < size
@@ -275,10 +278,8 @@ def _gather(weight, units, values, size, columns, B: tl.constexpr, AT_ONCE: tl.c
     tl.store(values + place, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["size"])
-def _write(
-    weight, units, displaced, values, size, columns, B: tl.constexpr, WIDE: tl.constexpr, AT_ONCE: tl.constexpr
-):
+@triton.jit
+def _write(weight, units, displaced, values, size, columns, B: tl.constexpr, WIDE: tl.constexpr, AT_ONCE: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * AT_ONCE + tl.arange(0, AT_ONCE)
     inside = place < size
     value = tl.load(values + place, mask=inside)
