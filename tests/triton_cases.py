@@ -24,9 +24,9 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 runs = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device")
 compiles = pytest.mark.skipif(INTERPRETED, reason="an interpreter compiles nothing")
-few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=10, deadline=None, derandomize=True, database=None)
 
-BITS_16_OR_32 = (torch.float32, torch.bfloat16, torch.float16)
+DENSITIES = (0.1, 0.4, 1.0, 0.0)
 WEIGHT_AND_VALUES = (  # as the layer has them, and values of 16 bits
     (torch.bfloat16, torch.float32),
     (torch.float16, torch.float32),
@@ -111,38 +111,38 @@ def assert_is_gradient(found: Tensor, x: Tensor, grad_output: Tensor, units: Ten
     exact = reference.gather(autograds(x, grad_output, transposed), units, block_size)
     summands = reference.gather(autograds(x.abs(), grad_output.abs(), transposed), units, block_size)
     assert found.shape == exact.shape
-    allowed = 1e-6 * summands + torch.finfo(found.dtype).eps / 2 * exact.abs() * 1.01 + torch.finfo(found.dtype).tiny
-    excess = ((found.double() - exact).abs() - allowed).max().item() if len(units) else 0.0
-    assert excess <= 0, excess
+    allowed = 1e-6 * summands + 0.51 * torch.finfo(found.dtype).eps * exact.abs() + torch.finfo(found.dtype).tiny
+    assert ((found.double() - exact).abs() <= allowed).all()
+    # The reference has a rounding of its own.
     expected = reference.masked_weight_gradient(x, grad_output, units, block_size, transposed)
-    distance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[x.dtype]
-    torch.testing.assert_close(found.to(x.dtype), expected, rtol=distance, atol=distance)
+    assert ((found.double() - expected.double()).abs() <= 2 * allowed + torch.finfo(expected.dtype).eps * exact.abs()).all()
 
 
 LEADING = ((), (0,), (1,), (7,), (65,), (600,), (2, 5), (3, 33), (2, 300), (2, 0), (1, 4), (2, 3, 5), (2, 1, 3))
 
 
 @st.composite
-def gradients(draw: st.DrawFn, block_sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, int, bool]:
-    """x, grad_output, units, block_size, transposed."""
-    block_size = draw(st.sampled_from(block_sizes))
+def gradients(draw: st.DrawFn, block_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """x, grad_output, units, transposed."""
     most = {1: 9, 16: 6, 32: 4, 64: 3, 128: 2}[block_size]
-    leading, dtype = draw(st.sampled_from(LEADING)), draw(st.sampled_from(BITS_16_OR_32))
+    leading = draw(st.sampled_from(LEADING))
     tiles = draw(st.integers(1, most)), draw(st.integers(1, most))
     x, grad_output = (
         arranged(leading, side * block_size, draw(st.sampled_from(ARRANGEMENTS)), dtype, seed)
         for seed, side in enumerate(tiles)
     )
-    density, id_dtype = draw(st.sampled_from((0.0, 0.1, 0.4, 1.0))), draw(st.sampled_from((torch.int32, torch.int64)))
+    density, id_dtype = draw(st.sampled_from(DENSITIES)), draw(st.sampled_from((torch.int32, torch.int64)))
     units = chosen(tiles[0] * tiles[1], density, draw(st.integers(0, 99)), id_dtype).to(DEVICE)
-    return x, grad_output, units, block_size, draw(st.booleans())
+    return x, grad_output, units, draw(st.booleans())
 
 
 @runs
+@pytest.mark.parametrize("dtype", kernels.GRADIENT_DTYPES)
+@pytest.mark.parametrize("block_size", kernels.GRADIENT_BLOCK_SIZES)
 @few
-@given(gradients(kernels.GRADIENT_BLOCK_SIZES))
-def test_tile_gradient_is_autograds_at_the_tiles(case):
-    x, grad_output, units, block_size, transposed = case
+@given(st.data())
+def test_tile_gradient_is_autograds_at_the_tiles(block_size, dtype, data):
+    x, grad_output, units, transposed = data.draw(gradients(block_size, dtype))
     found = kernels.tile_gradient(x, grad_output, units, block_size, transposed)
     assert found.dtype == x.dtype
     assert_is_gradient(found, x, grad_output, units, block_size, transposed)
@@ -150,10 +150,11 @@ def test_tile_gradient_is_autograds_at_the_tiles(case):
 
 
 @runs
+@pytest.mark.parametrize("dtype", kernels.GRADIENT_DTYPES)
 @few
-@given(gradients((1,)))
-def test_entry_gradient_is_autograds_at_the_entries(case):
-    x, grad_output, units, _, transposed = case
+@given(st.data())
+def test_entry_gradient_is_autograds_at_the_entries(dtype, data):
+    x, grad_output, units, transposed = data.draw(gradients(1, dtype))
     found = kernels.entry_gradient(x, grad_output, units, transposed)
     assert found.dtype == x.dtype
     assert_is_gradient(found, x, grad_output, units, 1, transposed)
@@ -257,13 +258,12 @@ def test_a_gradient_refuses_what_it_cannot_compute(kernel):
 
 
 @st.composite
-def masked_weights(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int]:
+def masked_weights(draw: st.DrawFn, dtype: torch.dtype, values_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, int]:
     """weight, units, values, block_size. Half of the sums lie midway between two numbers of the weight's dtype."""
     block_size = draw(st.sampled_from((1, 2, 3, 16)))
     rows, columns = (draw(st.integers(1, 5)) * block_size for _ in range(2))
-    dtype, values_dtype = draw(st.sampled_from(WEIGHT_AND_VALUES))
     seed, midway = draw(st.integers(0, 99)), draw(st.booleans())
-    density, id_dtype = draw(st.sampled_from((0.0, 0.2, 1.0))), draw(st.sampled_from((torch.int32, torch.int64)))
+    density, id_dtype = draw(st.sampled_from(DENSITIES)), draw(st.sampled_from((torch.int32, torch.int64)))
     units = chosen(rows * columns // block_size**2, density, seed, id_dtype)
     shape = (len(units), *((block_size, block_size) if block_size > 1 else ()))
     if midway:
@@ -278,10 +278,11 @@ def masked_weights(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int]:
 
 
 @runs
+@pytest.mark.parametrize(("dtype", "values_dtype"), WEIGHT_AND_VALUES)
 @few
-@given(masked_weights())
-def test_add_and_write_is_the_sum_rounded_once(case):
-    weight, units, values, block_size = case
+@given(st.data())
+def test_add_and_write_is_the_sum_rounded_once(dtype, values_dtype, data):
+    weight, units, values, block_size = data.draw(masked_weights(dtype, values_dtype))
     displaced = reference.gather(weight, units, block_size)
     total = displaced.to(torch.promote_types(weight.dtype, values.dtype), copy=True) + values
     expected = weight.clone()
@@ -297,10 +298,11 @@ def test_add_and_write_is_the_sum_rounded_once(case):
 
 
 @runs
+@pytest.mark.parametrize(("dtype", "values_dtype"), WEIGHT_AND_VALUES)
 @few
-@given(masked_weights())
-def test_gather_and_write_are_the_references(case):
-    weight, units, values, block_size = case
+@given(st.data())
+def test_gather_and_write_are_the_references(dtype, values_dtype, data):
+    weight, units, values, block_size = data.draw(masked_weights(dtype, values_dtype))
     before = weight.clone()
     displaced = kernels.gather(weight, units, block_size)
     assert displaced.dtype == weight.dtype

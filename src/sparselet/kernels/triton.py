@@ -253,8 +253,7 @@ def add_and_write(weight: Tensor, units: Tensor, displaced: Tensor | None, value
             WIDE=tl.float64 if wide else tl.float32,
             AT_ONCE=AT_ONCE,
         )
-    if not weight.is_inference():
-        increment_version(weight)
+    increment_version(weight)
 
 
 @triton.jit
