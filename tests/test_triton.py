@@ -25,7 +25,7 @@ def run_cases(cache: Path, **environment: str) -> str:
         env={**inherited, **environment, "TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -24,7 +24,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 runs = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device")
 compiles = pytest.mark.skipif(INTERPRETED, reason="an interpreter compiles nothing")
-few = settings(max_examples=10, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=7, deadline=None, derandomize=True, database=None)
 
 DENSITIES = (0.1, 0.4, 1.0, 0.0)
 WEIGHT_AND_VALUES = (  # as the layer has them, and values of 16 bits
