@@ -1,5 +1,6 @@
 """Operations on masked entries: read, write, gradient, selection. `reference` defines them."""
 
+import importlib
 import math
 
 from torch import Tensor
@@ -9,6 +10,8 @@ from sparselet.kernels.bands import banded_weight_gradient
 from sparselet.kernels.choice import choose
 from sparselet.kernels.reference import as_tiles, gather, tile_entries, tile_sum, weight_gradient, write
 from sparselet.kernels.select import kth_largest, selected
+
+TRITON = "sparselet.kernels.triton"  # imported when it is used: triton may not be there
 
 __all__ = [
     "as_tiles",
@@ -30,5 +33,10 @@ def masked_weight_gradient(
     inside, outside = x.shape[-1], grad_output.shape[-1]
     shape = (inside, outside) if transposed else (outside, inside)
     chosen = choose(shape, math.prod(x.shape[:-1]), len(units), block_size, x.device)
+    if chosen == "triton":
+        triton = importlib.import_module(TRITON)
+        if block_size == 1:
+            return triton.entry_gradient(x, grad_output, units, transposed)
+        return triton.tile_gradient(x, grad_output, units, block_size, transposed)
     version = banded_weight_gradient if chosen == "bands" else reference.masked_weight_gradient
     return version(x, grad_output, units, block_size, transposed)

@@ -7,7 +7,7 @@ import torch
 from sparselet.errors import ArgumentError
 from sparselet.kernels.bands import HEIGHT
 
-VARIANTS = ("dense", "bands")
+VARIANTS = ("dense", "bands", "triton")
 FORCE = "SPARSELET_KERNEL"  # the environment variable that names one of them
 
 # Nanoseconds of one core, float32, as found by benchmarks/bench_select.py; their ratios matter, which differ less between
@@ -22,7 +22,10 @@ _BAND = 10_000.0  # calling the operations of one band, which does not divide am
 
 
 def choose(shape: tuple[int, int], tokens: int, units: int, block_size: int, device: torch.device) -> str:
-    """The version that is expected to be fastest, "dense" or "bands", or the one that SPARSELET_KERNEL names.
+    """The version that is expected to be fastest, or the one that SPARSELET_KERNEL names.
+
+    "dense": the product and a gather; "bands": `bands`, on a CPU; "triton": `triton`, on CUDA, which is made only where it is
+    named until its time has been measured.
 
     shape: (rows, columns) of the weight. tokens: rows of the batch, of all sequences together. units: of the mask.
     Raises ArgumentError for another name.
