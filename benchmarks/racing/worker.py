@@ -60,7 +60,8 @@ def measured(start: Callable[[], Any], repeat: int, imported: int) -> dict[str, 
     wall, processor = time.perf_counter(), time.process_time()
     if gpu:
         marks[0].record()
-    for _ in range(repeat):
+    value = start()
+    for _ in range(repeat - 1):
         value = start()
     if gpu:
         marks[1].record()

@@ -29,7 +29,7 @@ def build(job: dict[str, Any]) -> Training:
     return trained(get_peft_model(model, config), batch)
 
 
-def random_mask(base_layer: Any, r: int, **_: Any) -> torch.Tensor:
+def random_mask(base_layer: Any, r: int, random_seed: int | None = None, **_: Any) -> torch.Tensor:
     """Exactly r(m + n) ones. SHiRA's own shuffles all entries on the CPU, which takes a minute for a model of billions."""
     weight = base_layer.weight
     count = r * sum(weight.shape)

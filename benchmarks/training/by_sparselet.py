@@ -123,9 +123,9 @@ def write(job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     fingerprints = {name: fingerprint_weight(weight) for name, weight in weights.items()}
 
     def start() -> dict[str, Any]:
+        deltas: dict[str, SparseDelta] = {}
         for seed, name in enumerate((A, B)):
             generator = torch.Generator(job["device"]).manual_seed(seed)
-            deltas = {}
             for target, weight in weights.items():
                 shape = (weight.shape[0], weight.shape[1])
                 indices = random_entries(shape, job["density"], generator)

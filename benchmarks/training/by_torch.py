@@ -25,7 +25,7 @@ class SideProduct(nn.Module):
     def __init__(self, layer: nn.Module, mask: Tensor) -> None:
         super().__init__()
         self.layer, self.values = layer, nn.Parameter(torch.zeros_like(mask))
-        self.register_buffer("mask", mask)
+        self.mask = nn.Buffer(mask)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)

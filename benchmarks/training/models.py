@@ -48,7 +48,7 @@ def make_batch(model: PreTrainedModel, rows: int, tokens: int) -> dict[str, Any]
     return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
-def targets(model: nn.Module) -> dict[str, nn.Module]:
+def targets(model: nn.Module) -> dict[str, Any]:
     """The query, key and value projections by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in PROJECTIONS}
 
