@@ -27,7 +27,7 @@ DENSE_BYTES = 20  # aimed at, for each entry of the targets, while a dense selec
 
 def contestants(asked: argparse.Namespace) -> list[Contestant]:
     """The floor first."""
-    shared = {**job_of(asked), "repeat": STEPS, "cold": True, "keep": False}
+    shared = {**job_of(asked), "repeat": STEPS, "warm": 0, "keep": False}
 
     def one(library: str, name: str, script: str, variant: dict[str, Any], do: str = "step", **more: Any) -> Contestant:
         # torch counts what is allocated on a GPU, so that no new process is needed there.

@@ -33,12 +33,12 @@ class SideProduct(nn.Module):
 
 
 def floor(job: dict[str, Any]) -> Training:
-    """Everything frozen, the gradient taken back to the first target's input. Asserts, unless `cold`, that this is so."""
+    """Everything frozen, the gradient taken back to the first target's input. Asserts that this is so, unless `warm` is 0."""
     model, batch = model_and_batch(job)
     model.enable_input_require_grads()
     model.train()
     training = Training(model, batch, None)
-    if job.get("cold"):  # what a step leaves behind in the heap would count as memory that was there before
+    if not job["warm"]:  # what a step leaves behind in the heap would count as memory that was there before
         return training
     reached: list[Tensor] = []
 

@@ -71,15 +71,16 @@ def kept(job: dict[str, Any], build: Callable[[dict[str, Any]], Any]) -> Any:
 
 
 def step_job(build: Callable[[dict[str, Any]], Training]) -> Callable[[dict[str, Any]], Callable[[], dict[str, Any]]]:
-    """The job of a step. What is built anew has made one step before it is measured, unless `cold`.
+    """The job of a step. What is built anew has made `warm` steps before it is measured.
 
     Returns the loss of the first step, that of this one, and how many numbers are trained.
     """
 
     def prepare(job: dict[str, Any]) -> Callable[[], dict[str, Any]]:
         training = kept(job, build)
-        if training.first is None and not job.get("cold"):
-            training.step()
+        if training.first is None:
+            for _ in range(job["warm"]):
+                training.step()
         count = sum(p.numel() for p in training.module.parameters() if p.requires_grad)
 
         def start() -> dict[str, Any]:
