@@ -19,6 +19,13 @@ ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/results.md", "docs/performance.md")
 
 
+def load_line(machine: dict[str, Any]) -> list[str]:
+    """A line of warning where something was running in the minute before, be it another benchmark that had just ended."""
+    load = machine["load_before"]
+    told = f"The load average of the minute before was {load:.1f}: what ran then may still have run at the start."
+    return [told, ""] if load > BUSY else []
+
+
 def demo_table(results: dict[str, Any]) -> str:
     """Rouge-L of base, experts and merged model on the demo's tasks."""
     tasks = list(results["base"])
@@ -80,9 +87,7 @@ def race_tables(results: dict[str, Any]) -> str:
     named = ", ".join(f"{name} {versions[name]}" for name in ("sparselet", "torch", "mergekit", "peft") if name in versions)
     where = f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB"
     lines = [f"`{results['command']}`", "", f"{results['date']}, {where}; {named}.", ""]
-    if machine["load_before"] > BUSY:
-        load = machine["load_before"]
-        lines += [f"The load average of the minute before was {load:.1f}: what ran then may still have run at the start.", ""]
+    lines += load_line(machine)
     lines += ["| aim | | found |", "| --- | --- | ---: |"]
     for aim in results["targets"]:
         lines.append(f"| {aim['what']} | {aim['aim']} | {aim['found']:.1f}{' (missed)' if aim['met'] is False else ''} |")
@@ -126,8 +131,7 @@ def turns_tables(results: dict[str, Any]) -> str:
     where = machine.get("gpu") if results["settings"]["device"] == "cuda" else None
     where = where or f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB"
     lines = [f"`{results['command']}`", "", f"{results['date']}, {where}; {named}.", ""]
-    if machine["load_before"] > BUSY:
-        lines += [f"**Other processes were running (load {machine['load_before']:.1f}): do not trust the times.**", ""]
+    lines += load_line(machine)
     lines += ["| aim | | found |", "| --- | --- | ---: |"]
     for aim in results["targets"]:
         value = "not measured" if aim["found"] is None else short(aim["found"])
