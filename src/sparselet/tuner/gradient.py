@@ -23,7 +23,7 @@ def with_masked_gradient(
     """y itself, whose backward pass also yields ∂L/∂Ŵ for each of `values`.
 
     y [..., out] is a linear layer's output for x [..., in]; its weight is [out, in], or [in, out] when `transposed`. Each
-    gradient is ∂L/∂W under the value's mask, of the value's shape and dtype; one dense ∂L/∂W is alive meanwhile.
+    gradient is ∂L/∂W under the value's mask, of the value's shape and dtype; at most one dense ∂L/∂W is alive meanwhile.
     recorder: receives the dense ∂L/∂W instead, and the values get no gradient.
     """
     if torch.compiler.is_compiling() and recorder is None:
