@@ -14,16 +14,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-BUSY = 0.5  # a load above this means that something else was running
+from racing.record import BUSY
+
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/results.md", "docs/performance.md")
 
 
-def load_line(machine: dict[str, Any]) -> list[str]:
-    """A line of warning where something was running in the minute before, be it another benchmark that had just ended."""
-    load = machine["load_before"]
-    told = f"The load average of the minute before was {load:.1f}: what ran then may still have run at the start."
-    return [told, ""] if load > BUSY else []
+def heading(
+    results: dict[str, Any], versions: dict[str, str], packages: tuple[str, ...], where: str | None = None
+) -> list[str]:
+    """Command, date, machine and versions, and the head of the aims' table.
+
+    With a warning where something was running in the minute before, be it another benchmark that had just ended.
+    """
+    machine = results["machine"]
+    where = where or f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB"
+    named = ", ".join(f"{package} {versions[package]}" for package in packages if package in versions)
+    lines = [f"`{results['command']}`", "", f"{results['date']}, {where}; {named}.", ""]
+    if machine["load_before"] > BUSY:
+        told = f"The load average of the minute before was {machine['load_before']:.1f}"
+        lines += [f"{told}: what ran then may still have run at the start.", ""]
+    return [*lines, "| aim | | found |", "| --- | --- | ---: |"]
 
 
 def demo_table(results: dict[str, Any]) -> str:
@@ -80,15 +91,11 @@ def rows_table(results: dict[str, Any]) -> str:
 
 def race_tables(results: dict[str, Any]) -> str:
     """What `bench_merge.py` measured: command and machine, what was aimed at, and every contestant."""
-    machine, settings = results["machine"], results["settings"]
+    settings = results["settings"]
     versions: dict[str, str] = {}
     for found in results["versions"].values():
         versions |= found if isinstance(found, dict) else {}
-    named = ", ".join(f"{name} {versions[name]}" for name in ("sparselet", "torch", "mergekit", "peft") if name in versions)
-    where = f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB"
-    lines = [f"`{results['command']}`", "", f"{results['date']}, {where}; {named}.", ""]
-    lines += load_line(machine)
-    lines += ["| aim | | found |", "| --- | --- | ---: |"]
+    lines = heading(results, versions, ("sparselet", "torch", "mergekit", "peft"))
     for aim in results["targets"]:
         lines.append(f"| {aim['what']} | {aim['aim']} | {aim['found']:.1f}{' (missed)' if aim['met'] is False else ''} |")
     part = settings["layers"] / settings["layers_of_model"]
@@ -126,13 +133,8 @@ def kinds_table(results: dict[str, Any]) -> str:
 
 def turns_tables(results: dict[str, Any]) -> str:
     """What one of the benchmarks of training measured: command and machine, what was aimed at, and every contestant."""
-    machine, versions = results["machine"], results["versions"]
-    named = ", ".join(f"{name} {versions[name]}" for name in ("sparselet", "torch", "transformers", "peft") if name in versions)
-    where = machine.get("gpu") if results["settings"]["device"] == "cuda" else None
-    where = where or f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB"
-    lines = [f"`{results['command']}`", "", f"{results['date']}, {where}; {named}.", ""]
-    lines += load_line(machine)
-    lines += ["| aim | | found |", "| --- | --- | ---: |"]
+    where = results["machine"].get("gpu") if results["settings"]["device"] == "cuda" else None
+    lines = heading(results, results["versions"], ("sparselet", "torch", "transformers", "peft"), where)
     for aim in results["targets"]:
         value = "not measured" if aim["found"] is None else short(aim["found"])
         lines.append(f"| {aim['what']} | {aim['aim']} | {value}{' (missed)' if aim['met'] is False else ''} |")

@@ -19,7 +19,7 @@ class Contestant:
     """A job of a script in benchmarks/training, and which process does it.
 
     library: "floor", "sparselet" or a peer's name. process: contestants with one name share a process that stays; None is a
-    new one for each run. rounds: takes part in the first ones only, in all by default.
+    new one for each run.
     """
 
     library: str
@@ -27,7 +27,6 @@ class Contestant:
     script: str
     job: dict[str, Any]
     process: str | None
-    rounds: int | None = None
 
     def __str__(self) -> str:
         return f"{self.library}: {self.name}"
@@ -91,7 +90,7 @@ class Race:
         answers: dict[int, list[dict[str, Any]]] = {place: [] for place in range(len(contestants)) if place not in errors}
         for number in range(rounds):
             for place, one in enumerate(contestants[1:], 1):
-                if place in errors or number >= (one.rounds or rounds):
+                if place in errors:
                     continue
                 floor = self.ask(contestants[0])
                 answer = self.ask(one)

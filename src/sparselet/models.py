@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -169,3 +169,10 @@ def attends_to_all(model: nn.Module) -> bool:
         return False
     layers = DynamicCache(config=config).layers
     return needed <= set(inspect.signature(model.forward).parameters) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def cache_of(model: Any, tokens: Tensor) -> DynamicCache:
+    """Keys and values of `tokens` [1, length], for rows to go on from; of a model that `attends_to_all`."""
+    cache = DynamicCache()
+    model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache

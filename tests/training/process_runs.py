@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
+from runs import QUIET
 from tiny import make_model
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
@@ -87,14 +88,8 @@ def make_trainer(directory, adapter, arguments, processes=1, model=None, **more)
         model = get_peft_model(model, SparseletConfig(**{"density": 0.1, "reselect_every": 2, **adapter}))
     rows = arguments.get("per_device_train_batch_size", 2) * 2 // processes
     arguments = {
+        **QUIET,
         "output_dir": str(directory / "trainer"),
-        "num_train_epochs": 2,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "logging_strategy": "no",
         **arguments,
         "per_device_train_batch_size": rows,
     }

@@ -11,6 +11,16 @@ from transformers import TrainerCallback
 from sparselet.training import train
 from sparselet.training.recipe import RUN_FILE
 
+# Of a Trainer of a few steps that writes and says nothing.
+QUIET = {
+    "num_train_epochs": 2,
+    "learning_rate": 1e-2,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "logging_strategy": "no",
+}
 IDS = torch.arange(2, 22).reshape(2, 10)
 
 

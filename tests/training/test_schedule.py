@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from runs import QUIET
 from tiny import make_model
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -73,15 +74,9 @@ def fit(tmp_path):
         model = get_peft_model(model or make_model(), SparseletConfig(**adapter))
         watch = Watch()
         arguments = {
+            **QUIET,
             "output_dir": str(tmp_path / "trainer"),
-            "num_train_epochs": 2,
             "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "logging_strategy": "no",
             **arguments,
         }
         trainer = trainer_class(

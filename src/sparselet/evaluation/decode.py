@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from sparselet.models import attends_to_all
+from sparselet.models import attends_to_all, cache_of
 from sparselet.prompts import pad
 
 LEAVE = 0.75  # the batch is made smaller when no more than this fraction of its rows goes on
@@ -94,12 +94,7 @@ def end_tokens(model: PreTrainedModel) -> set[int]:
 @torch.inference_mode()
 def encode_prefix(model: PreTrainedModel, tokens: Sequence[int]) -> Cache | None:
     """The cache of a beginning, one row, for `decode`; None for no tokens."""
-    if not tokens:
-        return None
-    forward: Any = model
-    cache = DynamicCache(config=model.config)
-    forward(input_ids=torch.tensor([tokens], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache
+    return cache_of(model, torch.tensor([tokens], device=model.device)) if tokens else None
 
 
 @torch.inference_mode()

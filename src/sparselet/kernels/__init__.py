@@ -8,12 +8,13 @@ from torch import Tensor
 from sparselet.kernels import reference
 from sparselet.kernels.bands import banded_weight_gradient
 from sparselet.kernels.choice import choose
-from sparselet.kernels.reference import as_tiles, gather, tile_entries, tile_sum, weight_gradient, write
+from sparselet.kernels.reference import all_finite, as_tiles, gather, tile_entries, tile_sum, weight_gradient, write
 from sparselet.kernels.select import kth_largest, selected
 
 TRITON = "sparselet.kernels.triton"  # imported when it is used: triton may not be there
 
 __all__ = [
+    "all_finite",
     "as_tiles",
     "gather",
     "kth_largest",

@@ -4,6 +4,8 @@ A mask is a sorted 1-D integer tensor of *unit* ids: flat row-major entries of t
 flat row-major tiles of `block_size × block_size` otherwise. Values have shape [n] for entries, [n, B, B] for tiles.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,11 @@ def tile_sum(entries: Tensor, block_size: int) -> Tensor:
     if block_size == 1:
         return entries.reshape(-1)
     return as_tiles(entries, block_size).sum(dim=(2, 3)).reshape(-1)
+
+
+def all_finite(numbers: Tensor) -> bool:
+    """Whether no number is NaN or infinite. A finite sum has no other terms, and is many times faster to look at."""
+    return math.isfinite(numbers.sum().item()) or bool(torch.isfinite(numbers).all())
 
 
 def as_tiles(matrix: Tensor, block_size: int) -> Tensor:

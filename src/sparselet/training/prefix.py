@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from sparselet.models import attends_to_all
+from sparselet.models import attends_to_all, cache_of
 
 SHARED = "shared_prefix"  # in a batch: the beginning's token ids [1, length]
 
@@ -32,8 +31,7 @@ def begun(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     rest = {key: value for key, value in batch.items() if key != SHARED}
     if SHARED not in batch:
         return rest
-    cache = DynamicCache()
-    model(input_ids=batch[SHARED], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache = cache_of(model, batch[SHARED])
     cache.batch_repeat_interleave(len(batch["input_ids"]))
     return {**rest, "past_key_values": cache, "use_cache": True}
 
