@@ -51,3 +51,20 @@ def closure(units: Iterable[Unit]) -> dict[str, Unit]:
         for one in visit(unit):
             found.setdefault(one.key, one)
     return found
+
+
+def packed(units: Iterable[Unit]) -> list[dict[str, Any]]:
+    """The units and all that they read as JSON values, each after its inputs, which it names by key."""
+    return [
+        {"kind": u.kind, "settings": dict(u.settings), "inputs": [i.key for i in u.inputs], "label": u.label}
+        for u in closure(units).values()
+    ]
+
+
+def unpacked(content: Iterable[Mapping[str, Any]]) -> dict[str, Unit]:
+    """What `packed` was given, by key, from its JSON."""
+    units: dict[str, Unit] = {}
+    for one in content:
+        unit = Unit(one["kind"], one["settings"], tuple(units[key] for key in one["inputs"]), one["label"])
+        units[unit.key] = unit
+    return units
