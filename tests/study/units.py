@@ -49,7 +49,9 @@ def make_merge(experts: list[Unit], method: str = "overlap", **parameters) -> Un
 
 def make_units(places: Places) -> list[Unit]:
     """Two experts, a LoRA, a checkpoint, merges of them, a second stage and what each of them scores."""
-    first, second = (make_train(places, (task,), density=0.25, block_size=size) for task, size in zip(TASKS, (1, 4), strict=False))
+    first, second = (
+        make_train(places, (task,), density=0.25, block_size=size) for task, size in zip(TASKS, (1, 4), strict=False)
+    )
     lora = make_train(places, ("backwards",), method="lora", lora_rank=2)
     full = [make_train(places, (task,), method="full") for task in TASKS[:2]]
     merged = make_merge([first, second])

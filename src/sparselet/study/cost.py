@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,20 @@ def together(cost: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, An
     """A cost with what came before it for its sake: times added, the higher peak."""
     seconds = {name: cost[name] + before.get(name, 0.0) for name in ("seconds", "cpu_seconds")}
     return {**cost, **seconds, "peak_bytes": max(cost["peak_bytes"], before["peak_bytes"])}
+
+
+def total(costs: Iterable[tuple[Unit, Mapping[str, Any]]]) -> dict[str, Any]:
+    """What units took together: by kind their count, seconds and cpu_seconds; core_hours; peak_rss_bytes of a process."""
+    kinds: dict[str, dict[str, float]] = {}
+    peak = 0
+    for unit, cost in costs:
+        own = kinds.setdefault(unit.kind, {"count": 0, "seconds": 0.0, "cpu_seconds": 0.0})
+        own["count"] += 1
+        own["seconds"] += cost["seconds"]
+        own["cpu_seconds"] += cost["cpu_seconds"]
+        peak = max(peak, cost["peak_bytes"])
+    core_hours = sum(own["cpu_seconds"] for own in kinds.values()) / 3600
+    return {"units": kinds, "core_hours": core_hours, "peak_rss_bytes": peak}
 
 
 class Estimates:

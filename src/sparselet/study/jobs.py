@@ -71,6 +71,13 @@ def priorities(jobs: Iterable[Job], seconds: Callable[[Unit], float]) -> dict[st
     return {job.key: chain(job) for job in jobs}
 
 
+def seconds_left(jobs: Iterable[Job], seconds: Callable[[Unit], float], workers: int) -> float:
+    """Until all jobs are done by so many workers: at least as long as the longest chain of jobs that wait for each other."""
+    jobs = list(jobs)
+    every = sum(seconds(unit) for job in jobs for unit in job.units)
+    return max(every / workers, max(priorities(jobs, seconds).values(), default=0.0))
+
+
 def _subject(unit: Unit) -> str:
     """What is in the model when an evaluation is made."""
     same = {name: unit.settings.get(name) for name in ("mask", "model", "base", "threads", "dtype")}

@@ -4,15 +4,15 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from sparselet.errors import StudyRunning, WriteFailed
 from sparselet.files import naming_failure
 from sparselet.study.cost import Estimates
-from sparselet.study.jobs import Job, make_jobs, priorities, stored
+from sparselet.study.jobs import Job, make_jobs, priorities, seconds_left, stored
 from sparselet.study.local import Event, Executor
+from sparselet.study.plan import Progress, learn, plan
 from sparselet.study.store import Store
 from sparselet.study.unit import Unit, closure
 
@@ -20,41 +20,7 @@ TICK = 0.5  # seconds between two looks at what goes on
 PATIENCE = 5.0  # seconds to wait for workers of a run that was killed
 
 
-@dataclass
-class Progress:
-    """How far a study is. units: all that have a result of their own, by key. done: those that have it now.
-
-    running: fraction done of those under way. failed: why, by key. blocked: the failed unit each waits for, by key.
-    seconds_left: an estimate.
-    """
-
-    units: Mapping[str, Unit]
-    done: set[str]
-    running: dict[str, float] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    blocked: dict[str, str] = field(default_factory=dict)
-    seconds_left: float = 0.0
-
-
 Watch = Callable[[Progress], None]
-
-
-def plan(units: Iterable[Unit], store: Store) -> Progress:
-    """What a study has to do, what of it is done, and what failed at the last attempt. Raises BadConfig."""
-    wanted = stored(closure(units).values())
-    failures = store.failures()
-    done = set(store.results(wanted))
-    return Progress(wanted, done, failed={key: failures[key] for key in wanted if key in failures and key not in done})
-
-
-def learn(progress: Progress, store: Store, model_bytes: int = 0) -> Estimates:
-    """Estimates from the units that are done."""
-    estimates = Estimates(model_bytes)
-    for key in sorted(progress.done):
-        cost = store.cost(key)
-        if cost is not None:
-            estimates.learn(progress.units[key], cost)
-    return estimates
 
 
 def run_study(units: Iterable[Unit], store: Store, executor: Executor, watch: Watch = lambda progress: None) -> Progress:
@@ -165,13 +131,10 @@ class _Run:
 
     def _estimate(self) -> None:
         """How long it will take from here."""
-        now = {key: self.progress.running.get(key, 0.0) for job in self.running.values() for key in (u.key for u in job.units)}
-        going = [
-            self.estimates.seconds(self.progress.units[key]) * (1 - fraction)
-            for key, fraction in now.items()
-            if key not in self.progress.done | self.progress.failed.keys()
-        ]
-        jobs = [sum(map(self.estimates.seconds, job.units)) for job in self.waiting.values()]
-        self.progress.seconds_left = max(
-            sum(jobs + going) / self.executor.slots, max([*self.priorities.values(), *going], default=0.0)
-        )
+        over = self.progress.done | self.progress.failed.keys()
+
+        def left(unit: Unit) -> float:
+            share = 0.0 if unit.key in over else 1 - self.progress.running.get(unit.key, 0.0)
+            return share * self.estimates.seconds(unit)
+
+        self.progress.seconds_left = seconds_left([*self.running.values(), *self.waiting.values()], left, self.executor.slots)

@@ -102,7 +102,7 @@ class Store:
 
     def result(self, key: str) -> dict[str, Any] | None:
         """A unit's result; None if it is not done. Raises BadConfig for a file that cannot be read as one."""
-        return self._read(f"units/{key}/{RESULT}")
+        return self.read(f"units/{key}/{RESULT}")
 
     def results(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
         """The results of those units that are done."""
@@ -112,7 +112,7 @@ class Store:
 
     def cost(self, key: str) -> dict[str, Any] | None:
         """What a unit that is done took: seconds, cpu_seconds, peak_bytes, bytes, host."""
-        return self._read(f"units/{key}/{COST}")
+        return self.read(f"units/{key}/{COST}")
 
     def fail(self, unit: Unit, error: str) -> None:
         """Keep why a unit failed. Raises WriteFailed."""
@@ -121,7 +121,7 @@ class Store:
     def failures(self) -> dict[str, str]:
         """Why units failed, by key."""
         keys = [Path(name).stem for name in self._names("failed/*.json")]
-        found = {key: self._read(f"failed/{key}.json") for key in keys}
+        found = {key: self.read(f"failed/{key}.json") for key in keys}
         return {key: str(about.get("error")) for key, about in sorted(found.items()) if about is not None}
 
     def forgive(self, keys: Iterable[str]) -> None:
@@ -140,7 +140,8 @@ class Store:
         prefix = self._root.rstrip("/") + "/"
         return {str(file).removeprefix(prefix) for file in self._remote.glob(f"{self._root}/{pattern}")}
 
-    def _read(self, name: str) -> dict[str, Any] | None:
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON object under `out`; None if there is no such file. Raises BadConfig."""
         try:
             data = (self.path / name).read_bytes() if self._remote is None else self._remote.cat_file(f"{self._root}/{name}")
         except FileNotFoundError:
