@@ -140,7 +140,7 @@ def _merging(draw: random.Random) -> dict:
         label: [
             cell(draw, held_in - 4, paper=held_in),
             cell(draw, held_out - 9, HELD_OUT, paper=held_out),
-            cell(draw, None, paper=part, mean=part, count=6, measure="parameters", missing=0),
+            cell(draw, None, paper=part, mean=part, count=6, measure="percent", missing=0),
         ]
         for label, (held_in, held_out, part) in paper.items()
     }

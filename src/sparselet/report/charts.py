@@ -23,6 +23,7 @@ from sparselet.report.sheet import (
     Style,
     apart,
     dot,
+    height_of,
     line,
     plain,
     round_numbers,
@@ -150,7 +151,7 @@ def _dots(
         labels = [wrap(row["label"], 0.42 * width) for row in rows]
         blocks.append((measure, places, rows, labels))
     left = max(width_of(line) for *_, labels in blocks for label in labels for line in label.split("\n")) + 12
-    heights = [[max(26.0, 16.0 * (label.count("\n") + 1) + 8) for label in labels] for *_, labels in blocks]
+    heights = [[max(26.0, height_of(label) + 8) for label in labels] for *_, labels in blocks]
     head, foot = 44, 44
     axes = sheet(width, sum(head + sum(each) + foot for each in heights))
     top = 0.0
@@ -172,7 +173,7 @@ def _dots(
         if len(places) > 1:
             _name_above(axes, {table["columns"][j]: point for j, point in anchors.items()}, look, top + 12, (2, width - 2))
         else:
-            text(axes, left, top + 12, table["columns"][places[0]], weight="bold")
+            text(axes, left, top + 12, table["columns"][places[0]], bold=True)
         top = bottom + foot
     return axes.figure  # pyright: ignore[reportReturnType]
 
@@ -218,10 +219,10 @@ def _lines(
     across = 2 if width == WIDE and len(places) > 1 else 1
     gap, names = 32, [name for name in look if name]
     panel = (width - gap * (across - 1)) / across
-    tall = max(190.0, 17.0 * len(names)) + (60 if across == 1 and width == WIDE else 0)
+    labels = {name: wrap(name, 0.36 * panel) for name in names} if len(names) > 1 else {}
+    tall = max(250.0 if panel == WIDE else 190.0, sum(map(height_of, labels.values())))
     head, foot = 44, 44
     axes = sheet(width, math.ceil(len(places) / across) * (head + tall + foot))
-    labels = {name: wrap(name, 0.36 * panel) for name in names} if len(names) > 1 else {}
     right = max((width_of(line) for label in labels.values() for line in label.split("\n")), default=0) + (28 if labels else 12)
     xs = [x for x in chart["x"] if x is not None]
     log = bool(chart.get("log")) and min(xs, default=0) > 0
@@ -234,7 +235,7 @@ def _lines(
         for tick in ticks:
             line(axes, [(start, y_axis.at(tick)), (x_axis.end, y_axis.at(tick))], LINE)
             text(axes, start - 6, y_axis.at(tick), short(tick), size=SMALL, colour=MUTED, ha="right")
-        text(axes, left, top + 10, table["columns"][j], weight="bold")
+        text(axes, left, top + 10, table["columns"][j], bold=True)
         text(axes, left, top + 28, MEASURES[measure], size=SMALL, colour=MUTED)
         x_ticks(axes, x_axis, sorted(set(xs)), y_axis.start, chart.get("x_label", ""))
         _series(axes, x_axis, y_axis, table, chart, j, look, labels)
@@ -288,7 +289,7 @@ def _name_ends(
 ) -> None:
     """Names to the right of a panel, in the order of the lines' ends, each with a thin line to its end."""
     names = sorted(ends, key=lambda name: ends[name][1])
-    sizes = [15.0 * (labels[name].count("\n") + 1) + 1 for name in names]
+    sizes = [height_of(labels[name]) for name in names]
     middles = apart([ends[name][1] for name in names], sizes, y_axis.end - 30, y_axis.start + 14)
     for name, middle in zip(names, middles, strict=True):
         x, y = ends[name]

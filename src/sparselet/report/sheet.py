@@ -38,7 +38,7 @@ COLOURS = {
 }
 INK, MUTED, LINE, PAGE = (COLOURS[name][0] for name in ("ink", "muted", "line", "page"))
 MARKS = tuple(light for name, (light, _) in COLOURS.items() if name.startswith("mark-"))
-TEXT, SMALL = 12.0, 11.0  # sizes of text
+TEXT, SMALL, LEADING = 12.0, 11.0, 15.0  # sizes of text, and from line to line
 
 Point = tuple[float, float]
 
@@ -169,20 +169,12 @@ def dot(axes: Axes, point: Point, style: Style, hollow: bool = False) -> None:
 
 
 def text(
-    axes: Axes,
-    x: float,
-    y: float,
-    told: str,
-    *,
-    size: float = TEXT,
-    colour: str = INK,
-    ha: str = "left",
-    weight: str = "normal",
+    axes: Axes, x: float, y: float, told: str, *, size: float = TEXT, colour: str = INK, ha: str = "left", bold: bool = False
 ) -> None:
     """Lines of text beside x (`ha`: on which side), their middle at y."""
-    lines = told.split("\n")
+    lines, weight = told.split("\n"), "bold" if bold else "normal"
     for k, one in enumerate(lines):
-        down = y + (k - (len(lines) - 1) / 2) * 15 + size * 0.36  # the baseline: digits are 0.72 of the size high
+        down = y + (k - (len(lines) - 1) / 2) * LEADING + size * 0.36  # the baseline: digits are 0.72 of the size high
         axes.text(x, down, one, size=size, color=colour, ha=ha, va="baseline", weight=weight, clip_on=False)
 
 
@@ -194,6 +186,11 @@ def wrap(told: str, width: float) -> str:
 def width_of(told: str, size: float = TEXT) -> float:
     """Pixels of a line of text in matplotlib's own font, which is wider than most."""
     return TextToPath().get_text_width_height_descent(told, FontProperties(size=size), ismath=False)[0]
+
+
+def height_of(told: str) -> float:
+    """Pixels of lines of text, with a little room."""
+    return LEADING * (told.count("\n") + 1) + 1
 
 
 def short(number: float) -> str:

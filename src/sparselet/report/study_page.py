@@ -147,10 +147,10 @@ def _claims(claims: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _told(number: float | None, measure: str = "rougeL", sign: bool = False) -> str:
-    """A number as text: one decimal; of parameters and their percentages three digits, or all before the point. – for None."""
+    """A number as text: one decimal; percentages with three digits, whole parameters. – for None."""
     if number is None:
         return "–"
-    form = ",.1f" if measure != "parameters" else ",.0f" if abs(number) >= 1000 else ".3g"
+    form = {"percent": ".3g", "parameters": ",.0f"}.get(measure, ",.1f")
     return f"{number:{'+' if sign else ''}{form}}".replace("-", "−")
 
 
