@@ -163,7 +163,7 @@ def line(axes: Axes, points: Sequence[Point], colour: str, width: float = 1.0, d
 
 def dot(axes: Axes, point: Point, style: Style, hollow: bool = False) -> None:
     """A dot with a rim in the page's colour; hollow, one of that colour with a rim of its own."""
-    size = 9 if style.shape == "*" else 6 if style.shape in "sD" else 7
+    size = 9.5 if style.shape == "*" else 6.5 if style.shape in "sD" else 7.5
     face, edge = (PAGE, style.colour) if hollow else (style.colour, PAGE)
     axes.plot([point[0]], [point[1]], style.shape, ms=size, mfc=face, mec=edge, mew=1.25 if hollow else 0.75, clip_on=False)
 
