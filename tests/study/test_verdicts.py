@@ -85,6 +85,13 @@ def test_of_several_comparisons_the_one_furthest_from_holding_decides():
     assert got.why.endswith("0 of 2 comparisons hold; this is the furthest from it.")
 
 
+def test_of_comparisons_that_go_the_right_way_the_lowest_interval_decides():
+    rows = {"good": [[5, 5, 5, 5]], "bad 1": [[4.5, 4.5, 4.5, 4.5]], "bad 2": [[-9, 5.5, 5.5, 5.5]]}
+    got = judged(than("good", "bad *"), rows)
+    assert (got.verdict, got.where) == ("does not hold", "t: good / x vs t: bad 2 / x")
+    assert got.why.endswith("1 of 2 comparisons hold; this is the furthest from it.")
+
+
 def test_a_star_leaves_the_cell_itself_out():
     assert judged(than("a", "*"), {"a": [[5, 5, 5]], "b": [[4, 4, 4]]}).verdict == "holds"
 
