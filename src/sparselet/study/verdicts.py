@@ -69,10 +69,11 @@ def judge(claim: Claim, tables: Mapping[str, Table], numbers: Numbers) -> Judgem
             compared.append((bootstrap(first.tasks, second.tasks), where))
     interval, where = min(compared, key=lambda pair: _distance(pair[0], claim.margin))
     verdict, why = _decide(interval, claim.margin)
-    if len(compared) > 1:
-        why += (
-            f" Of {len(compared)} comparisons this is the closest." if verdict == "holds" else _others(compared, claim.margin)
-        )
+    if len(compared) > 1 and verdict == "holds":
+        why += f" Of {len(compared)} comparisons, all of which hold, this is the closest."
+    elif len(compared) > 1:
+        held = sum(one.low + claim.margin > 0 for one, _ in compared)
+        why += f" {held} of {len(compared)} comparisons hold; this is the furthest from it."
     return told(verdict, why, where, interval)
 
 
@@ -98,11 +99,6 @@ def _distance(interval: Interval, margin: float) -> tuple[bool, float]:
     """The smaller, the further from holding: differences that go the other way come first."""
     shown = interval.difference + margin > 0
     return shown, (interval.low if shown else interval.difference) + margin
-
-
-def _others(compared: Sequence[tuple[Interval, str]], margin: float) -> str:
-    held = sum(interval.low + margin > 0 for interval, _ in compared)
-    return f" {held} of {len(compared)} comparisons hold; this is the furthest from it."
 
 
 def _compared(better: Place, worse: Place, tables: Mapping[str, Table]) -> Iterator[tuple[_Spot, _Spot]]:
