@@ -3,7 +3,8 @@
     python benchmarks/tables.py            rewrite them
     python benchmarks/tables.py --check    fail if a table is not what the results say
 
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME.json holds its figures.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME.json holds its figures, or of NAME-MACHINE-DATE.json
+the one with the latest date.
 """
 
 import json
@@ -209,12 +210,19 @@ TABLES = {
 }
 
 
+def file_of(name: str) -> Path:
+    """Where the figures of a table are; of several dates the latest, of several machines on it the last by name."""
+    results = ROOT / "benchmarks/results"
+    dated = sorted(results.glob(f"{name}-*-????-??-??.json"), key=lambda file: (file.stem[-len("0000-00-00") :], file.name))
+    return dated[-1] if dated else results / f"{name}.json"
+
+
 def fill(text: str) -> str:
     """The page with every table it has a place for; a place without a result says so."""
     for name, draw in TABLES.items():
         place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if place.search(text):
-            file = ROOT / f"benchmarks/results/{name}.json"
+            file = file_of(name)
             table = draw(json.loads(file.read_text())) if file.exists() else "Not measured yet.\n"
             text = place.sub(lambda match, table=table: f"{match.group(1)}{table}{match.group(2)}", text)
     return text

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,9 @@ def script(name: str, *options: str) -> subprocess.CompletedProcess[str]:
 def quick(name: str, out: Path) -> dict:
     done = script(name, "--quick", "--out", str(out))
     assert done.returncode == 0, done.stderr
-    results = json.loads((out / f"{name}.json").read_text())
+    (file,) = out.iterdir()
+    results = json.loads(file.read_text())
+    assert re.fullmatch(rf"{name}-[a-z0-9-]+-{results['machine']['cores']}-cores-{results['date']}", file.stem)
     assert results["command"] == f"OMP_NUM_THREADS=1 python benchmarks/bench_{name}.py --quick --out OUT"
     assert set(results["machine"]) >= COMMON
     assert {"python", "sparselet", "torch", "peft"} <= set(results["versions"])
@@ -191,6 +194,30 @@ def test_the_gpu_script_runs_every_benchmark_and_goes_on_after_a_failure(tmp_pat
     assert len(lines) == 8
     assert all("--device cuda" in line for line in lines)
     assert {f"--model {model}" for model in ("phi3", "smollm2")} == {f"--model {line.split()[4]}" for line in lines[:6]}
+
+
+def test_tables_are_drawn_from_the_latest_date_of_a_benchmark(tmp_path: Path) -> None:
+    results = tmp_path / "benchmarks/results"
+    results.mkdir(parents=True)
+    names = ["train-b-2-cores-2026-01-09", "train-a-2-cores-2026-02-01", "train-c-2-cores-2025-12-31"]
+    names += ["train_cuda_phi3-nvidia-h100-2026-03-01", "merge", "switch-left-by-hand"]
+    for name in names:
+        (results / f"{name}.json").touch()
+    code = "import sys, pathlib, tables; tables.ROOT = pathlib.Path(sys.argv[1])\n"
+    code += "for name in sys.argv[2:]: print(tables.file_of(name).stem)"
+    asked = ["train", "train_cuda_phi3", "merge", "switch"]
+    done = run([sys.executable, "-c", code, str(tmp_path), *asked], PYTHONPATH=str(ROOT / "benchmarks"))
+    assert done.stdout.split() == [names[1], names[3], "merge", "switch"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [("cpu", "amd-epyc-9v74-80-core-processor-2-cores"), ("cuda", "nvidia-h100-80gb-hbm3")]
+)
+def test_a_results_name_tells_the_machine(device: str, expected: str) -> None:
+    machine = {"processor": "AMD EPYC 9V74 80-Core Processor", "cores": 2, "gpu": "NVIDIA H100 80GB HBM3"}
+    code = "import sys, json; from racing.record import slug; print(slug(json.loads(sys.argv[1])))"
+    told = json.dumps({"machine": machine, "settings": {"device": device}})
+    assert run([sys.executable, "-c", code, told], PYTHONPATH=str(ROOT / "benchmarks")).stdout == expected + "\n"
 
 
 def test_a_quick_run_is_not_kept() -> None:

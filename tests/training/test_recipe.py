@@ -581,7 +581,7 @@ def test_a_base_model_handed_in_computes_as_before(settings, tmp_path, base_dir)
     train(replace(settings, epochs=1, gradient_checkpointing=True), tmp_path / "expert", base=(model, tokenizer))
     assert torch.equal(model(input_ids=ids).logits, before)
     assert model.config.use_cache == use_cache
-    assert not model.is_gradient_checkpointing
+    assert not model.is_activation_checkpointing
     assert not any(m._forward_hooks for m in model.modules())
 
 
