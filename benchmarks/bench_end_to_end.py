@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,8 @@ def main() -> None:
                 found["evaluate"] = rows, evaluate_targets(rows)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    about = record("bench_end_to_end.py", places, settings_of(asked), started, load, race.versions, race.about)
+    versions = {package: version(package) for package in ("sparselet", "torch", "transformers", "peft")}
+    about = record("bench_end_to_end.py", places, settings_of(asked), started, load, versions, race.about)
     for name, (rows, aims) in found.items():
         write({**about, "rows": rows, "targets": aims}, asked.out, result_name(asked, name))
 

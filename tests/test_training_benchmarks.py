@@ -33,13 +33,14 @@ def script(name: str, *options: str) -> subprocess.CompletedProcess[str]:
     return run([sys.executable, str(ROOT / f"benchmarks/bench_{name}.py"), *options])
 
 
-def quick(name: str, out: Path) -> dict:
-    done = script(name, "--quick", "--out", str(out))
+def quick(name: str, out: Path, *options: str, measured: str = "") -> dict:
+    done = script(name, "--quick", *options, "--out", str(out))
     assert done.returncode == 0, done.stderr
     (file,) = out.iterdir()
     results = json.loads(file.read_text())
-    assert re.fullmatch(rf"{name}-[a-z0-9-]+-{results['machine']['cores']}-cores-{results['date']}", file.stem)
-    assert results["command"] == f"OMP_NUM_THREADS=1 python benchmarks/bench_{name}.py --quick --out OUT"
+    assert re.fullmatch(rf"{measured or name}-[a-z0-9-]+-{results['machine']['cores']}-cores-{results['date']}", file.stem)
+    told = " ".join(["OMP_NUM_THREADS=1 python", f"benchmarks/bench_{name}.py --quick", *options, "--out OUT"])
+    assert results["command"] == told
     assert set(results["machine"]) >= COMMON
     assert {"python", "sparselet", "torch", "peft"} <= set(results["versions"])
     assert results["settings"]["model"] == "tiny"
@@ -158,16 +159,30 @@ def test_choices_and_gradients_are_those_of_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_job_runs_by_both_ways(tmp_path: Path) -> None:
-    results = quick("end_to_end", tmp_path)
+def test_the_whole_job_runs_by_both_ways_and_with_the_frozen_model(tmp_path: Path) -> None:
+    results = quick("end_to_end", tmp_path, "--part", "job")
     assert [(row["group"], row["library"]) for row in results["rows"]] == [
         ("train and evaluate", "PEFT"),
         ("train and evaluate", "sparselet"),
-        ("evaluate", "torch"),
-        ("evaluate", "sparselet"),
+        ("train and evaluate", "sparselet"),
+        ("train and evaluate", "floor"),
     ]
-    assert results["rows"][3]["value"] == {"answers": 8, "same": 8}
+    trained, _, frozen = results["rows"][1:]
+    assert trained["value"] == frozen["value"], "the frozen model's steps are followed by another expert's answers"
     assert found(results, "train and evaluate: times the plain script")["found"] > 0
+
+
+@pytest.mark.slow
+def test_all_answers_are_those_of_generate_and_their_products_are_repeated(tmp_path: Path) -> None:
+    results = quick("end_to_end", tmp_path, "--part", "evaluate", measured="evaluate")
+    assert [(row["library"], row["group"]) for row in results["rows"]] == [
+        (name, "evaluate") for name in ("torch", "sparselet", "floor")
+    ]
+    assert results["rows"][1]["value"] == {"answers": 8, "same": 8}
+    steps = 2 * 4  # tasks, tokens of an answer; every linear layer makes a product for each
+    layers = 2 * 7 + 1
+    assert results["rows"][2]["value"]["products"] % layers == 0
+    assert steps * layers <= results["rows"][2]["value"]["products"] <= 2 * steps * layers
 
 
 def test_without_tasks_there_is_no_whole_job(tmp_path: Path) -> None:
