@@ -38,7 +38,8 @@ def _claims(claims: list[dict[str, Any]]) -> list[str]:
     for claim in claims:
         found = ""
         if claim["difference"] is not None:
-            found = f"{claim['difference']:+.1f} ({claim['low']:+.1f} to {claim['high']:+.1f})".replace("-", "−")
+            difference, low, high = (_number(claim[key], sign="+") for key in ("difference", "low", "high"))
+            found = f"{difference} ({low} to {high})"
         lines.append(f"| {_cell(claim['text'])} | {_cell(claim['source'])} | {MARKS[claim['verdict']]} | {found} |")
     return lines
 
@@ -63,18 +64,21 @@ def _told(cell: dict[str, Any] | None) -> str:
     """Mean ± standard error, and how many units are missing."""
     if cell is None:
         return ""
-    mean = "–" if cell["mean"] is None else _number(cell["mean"], cell)
-    error = f" ± {_number(cell['error'], cell)}" if cell["error"] else ""
+    mean = "–" if cell["mean"] is None else _number(cell["mean"], cell["measure"], cell["mean"])
+    error = f" ± {_number(cell['error'], cell['measure'], cell['mean'])}" if cell["error"] else ""
     return mean + error + (f" ({cell['missing']} missing)" if cell["missing"] else "")
 
 
 def _paper(cell: dict[str, Any] | None) -> str:
-    return f"*{_number(cell['paper'], cell)}*" if cell and cell["paper"] is not None else ""
+    """The paper's figure in italics."""
+    return f"*{_number(cell['paper'], cell['measure'], cell['paper'])}*" if cell and cell["paper"] is not None else ""
 
 
-def _number(number: float, cell: dict[str, Any]) -> str:
-    form = {"percent": ".3g", "parameters": ",.0f"}.get(cell["measure"], ".1f")
-    return f"{number:{form}}".replace("-", "−")
+def _number(number: float, measure: str = "rougeL", like: float = 100.0, sign: str = "") -> str:
+    """One decimal; of parameters none, of percentages two where `like` is below 10."""
+    decimals = 0 if measure == "parameters" else 2 if measure == "percent" and abs(like) < 9.995 else 1
+    number = round(number, decimals)
+    return f"{number or 0.0:{sign if number else ''},.{decimals}f}".replace("-", "−")
 
 
 def _cell(text: str) -> str:

@@ -125,6 +125,13 @@ def test_an_axis_goes_from_end_to_end(log):
     assert sheet.Axis(3, 3, 0, 10, log).at(3) == 5
 
 
+def test_ticks_without_room_lose_their_number_but_not_the_ends():
+    axes = sheet.sheet(100, 50)
+    sheet.x_ticks(axes, sheet.Axis(0.01, 1.0, 10, 90, log=True), [0.01, 0.2, 0.5, 0.8, 1.0], 10, "density")
+    assert {found.get_text() for found in axes.texts} == {"0.01", "0.2", "1", "density"}
+    assert len(axes.lines) == 5
+
+
 def drawn() -> Figure:
     axes = sheet.sheet(200, 100)
     with sheet.plain():

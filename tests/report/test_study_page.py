@@ -75,16 +75,36 @@ def test_every_number_of_every_table_is_told(page):
 def told(cell) -> str:
     if cell is None:
         return ""
-    digits = ".3g" if cell["measure"] == "percent" else ".1f"
-    mean = "–" if cell["mean"] is None else f"{cell['mean']:{digits}}"
-    error = f" ± {cell['error']:{digits}}" if cell["error"] else ""
+    mean = "–" if cell["mean"] is None else shown_as(cell["mean"], cell["measure"])
+    error = f" ± {cell['error']:.1f}" if cell["error"] else ""  # none of a percentage in these results
     return mean + error + (f" ({cell['missing']} missing)" if cell["missing"] else "")
 
 
 def paper_of(cell) -> str:
-    if cell is None or cell["paper"] is None:
-        return ""
-    return f"{cell['paper']:{'.3g' if cell['measure'] == 'percent' else '.1f'}}"
+    return "" if cell is None or cell["paper"] is None else shown_as(cell["paper"], cell["measure"])
+
+
+def shown_as(number: float, measure: str) -> str:
+    return f"{number:.2f}" if measure == "percent" and number < 10 else f"{number:.1f}"
+
+
+def test_errors_have_as_many_decimals_as_their_means(tmp_path):
+    given = small()
+    cells = [row["cells"][0] for row in given["tables"]["selection"]["rows"]]
+    cells[0] |= {"measure": "percent", "mean": 10.5, "error": 5.25}
+    cells[1] |= {"measure": "percent", "mean": -2.375, "error": 0.125, "paper": 20.61}
+    found = Tables(write_report(tmp_path, given, {}).read_text()).tables["Table: Selecting once or again and again"]
+    assert [row[1:] for row in found[2:]] == [["10.5 ± 5.2", ""], ["−2.38 ± 0.12", "20.6"]]
+
+
+def test_parameters_are_whole_and_nothing_is_minus_zero(tmp_path):
+    given = small()
+    cells = [row["cells"][0] for row in given["tables"]["selection"]["rows"]]
+    cells[0] |= {"measure": "parameters", "mean": 2654321.4, "error": 0.0, "tasks": {}}
+    given["claims"][0] |= {"difference": -0.04, "low": -1.0, "high": 0.01}
+    page = Tables(write_report(tmp_path, given, {}).read_text())
+    assert page.tables["Table: Selecting once or again and again"][1][1] == "2,654,321"
+    assert "0.0 (−1.0 to 0.0)" in " ".join(page.text.split())
 
 
 def test_every_task_of_every_cell_is_told(page):

@@ -61,7 +61,7 @@ def test_every_number_stands_in_its_table(fill):
                 if cell and cell["mean"] is not None and cell["measure"] != "percent":
                     assert any(text.startswith(f"{cell['mean']:.1f}") for text in ours)
                 if cell and cell["paper"] is not None:
-                    form = ".3g" if cell["measure"] == "percent" else ".1f"
+                    form = ".2f" if cell["measure"] == "percent" and cell["paper"] < 10 else ".1f"
                     assert f"*{cell['paper']:{form}}*" in shown[row["label"]]
         assert table["note"] in page
     assert rows(page, "Merged models")["full, breadcrumbs"] == [
@@ -69,8 +69,8 @@ def test_every_number_stands_in_its_table(fill):
         "*39.4*",
         "– (3 missing)",
         "*25.3*",
-        "100",
-        "*100*",
+        "100.0",
+        "*100.0*",
     ]
     assert rows(page, "Quality against density")["base model"][0] == ""
 

@@ -151,7 +151,7 @@ def _dots(
         labels = [wrap(row["label"], 0.42 * width) for row in rows]
         blocks.append((measure, places, rows, labels))
     left = max(width_of(line) for *_, labels in blocks for label in labels for line in label.split("\n")) + 12
-    heights = [[max(26.0, height_of(label) + 8) for label in labels] for *_, labels in blocks]
+    heights = [[max(12.0 + 9 * len(places), 26.0, height_of(label) + 8) for label in labels] for _, places, _, labels in blocks]
     head, foot = 44, 44
     axes = sheet(width, sum(head + sum(each) + foot for each in heights))
     top = 0.0
@@ -166,7 +166,7 @@ def _dots(
             y = middle - height / 2
             text(axes, left - 10, y, label, ha="right")
             for place, j in enumerate(places):
-                point_y = y + (place - (len(places) - 1) / 2) * min(6.0, 14.0 / len(places))
+                point_y = y + (place - (len(places) - 1) / 2) * 8
                 x = _dot_with_error(axes, axis, point_y, row["cells"][j], look[table["columns"][j]])
                 if x is not None:
                     anchors.setdefault(j, (x, point_y))

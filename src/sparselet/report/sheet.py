@@ -134,14 +134,14 @@ def x_axis(axes: Axes, axis: Axis, ticks: Sequence[float], between: tuple[float,
 
 
 def x_ticks(axes: Axes, axis: Axis, ticks: Sequence[float], y: float, label: str) -> None:
-    """Numbers under an axis, without those for which there is no room, and its label."""
-    taken = -math.inf
-    for tick in ticks:
-        x, half = axis.at(tick), width_of(short(tick), SMALL) / 2
+    """Numbers under an axis, the ends first, without those for which there is no room; and its label."""
+    taken: list[tuple[float, float]] = []
+    for tick in [*ticks[:1], *ticks[:0:-1]]:
+        x, half = axis.at(tick), width_of(short(tick), SMALL) / 2 + 3
         line(axes, [(x, y), (x, y + 4)], MUTED)
-        if x - half > taken:
+        if all(x + half <= left or x - half >= right for left, right in taken):
             text(axes, x, y + 13, short(tick), size=SMALL, colour=MUTED, ha="center")
-            taken = x + half + 6
+            taken.append((x - half, x + half))
     text(axes, (axis.start + axis.end) / 2, y + 31, label, size=SMALL, colour=MUTED, ha="center")
 
 

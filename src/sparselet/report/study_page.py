@@ -110,9 +110,9 @@ def _cell(cell: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """A cell's numbers as text: mean, error, paper, and how many units are missing."""
     if cell is None:
         return None
-    texts = {key: _told(cell.get(key), cell["measure"]) for key in ("mean", "error", "paper")}
-    if not cell.get("error"):
-        texts["error"] = ""
+    measure, mean = cell["measure"], cell.get("mean")
+    error = _told(cell["error"], measure, like=mean) if cell.get("error") else ""
+    texts = {"mean": _told(mean, measure), "error": error, "paper": _told(cell.get("paper"), measure)}
     return {**texts, "missing": cell.get("missing") or 0}
 
 
@@ -146,12 +146,17 @@ def _claims(claims: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
 # Numbers as text
 
 
-def _told(number: float | None, measure: str = "rougeL", sign: bool = False) -> str:
-    """A number as text: one decimal; percentages with three digits, whole parameters. – for None."""
+def _told(number: float | None, measure: str = "rougeL", sign: bool = False, like: float | None = None) -> str:
+    """A number as text: one decimal, of parameters none, of percentages two if it (or what it is to look like) is below 10.
+
+    – for None. A difference has its sign; what is rounded to 0 has none.
+    """
     if number is None:
         return "–"
-    form = {"percent": ".3g", "parameters": ",.0f"}.get(measure, ",.1f")
-    return f"{number:{'+' if sign else ''}{form}}".replace("-", "−")
+    small = abs(number if like is None else like) < 9.995
+    decimals = 0 if measure == "parameters" else 2 if measure == "percent" and small else 1
+    number = round(number, decimals)
+    return f"{number or 0.0:{'+' if sign and number else ''},.{decimals}f}".replace("-", "−")
 
 
 def _bytes(number: float) -> str:
