@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from racing.record import BUSY
+from study_tables import study_tables
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/results.md", "docs/performance.md")
@@ -184,6 +185,12 @@ def short(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
+def study(results: dict[str, Any]) -> str:
+    """A study's tables. Its cost.json lies beside, as study_PRESET_cost.json."""
+    cost = ROOT / f"benchmarks/results/study_{results['preset']}_cost.json"
+    return study_tables(results, json.loads(cost.read_text()) if cost.exists() else {})
+
+
 TRAINING = ("train", "memory", "switch")  # also measured on a GPU, by model
 
 TABLES = {
@@ -198,6 +205,7 @@ TABLES = {
     **dict.fromkeys((*TRAINING, "select", "end_to_end"), turns_tables),
     **dict.fromkeys((f"{name}_cuda_{model}" for name in TRAINING for model in ("smollm2", "phi3")), turns_tables),
     **dict.fromkeys((f"{name}_cuda_smollm2" for name in ("select", "end_to_end")), turns_tables),
+    **dict.fromkeys((f"study_{preset}" for preset in ("small", "medium")), study),
 }
 
 

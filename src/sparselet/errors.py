@@ -35,6 +35,9 @@ SparseletError
 ├── ModelError                        a base model cannot be had or loaded
 ├── OutputExists
 ├── WriteFailed                       disk full, no permission
+├── StudyRunning                      another process runs the same study
+├── StudyIncomplete                   some of a study's units failed
+├── WorkerFailed                      a worker process of a study cannot start
 └── MissingExtra                      an optional dependency is not installed
 """
 
@@ -177,6 +180,18 @@ class OutputExists(SparseletError):
 
 class WriteFailed(SparseletError):
     """A file could not be written; nothing half-written is left."""
+
+
+class StudyRunning(SparseletError):
+    """Another process runs the same study."""
+
+
+class StudyIncomplete(SparseletError):
+    """Some of a study's units failed; the others are done."""
+
+
+class WorkerFailed(SparseletError):
+    """A worker process of a study cannot start."""
 
 
 class MissingExtra(SparseletError, ImportError):

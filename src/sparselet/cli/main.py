@@ -30,6 +30,7 @@ VERBS = {
     "export": "Write an adapter for PEFT, for llama.cpp, or as a checkpoint.",
     "push": "Upload an adapter to the hub, with a model card.",
     "pull": "Download an adapter or checkpoint from the hub.",
+    "study": "Run a whole study: train, merge and evaluate what its tables need, and draw a report.",
     "demo": "Train, merge and compare three experts on built-in tasks.",
 }
 
