@@ -1,16 +1,22 @@
 """docs/adding-a-study.md: its study, table and claim are taken from the page and used as they stand."""
 
 import re
-from collections import Counter
+from collections import Counter, deque
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from plans import by_hash, measured
 
 from sparselet.files import json_bytes
+from sparselet.models import model_fingerprint
 from sparselet.study.arms import Study
+from sparselet.study.local import Event
+from sparselet.study.perform import Performer, Places
 from sparselet.study.results import results
+from sparselet.study.run import gather, run_study
 from sparselet.study.settings import describe_tasks, read_study, task_places
+from sparselet.study.store import Store
 from sparselet.study.tables import TABLES, make_tables
 from sparselet.study.unit import closure
 
@@ -52,6 +58,44 @@ def test_the_new_table_is_one_function_and_one_line(named, tmp_path, preset, row
     assert told["claims"][0]["verdict"] == "not tested here"  # two tasks
     assert told["claims"][0]["why"].startswith("fewer than 3 tasks")
     json_bytes(told)
+
+
+class Here:
+    """Does each job at once, in this process."""
+
+    slots = 1
+
+    def __init__(self, store, places):
+        self.performer, self.events = Performer(store, places), deque()
+
+    def submit(self, job):
+        self.performer.perform(job, lambda report: self.events.append(Event(report.what, report.key, text=report.error)))
+        self.events.append(Event("end", job.key))
+
+    def event(self, seconds):
+        return self.events.popleft() if self.events else None
+
+    def close(self):
+        self.performer = None
+
+
+def test_the_study_is_run_to_its_end(named, base_dir, tmp_path):
+    (toml,) = blocks("toml")
+    (tmp_path / "my_study.toml").write_text(toml)
+    settings = replace(
+        read_study(tmp_path / "my_study.toml", "quick"), model="tiny", train_rows=8, test_rows=2, max_new_tokens=4
+    )
+    places, store = Places(task_places(settings), base_dir), Store(str(tmp_path / "out"))
+    study = Study(settings, describe_tasks(settings, asdict(places)), model_fingerprint(base_dir))
+    tables = make_tables(study)
+    units = tables["sparse_merges"].units()
+    progress = run_study(units, store, Here(store, places))
+    assert not progress.failed, progress.failed
+    told = results(study, tables, gather(units, store), [named["claim"]])
+    assert told["units"] == {"train": 2, "merge": 3, "evaluate": 9, "missing": 0}
+    cells = [cell for row in told["tables"]["sparse_merges"]["rows"] for cell in row["cells"]]
+    assert [cell["missing"] for cell in cells] == [0] * 6
+    assert all(0 <= cell["mean"] <= 100 for cell in cells)
 
 
 def test_the_page_names_what_there_is():
