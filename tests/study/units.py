@@ -1,12 +1,16 @@
 """A study of a few seconds: a tiny model, three tasks, every kind of unit."""
 
-import json
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from tiny import save_base, save_task
 
 from sparselet.models import model_fingerprint
-from sparselet.study.perform import Places
+from sparselet.study.jobs import Job
+from sparselet.study.local import Event
+from sparselet.study.perform import Performer, Places
+from sparselet.study.store import Store
 from sparselet.study.unit import Unit
 from sparselet.tasks import load_task
 
@@ -68,5 +72,22 @@ def results_of(out: Path) -> dict[str, bytes]:
     return {str(file.relative_to(out)): file.read_bytes() for file in files}
 
 
-def write_start(file: Path, units: list[Unit]) -> None:
-    file.write_text(json.dumps([unit.key for unit in units]))
+class InThisProcess:
+    """An executor that does each job at once, in this process. before: called with each job."""
+
+    def __init__(self, store: Store, places: Places, before: Callable[[Job], None] = lambda job: None, slots: int = 1) -> None:
+        self.slots, self.before, self.jobs = slots, before, []
+        self._performer = Performer(store, places)
+        self._events = deque()
+
+    def submit(self, job: Job) -> None:
+        self.before(job)
+        self.jobs.append(job)
+        self._performer.perform(job, lambda r: self._events.append(Event(r.what, r.key, r.fraction, r.error)))
+        self._events.append(Event("end", job.key))
+
+    def event(self, seconds: float) -> Event | None:
+        return self._events.popleft() if self._events else None
+
+    def close(self) -> None:
+        pass

@@ -54,7 +54,6 @@ class RayExecutor:
     def submit(self, job: Job) -> None:
         """Begin a job."""
         self._running[self._task.remote(self._where, json.dumps(job.to_json()))] = job
-        self._waiting.extend(Event("started", unit.key) for unit in job.units[:1])
 
     def event(self, seconds: float) -> Event | None:
         """The next event; None if there is none within this time."""

@@ -105,6 +105,7 @@ class _Run:
         ready = [job for job in self.waiting.values() if job.needs <= self.progress.done]
         for job in sorted(ready, key=lambda job: -self.priorities[job.key])[: self.executor.slots - len(self.running)]:
             self.running[job.key] = self.waiting.pop(job.key)
+            self.progress.running[job.key] = 0.0
             self.executor.submit(job)
         return None
 
