@@ -8,8 +8,10 @@ is nothing to measure, and the script says so and ends.
 
 *train and evaluate* is everything in processes of its own, imports and model loading included: `sparselet train` and `sparselet
 eval`, with their defaults but for the rate, against training/plain_lora.py. Both see the same rows as often, in batches of the
-same size. *evaluate* is the base model's answers to the first rows of each task: sparselet's `evaluate` against model.generate
-on batches in the rows' own order, the models being loaded; every answer is compared.
+same size. Beside them, the same with one validation row, and the same with training replaced by the frozen model's forward and
+backward (training/frozen_job.py). *evaluate* is the base model's answers to the first rows of each task: sparselet's `evaluate`
+against model.generate on batches in the rows' own order, the models being loaded; every answer is compared. Beside them, the
+matrix products of sparselet's linear layers alone. `--part` measures one of the two; each has a result of its own.
 """
 
 import argparse
@@ -21,10 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from racing.options import job_of, parser_of, read, result_name
+from racing.options import FLOOR, job_of, parser_of, read, result_name
 from racing.process import BENCHMARKS, environment, progress
 from racing.race import OURS, Contestant, Race, rows_of
 from racing.record import aim, found, load_before, middle, record, settings_of, write
@@ -35,12 +38,15 @@ CLI = [*PYTHON, "from sparselet.cli.main import run; run()"]
 MAKE = "from pathlib import Path; from training.models import save_model, save_task; "
 RATE = "1e-3"
 PLAIN = "LoRA, Trainer, generate"
+WHOLE, UNVALIDATED, FROZEN = "train, eval", "train with 1 validation row, eval", "frozen model's steps, eval"
+PRODUCTS = "matrix products alone"
 GENERATE = "generate, batches in order"
 
 
 def arguments() -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.set_defaults(batch=16, rounds=3)
+    parser.add_argument("--part", choices=("job", "evaluate"), help="measure one of the two")
     parser.add_argument("--tasks", type=Path, help="directory of the tasks")
     parser.add_argument("--task", default="e2e_nlg", help="the one to train on")
     parser.add_argument("--train-rows", type=int, default=300)
@@ -102,24 +108,41 @@ def plain_commands(asked: argparse.Namespace, model: str, out: Path) -> list[lis
     return [[sys.executable, str(BENCHMARKS / "training/plain_lora.py"), *(str(w) for pair in options.items() for w in pair)]]
 
 
-def our_commands(asked: argparse.Namespace, model: str, out: Path) -> list[list[str]]:
-    task, expert = str(asked.tasks / asked.task), str(out / "expert")
-    train = ["train", "--task", task, "--out", expert, "--model", model, "--learning-rate", RATE, "--json"]
+def our_commands(asked: argparse.Namespace, model: str, out: Path, more: tuple[str, ...] = ()) -> list[list[str]]:
+    train = ["train", "--task", str(asked.tasks / asked.task), "--out", str(out / "expert"), "--model", model, "--json", *more]
     train += ["--batch-size", str(asked.batch), "--train-rows", str(asked.train_rows), "--epochs", str(asked.epochs)]
-    test = ["eval", "--task", task, "--adapter", expert, "--model", model, "--rows", str(asked.test_rows)]
-    test += ["--max-new-tokens", str(asked.max_new_tokens), "--predictions", str(out / "answers.jsonl")]
-    return [[*CLI, *train], [*CLI, *test]]
+    return [[*CLI, *train, "--learning-rate", RATE], eval_command(asked, model, out / "expert", out)]
+
+
+def unvalidated_commands(asked: argparse.Namespace, model: str, out: Path) -> list[list[str]]:
+    return our_commands(asked, model, out, ("--validation-rows", "1"))
+
+
+def frozen_commands(asked: argparse.Namespace, model: str, out: Path) -> list[list[str]]:
+    """The expert that `our_commands` trained in the same round gives the answers."""
+    options = {"--model": model, "--task": asked.tasks / asked.task, "--batch": asked.batch}
+    options |= {"--train-rows": asked.train_rows, "--epochs": asked.epochs}
+    steps = [sys.executable, str(BENCHMARKS / "training/frozen_job.py"), *(str(w) for pair in options.items() for w in pair)]
+    return [steps, eval_command(asked, model, out.parent / WHOLE / "expert", out)]
+
+
+def eval_command(asked: argparse.Namespace, model: str, expert: Path, out: Path) -> list[str]:
+    test = ["eval", "--task", str(asked.tasks / asked.task), "--adapter", str(expert), "--model", model]
+    test += ["--rows", str(asked.test_rows), "--max-new-tokens", str(asked.max_new_tokens)]
+    return [*CLI, *test, "--predictions", str(out / "answers.jsonl")]
 
 
 def trained_and_evaluated(asked: argparse.Namespace, model: str, work: Path) -> list[dict[str, Any]]:
-    """The rows of the first group: plain, then ours."""
-    answers: dict[int, list[dict[str, Any]]] = {0: [], 1: []}
-    contestants = [Contestant("PEFT", PLAIN, "", {}, None), Contestant(OURS, "train, eval", "", {}, None)]
+    """The rows of the first group: the plain script, then ours, each beside the plain one of its round."""
+    commands = {PLAIN: plain_commands, WHOLE: our_commands, UNVALIDATED: unvalidated_commands, FROZEN: frozen_commands}
+    libraries = {PLAIN: "PEFT", FROZEN: FLOOR}
+    contestants = [Contestant(libraries.get(name, OURS), name, "", {}, None) for name in commands]
+    answers: dict[int, list[dict[str, Any]]] = {place: [] for place in range(len(contestants))}
     for number in range(asked.rounds):
-        for place, commands in enumerate((plain_commands, our_commands)):
-            out = work / f"run-{number}-{place}"
-            out.mkdir()
-            answer = run(commands(asked, model, out))
+        for place, (name, commands_of) in enumerate(commands.items()):
+            out = work / f"run-{number}" / name
+            out.mkdir(parents=True)
+            answer = run(commands_of(asked, model, out))
             answers[place].append({**answer, "value": {"rougeL": rouge_of(out)}, "floor": answers[0][-1] if place else answer})
             progress(f"round {number + 1}: {answer['seconds']:9.1f} s {contestants[place]}")
     return rows_of("train and evaluate", contestants, answers, {})
@@ -140,24 +163,42 @@ def evaluated(asked: argparse.Namespace, race: Race, model: str, work: Path) -> 
     job = {**job_of(asked), "model": model, "tasks": [str(asked.tasks / name) for name in names], "rows": asked.eval_rows}
     job |= {"max_new_tokens": asked.max_new_tokens}
     process = "by_evaluation.py" if asked.quick else None
+    job |= {"products": str(work / "products.json")}
+    jobs = (("torch", GENERATE, "plain"), (OURS, "evaluate", "sparselet"), (FLOOR, PRODUCTS, "products"))
     contestants = [
         Contestant(library, name, "by_evaluation.py", {"do": do, **job, "answers": str(work / f"{do}.json")}, process)
-        for library, name, do in (("torch", GENERATE, "plain"), (OURS, "evaluate", "sparselet"))
+        for library, name, do in jobs
     ]
-    rows = race.group("evaluate", contestants, asked.eval_rounds)
+    taken: dict[int, list[dict[str, Any]]] = {place: [] for place in range(len(contestants))}
+    for number in range(asked.eval_rounds):
+        for place, one in enumerate(contestants):
+            answer = race.ask(one)
+            taken[place].append({**answer, "floor": taken[0][-1] if place else answer})
+            progress(f"round {number + 1}: {answer['seconds']:9.1f} s {one}")
+    rows = rows_of("evaluate", contestants, taken, {})
     both = [json.loads((work / f"{do}.json").read_text()) for do in ("plain", "sparselet")]
     pairs = [pair for plain, ours in zip(*both, strict=True) for pair in zip(plain, ours, strict=True)]
     rows[1]["value"] = {"answers": len(pairs), "same": sum(a == b for a, b in pairs)}
     return rows
 
 
-def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    whole, answering = found(rows, OURS, "train, eval"), found(rows, OURS, "evaluate")
-    aims = [aim("train and evaluate: times the plain script", middle(whole.get("times_floor"), "wall"), "at most", 0.5)]
-    for library, name in ((OURS, "train, eval"), ("PEFT", PLAIN)):
+def job_targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def times(library: str, name: str) -> float | None:
+        return middle(found(rows, library, name).get("times_floor"), "wall")
+
+    aims = [aim("train and evaluate: times the plain script", times(OURS, WHOLE), "at most", 0.5)]
+    aims.append(aim("the same with 1 validation row: times the plain script", times(OURS, UNVALIDATED)))
+    aims.append(aim("the frozen model's steps instead of training: times the plain script", times(FLOOR, FROZEN)))
+    for library, name in ((OURS, WHOLE), ("PEFT", PLAIN)):
         aims.append(aim(f"{name}: Rouge-L", found(rows, library, name)["value"]["rougeL"]))
-    aims.append(aim("evaluate: times generate", middle(answering.get("times_floor"), "wall"), "at most", 0.35))
-    value = answering["value"]
+    return aims
+
+
+def evaluate_targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ours, products = found(rows, OURS, "evaluate"), found(rows, FLOOR, PRODUCTS)
+    aims = [aim("evaluate: times generate", middle(ours.get("times_floor"), "wall"), "at most", 0.35)]
+    aims.append(aim("its matrix products alone: times generate", middle(products.get("times_floor"), "wall")))
+    value = ours["value"]
     aims.append(aim("evaluate: answers that are the same, per hundred", 100 * value["same"] / value["answers"]))
     return aims
 
@@ -169,16 +210,23 @@ def main() -> None:
         return
     load, started = load_before(), datetime.datetime.now(datetime.UTC)
     work = Path(tempfile.mkdtemp(prefix="bench-end-to-end-"))
+    places = {str(asked.out): "OUT", str(asked.tasks): "DIR"}
     try:
-        places = {str(asked.out): "OUT", str(asked.tasks): "DIR"}
         model = make_inputs(asked, work)
-        rows = trained_and_evaluated(asked, model, work)
         with Race() as race:
-            rows += evaluated(asked, race, model, work)
+            found: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
+            if asked.part != "evaluate":
+                rows = trained_and_evaluated(asked, model, work)
+                found["end_to_end"] = rows, job_targets(rows)
+            if asked.part != "job":
+                rows = evaluated(asked, race, model, work)
+                found["evaluate"] = rows, evaluate_targets(rows)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    about = record("bench_end_to_end.py", places, settings_of(asked), started, load, race.versions, race.about)
-    write({**about, "rows": rows, "targets": targets(rows)}, asked.out, result_name(asked, "end_to_end"))
+    versions = {package: version(package) for package in ("sparselet", "torch", "transformers", "peft")}
+    about = record("bench_end_to_end.py", places, settings_of(asked), started, load, versions, race.about)
+    for name, (rows, aims) in found.items():
+        write({**about, "rows": rows, "targets": aims}, asked.out, result_name(asked, name))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/tables.py            rewrite them
     python benchmarks/tables.py --check    fail if a table is not what the results say
 
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME.json holds its figures.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME.json holds its figures, or of NAME-MACHINE-DATE.json
+the one with the latest date.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from racing.record import BUSY
+from study_tables import study_tables
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/results.md", "docs/performance.md")
@@ -184,6 +186,12 @@ def short(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
+def study(results: dict[str, Any]) -> str:
+    """A study's tables. Its cost.json lies beside, as study_PRESET_cost.json."""
+    cost = ROOT / f"benchmarks/results/study_{results['preset']}_cost.json"
+    return study_tables(results, json.loads(cost.read_text()) if cost.exists() else {})
+
+
 TRAINING = ("train", "memory", "switch")  # also measured on a GPU, by model
 
 TABLES = {
@@ -195,10 +203,18 @@ TABLES = {
     "learning_rate": loss_table,
     "merge": race_tables,
     "merge_phi3": race_tables,
-    **dict.fromkeys((*TRAINING, "select", "end_to_end"), turns_tables),
+    **dict.fromkeys((*TRAINING, "select", "end_to_end", "evaluate"), turns_tables),
     **dict.fromkeys((f"{name}_cuda_{model}" for name in TRAINING for model in ("smollm2", "phi3")), turns_tables),
-    **dict.fromkeys((f"{name}_cuda_smollm2" for name in ("select", "end_to_end")), turns_tables),
+    **dict.fromkeys((f"{name}_cuda_smollm2" for name in ("select", "end_to_end", "evaluate")), turns_tables),
+    **dict.fromkeys((f"study_{preset}" for preset in ("small", "medium")), study),
 }
+
+
+def file_of(name: str) -> Path:
+    """Where the figures of a table are; of several dates the latest, of several machines on it the last by name."""
+    results = ROOT / "benchmarks/results"
+    dated = sorted(results.glob(f"{name}-*-????-??-??.json"), key=lambda file: (file.stem[-len("0000-00-00") :], file.name))
+    return dated[-1] if dated else results / f"{name}.json"
 
 
 def fill(text: str) -> str:
@@ -206,7 +222,7 @@ def fill(text: str) -> str:
     for name, draw in TABLES.items():
         place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if place.search(text):
-            file = ROOT / f"benchmarks/results/{name}.json"
+            file = file_of(name)
             table = draw(json.loads(file.read_text())) if file.exists() else "Not measured yet.\n"
             text = place.sub(lambda match, table=table: f"{match.group(1)}{table}{match.group(2)}", text)
     return text

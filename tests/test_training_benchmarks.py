@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,11 +33,14 @@ def script(name: str, *options: str) -> subprocess.CompletedProcess[str]:
     return run([sys.executable, str(ROOT / f"benchmarks/bench_{name}.py"), *options])
 
 
-def quick(name: str, out: Path) -> dict:
-    done = script(name, "--quick", "--out", str(out))
+def quick(name: str, out: Path, *options: str, measured: str = "") -> dict:
+    done = script(name, "--quick", *options, "--out", str(out))
     assert done.returncode == 0, done.stderr
-    results = json.loads((out / f"{name}.json").read_text())
-    assert results["command"] == f"OMP_NUM_THREADS=1 python benchmarks/bench_{name}.py --quick --out OUT"
+    (file,) = out.iterdir()
+    results = json.loads(file.read_text())
+    assert re.fullmatch(rf"{measured or name}-[a-z0-9-]+-{results['machine']['cores']}-cores-{results['date']}", file.stem)
+    told = " ".join(["OMP_NUM_THREADS=1 python", f"benchmarks/bench_{name}.py --quick", *options, "--out OUT"])
+    assert results["command"] == told
     assert set(results["machine"]) >= COMMON
     assert {"python", "sparselet", "torch", "peft"} <= set(results["versions"])
     assert results["settings"]["model"] == "tiny"
@@ -155,16 +159,30 @@ def test_choices_and_gradients_are_those_of_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_job_runs_by_both_ways(tmp_path: Path) -> None:
-    results = quick("end_to_end", tmp_path)
+def test_the_whole_job_runs_by_both_ways_and_with_the_frozen_model(tmp_path: Path) -> None:
+    results = quick("end_to_end", tmp_path, "--part", "job")
     assert [(row["group"], row["library"]) for row in results["rows"]] == [
         ("train and evaluate", "PEFT"),
         ("train and evaluate", "sparselet"),
-        ("evaluate", "torch"),
-        ("evaluate", "sparselet"),
+        ("train and evaluate", "sparselet"),
+        ("train and evaluate", "floor"),
     ]
-    assert results["rows"][3]["value"] == {"answers": 8, "same": 8}
+    trained, _, frozen = results["rows"][1:]
+    assert trained["value"] == frozen["value"], "the frozen model's steps are followed by another expert's answers"
     assert found(results, "train and evaluate: times the plain script")["found"] > 0
+
+
+@pytest.mark.slow
+def test_all_answers_are_those_of_generate_and_their_products_are_repeated(tmp_path: Path) -> None:
+    results = quick("end_to_end", tmp_path, "--part", "evaluate", measured="evaluate")
+    assert [(row["library"], row["group"]) for row in results["rows"]] == [
+        (name, "evaluate") for name in ("torch", "sparselet", "floor")
+    ]
+    assert results["rows"][1]["value"] == {"answers": 8, "same": 8}
+    steps = 2 * 4  # tasks, tokens of an answer; every linear layer makes a product for each
+    layers = 2 * 7 + 1
+    assert results["rows"][2]["value"]["products"] % layers == 0
+    assert steps * layers <= results["rows"][2]["value"]["products"] <= 2 * steps * layers
 
 
 def test_without_tasks_there_is_no_whole_job(tmp_path: Path) -> None:
@@ -191,6 +209,30 @@ def test_the_gpu_script_runs_every_benchmark_and_goes_on_after_a_failure(tmp_pat
     assert len(lines) == 8
     assert all("--device cuda" in line for line in lines)
     assert {f"--model {model}" for model in ("phi3", "smollm2")} == {f"--model {line.split()[4]}" for line in lines[:6]}
+
+
+def test_tables_are_drawn_from_the_latest_date_of_a_benchmark(tmp_path: Path) -> None:
+    results = tmp_path / "benchmarks/results"
+    results.mkdir(parents=True)
+    names = ["train-b-2-cores-2026-01-09", "train-a-2-cores-2026-02-01", "train-c-2-cores-2025-12-31"]
+    names += ["train_cuda_phi3-nvidia-h100-2026-03-01", "merge", "switch-left-by-hand"]
+    for name in names:
+        (results / f"{name}.json").touch()
+    code = "import sys, pathlib, tables; tables.ROOT = pathlib.Path(sys.argv[1])\n"
+    code += "for name in sys.argv[2:]: print(tables.file_of(name).stem)"
+    asked = ["train", "train_cuda_phi3", "merge", "switch"]
+    done = run([sys.executable, "-c", code, str(tmp_path), *asked], PYTHONPATH=str(ROOT / "benchmarks"))
+    assert done.stdout.split() == [names[1], names[3], "merge", "switch"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [("cpu", "amd-epyc-9v74-80-core-processor-2-cores"), ("cuda", "nvidia-h100-80gb-hbm3")]
+)
+def test_a_results_name_tells_the_machine(device: str, expected: str) -> None:
+    machine = {"processor": "AMD EPYC 9V74 80-Core Processor", "cores": 2, "gpu": "NVIDIA H100 80GB HBM3"}
+    code = "import sys, json; from racing.record import slug; print(slug(json.loads(sys.argv[1])))"
+    told = json.dumps({"machine": machine, "settings": {"device": device}})
+    assert run([sys.executable, "-c", code, told], PYTHONPATH=str(ROOT / "benchmarks")).stdout == expected + "\n"
 
 
 def test_a_quick_run_is_not_kept() -> None:

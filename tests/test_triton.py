@@ -14,14 +14,15 @@ import pytest
 import torch
 
 CASES = Path(__file__).with_name("triton_cases.py")
+ALGORITHM = Path(__file__).parent / "tuner/test_algorithm1.py"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def run_cases(cache: Path, **environment: str) -> str:
+def run_cases(cache: Path, *options: str, cases: Path = CASES, **environment: str) -> str:
     """Pytest's last line. The variables of an outer pytest do not reach it."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(CASES), "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"],
+        [sys.executable, "-m", "pytest", str(cases), "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *options],
         env={**inherited, **environment, "TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
@@ -36,6 +37,11 @@ def run_cases(cache: Path, **environment: str) -> str:
 def test_interpreted_kernels_equal_the_reference(tmp_path):
     last = run_cases(tmp_path, TRITON_INTERPRET="1")
     assert re.search(r"\d+ passed", last), last
+
+
+@needs_triton
+def test_training_through_the_kernels_is_the_papers_algorithm(tmp_path):
+    assert "2 passed" in run_cases(tmp_path, "-k", "triton", cases=ALGORITHM, TRITON_INTERPRET="1")
 
 
 @needs_triton

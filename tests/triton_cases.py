@@ -18,6 +18,7 @@ from triton.runtime import driver, interpreter
 from sparselet.errors import ArgumentError, BlockSizeError, ShapeMismatch
 from sparselet.kernels import reference
 from sparselet.kernels import triton as kernels
+from sparselet.tuner import SparseletConfig, SparseletLayer
 
 INTERPRETED = knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -313,6 +314,32 @@ def test_gather_and_write_are_the_references(dtype, values_dtype, data):
     assert torch.equal(weight, expected)
     kernels.write(weight, units, displaced, block_size)
     assert torch.equal(weight, before)
+
+
+@runs
+@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_writes_by_the_kernel_what_it_writes_by_the_reference(dtype, block_size, monkeypatch):
+    written, called = {}, []
+    add_and_write = kernels.add_and_write
+    monkeypatch.setattr(kernels, "add_and_write", lambda *given: (called.append(len(given)), add_and_write(*given)))
+    for kernel in ("dense", "triton"):
+        monkeypatch.setenv("SPARSELET_KERNEL", kernel)
+        torch.manual_seed(0)
+        linear = torch.nn.Linear(24, 16, bias=False).to(DEVICE, dtype)
+        base = linear.weight.detach().clone()
+        layer = SparseletLayer(linear, "target")
+        layer.add_adapter("one", SparseletConfig(density=0.3, block_size=block_size, initial_mask="random", reselect_every=0))
+        layer.set_adapter("one")
+        with torch.no_grad():
+            layer.sparse_values["one"].normal_(std=0.01)
+        layer.refresh()
+        written[kernel] = layer.base_weight.detach().clone()
+        assert not torch.equal(written[kernel], base)
+        layer.restore()
+        assert torch.equal(layer.base_weight, base)
+    assert torch.equal(written["dense"], written["triton"])
+    assert called
 
 
 @runs

@@ -57,7 +57,7 @@ def process_of(asked: argparse.Namespace, script: str, name: str) -> str:
 
 
 def result_name(asked: argparse.Namespace, name: str) -> str:
-    """The file's name: `train` on this machine's processor, `train_cuda_phi3` and the like elsewhere."""
+    """What the file's name begins with: `train` on this machine's processor, `train_cuda_phi3` and the like elsewhere."""
     if asked.quick or (asked.device, asked.model) == ("cpu", "smollm2"):
         return name
     return f"{name}_{asked.device}_{asked.model}"

@@ -91,10 +91,17 @@ def record(
 
 
 def write(results: Mapping[str, Any], out: Path, name: str) -> None:
-    """Write NAME.json, and say what became of the aims."""
+    """Write NAME-MACHINE-DATE.json, and say what became of the aims."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+    (out / f"{name}-{slug(results)}-{results['date']}.json").write_text(json.dumps(results, indent=2) + "\n")
     tell(results["targets"])
+
+
+def slug(results: Mapping[str, Any]) -> str:
+    """The machine in a file's name: `amd-epyc-2-cores`, or the GPU that was measured, `nvidia-h100-80gb-hbm3`."""
+    about = results["machine"]
+    gpu = about.get("gpu") if results["settings"]["device"] == "cuda" else None
+    return re.sub("[^a-z0-9]+", "-", (gpu or f"{about['processor']} {about['cores']} cores").lower()).strip("-")
 
 
 def tell(targets: Sequence[Mapping[str, Any]]) -> None:

@@ -108,6 +108,17 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text.encode())
 
 
+def flush(directory: Path) -> None:
+    """Have the disk hold all files in a directory, and their names, before anything is written that relies on them."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            _sync_directory(path)
+    _sync_directory(directory)
+
+
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises MissingFile, AbsurdShape, BadConfig."""
     if not file.is_file():
@@ -146,7 +157,7 @@ def check_inside(directory: Path, name: str) -> Path:
 
 
 def cache_directory() -> Path:
-    """Where converted and fetched models are kept: $SPARSELET_CACHE, or `sparselet` in the user's cache directory."""
+    """Where models and token ids are kept: $SPARSELET_CACHE, or `sparselet` in the user's cache directory."""
     if os.environ.get("SPARSELET_CACHE"):
         return Path(os.environ["SPARSELET_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparselet"

@@ -32,7 +32,7 @@ CASES: dict[str, tuple[dict, dict]] = {
     "gradient": ({"score": "gm", "initial_mask": "gradient"}, {}),
     "gradient-tiles": (
         {"score": "gm", "initial_mask": "gradient", "block_size": 4},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
     ),
     "layer-drop": (
         {"score": "gm", "scope": "global", "layer_drop": True, "density": 0.005},

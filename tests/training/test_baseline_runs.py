@@ -42,7 +42,7 @@ def test_a_base_model_is_given_back_as_it_was(settings_of, tmp_path, base_dir, m
         assert found[name].grad is None
     assert model.config.to_dict() == config
     assert not model.training
-    assert not model.is_gradient_checkpointing
+    assert not model.is_activation_checkpointing
     assert not any(m._forward_hooks for m in model.modules())
 
 

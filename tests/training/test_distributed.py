@@ -124,6 +124,14 @@ def test_sharded_training_is_refused_before_it_begins(changes, named, tmp_path):
             event(arguments, None, None, model=model)
 
 
+@pytest.mark.parametrize("method", ["sparse", "lora", "full"])
+def test_the_recipe_refuses_several_devices(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"trains on one device, but 2 are visible.*CUDA_VISIBLE_DEVICES=0"):
+        train(TrainSettings(model="none", task="none", method=method), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_recipe_refuses_before_it_writes_anything(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"from one process, but there are 2 .*MaskSchedule"):

@@ -316,6 +316,32 @@ def test_a_run_killed_while_it_removes_an_old_checkpoint_goes_on(settings, kille
     assert bytes_of(output) == expected
 
 
+def test_a_checkpoint_is_marked_once_the_disk_has_its_files(settings, tmp_path, monkeypatch):
+    held, fsync = set(), os.fsync
+
+    def listening(descriptor):
+        held.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            looked.append(len(list(checkpoint.iterdir())))
+            assert {path.stat().st_ino for path in (checkpoint, *checkpoint.rglob("*"))} <= held
+            assert (checkpoint / COMPLETE).stat().st_mtime_ns >= max(p.stat().st_mtime_ns for p in checkpoint.iterdir())
+
+    looked = []
+    monkeypatch.setattr(os, "fsync", listening)
+    train(replace(settings, epochs=1, save_steps=3), tmp_path / "expert", callbacks=[Look()])
+    assert len(looked) >= 2
+    assert min(looked) > 5
+
+
+@pytest.mark.filterwarnings("error:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
+def test_training_draws_no_warning_of_a_former_name(settings, tmp_path):
+    train(replace(settings, epochs=0.2, gradient_checkpointing=True), tmp_path / "expert")
+
+
 def test_the_last_two_checkpoints_and_the_best_are_kept(settings, tmp_path):
     kept = []
 
@@ -581,7 +607,7 @@ def test_a_base_model_handed_in_computes_as_before(settings, tmp_path, base_dir)
     train(replace(settings, epochs=1, gradient_checkpointing=True), tmp_path / "expert", base=(model, tokenizer))
     assert torch.equal(model(input_ids=ids).logits, before)
     assert model.config.use_cache == use_cache
-    assert not model.is_gradient_checkpointing
+    assert not model.is_activation_checkpointing
     assert not any(m._forward_hooks for m in model.modules())
 
 

@@ -384,7 +384,7 @@ def test_a_loss_of_ones_own_chooses_the_masks(fit):
 def test_gradient_checkpointing_selects_and_trains_the_same(fit):
     plain, plain_watch = fit({"reselect_every": 2})
     saving, saving_watch = fit(
-        {"reselect_every": 2}, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
+        {"reselect_every": 2}, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": False}
     )
     assert saving_watch.selected_at == plain_watch.selected_at
     expected = to_adapter(plain.model)

@@ -1,6 +1,7 @@
 """The tuner against Algorithm 1 of the paper, written out with dense tensors."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -76,10 +77,16 @@ def adamw(parameters):
     return torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.1)
 
 
-def prepare(base, *, density, block_size, score):
+def calm_adamw(parameters):
+    """AdamW that makes little of gradients as small as float32's rounding."""
+    return torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.1, eps=1e-3)
+
+
+def prepare(base, *, density, block_size, score, make_optimizer=adamw):
     model = get_peft_model(copy.deepcopy(base), SparseletConfig(density=density, block_size=block_size, score=score))
-    optimizer = adamw([p for p in model.parameters() if p.requires_grad])
-    oracle = DenseAlgorithm1(copy.deepcopy(base), list(get_tuner(model).layers()), density, block_size, score, adamw)
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
+    targets = list(get_tuner(model).layers())
+    oracle = DenseAlgorithm1(copy.deepcopy(base), targets, density, block_size, score, make_optimizer)
     return model, optimizer, oracle
 
 
@@ -100,9 +107,9 @@ def assert_same_masks(model, oracle):
         assert torch.equal(mask, oracle.masks[name]), f"{name}: {(mask ^ oracle.masks[name]).sum()} entries differ"
 
 
-def run(base, batches, *, steps, phase, every, density, block_size, score):
+def run(base, batches, *, steps, phase, every, density, block_size, score, make_optimizer=adamw):
     """Train both, comparing losses at every step and masks at every selection."""
-    model, optimizer, oracle = prepare(base, density=density, block_size=block_size, score=score)
+    model, optimizer, oracle = prepare(base, density=density, block_size=block_size, score=score, make_optimizer=make_optimizer)
     selections, moved = 0, 0.0
     for i in range(1, steps + 1):
         batch = batches[i % len(batches)]
@@ -128,8 +135,10 @@ def run(base, batches, *, steps, phase, every, density, block_size, score):
     return moved
 
 
+@pytest.mark.parametrize("kernel", ["dense", "bands"])
 @pytest.mark.parametrize(("block_size", "density"), [(1, 0.1), (4, 0.25)])
-def test_a_full_run_equals_the_dense_algorithm(make_llama, make_batches, block_size, density):
+def test_a_full_run_equals_the_dense_algorithm(make_llama, make_batches, monkeypatch, block_size, density, kernel):
+    monkeypatch.setenv("SPARSELET_KERNEL", kernel)
     moved = run(
         make_llama(torch.float64),
         make_batches(20),
@@ -141,6 +150,25 @@ def test_a_full_run_equals_the_dense_algorithm(make_llama, make_batches, block_s
         score="mcs",
     )
     assert moved > 0.3  # else the masks agree only because they never change
+
+
+@pytest.mark.parametrize(("block_size", "density"), [(1, 0.1), (16, 0.25)])
+@pytest.mark.parametrize("kernel", ["dense", "bands", "triton"])
+def test_a_run_in_float32_equals_the_dense_algorithm(make_llama, make_batches, monkeypatch, block_size, density, kernel):
+    if kernel == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("runs by Triton's interpreter, from tests/test_triton.py")
+    monkeypatch.setenv("SPARSELET_KERNEL", kernel)
+    run(
+        make_llama(),
+        make_batches(12, rows=2),
+        steps=15,
+        phase=10,
+        every=5,
+        density=density,
+        block_size=block_size,
+        score="mcs",
+        make_optimizer=calm_adamw,
+    )
 
 
 @pytest.mark.parametrize("block_size", [1, 4])

@@ -67,7 +67,7 @@ def test_gradients_of_micro_batches_add_up(make_llama, wrap, make_batches, block
 def test_gradient_under_gradient_checkpointing(request, wrap, make_batches, kind, reentrant):
     base = request.getfixturevalue(kind)(torch.float64)
     model = wrap(base)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     model.train()
     assert_gradients(base, model, make_batches(2))
@@ -81,7 +81,7 @@ def test_gradient_checkpointing_does_not_change_what_is_selected(make_llama, mak
         config = SparseletConfig(density=0.1, initial_mask=initial_mask, score="gm")
         model = get_peft_model(make_llama(torch.float64), config)
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         model.train()
         sparselet.reselect(model, batches)

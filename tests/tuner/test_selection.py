@@ -296,6 +296,50 @@ def test_offload_changes_nothing_but_where_pending_values_live(make_llama, make_
     assert all(torch.equal(found[0][1][name], value) for name, value in found[1][1].items())
 
 
+@pytest.mark.parametrize("scope", ["target", "global"])
+def test_offload_keeps_what_waits_in_cpu_memory_and_changes_nothing(make_llama, make_batches, monkeypatch, scope):
+    from sparselet.tuner import selection
+
+    moved, found = [], []
+    monkeypatch.setattr(selection, "offloaded", lambda dense: (moved.append(dense.shape), dense.cpu())[1])
+    for offload in (False, True):
+        model, optimizer = start(make_llama(), scope=scope, offload=offload)
+        train(model, optimizer, make_batches(3))
+        moved.clear()
+        sparselet.reselect(model, make_batches(3), optimizer)
+        found.append(masks(model))
+        assert len(moved) == (3 * len(layers(model)) if offload else 0)  # after two of three batches, and the values
+    assert found[0] == found[1]
+
+
+def test_what_comes_from_cuda_is_pinned_and_nothing_else(monkeypatch):
+    from sparselet.tuner import selection
+
+    dense = torch.randn(3, 4)
+    assert selection.offloaded(dense) is dense
+    asked, empty_like = [], torch.empty_like
+
+    def unpinned(like, **options):
+        asked.append(options)
+        return empty_like(like, device=options["device"])
+
+    monkeypatch.setattr(torch, "empty_like", unpinned)
+    monkeypatch.setattr(selection, "_on_cuda", lambda tensor: True)
+    copied = selection.offloaded(dense)
+    assert asked == [{"device": "cpu", "pin_memory": True}]
+    assert torch.equal(copied, dense)
+    assert copied is not dense
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offloaded_values_of_a_model_on_cuda_are_pinned(make_llama, make_batches):
+    model, _ = start(make_llama().cuda(), offload=True)
+    sparselet.reselect(model, [{key: value.cuda() for key, value in batch.items()} for batch in make_batches(2)])
+    pending = [layer.sparse_mask["default"].pending for layer in layers(model).values()]
+    assert all(values.is_pinned() and values.device.type == "cpu" for values in pending)
+
+
 def test_only_one_dense_gradient_lives_at_a_time_with_one_batch(make_llama, make_batches, monkeypatch):
     from sparselet.tuner import selection
 

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from sparselet.kernels import reference
 from sparselet.kernels.bands import banded_weight_gradient
-from sparselet.kernels.choice import choose
+from sparselet.kernels.choice import choose, writes_in_one_pass
 from sparselet.kernels.reference import all_finite, as_tiles, gather, tile_entries, tile_sum, weight_gradient, write
 from sparselet.kernels.select import kth_largest, selected
 
 TRITON = "sparselet.kernels.triton"  # imported when it is used: triton may not be there
 
 __all__ = [
+    "add_and_write",
     "all_finite",
     "as_tiles",
     "gather",
@@ -41,3 +42,9 @@ def masked_weight_gradient(
         return triton.tile_gradient(x, grad_output, units, block_size, transposed)
     version = banded_weight_gradient if chosen == "bands" else reference.masked_weight_gradient
     return version(x, grad_output, units, block_size, transposed)
+
+
+def add_and_write(weight: Tensor, units: Tensor, displaced: Tensor, values: Tensor, block_size: int = 1) -> None:
+    """`reference.add_and_write`, in one pass where Triton was chosen (`choice.writes_in_one_pass`)."""
+    version = importlib.import_module(TRITON) if writes_in_one_pass(weight.device) else reference
+    version.add_and_write(weight, units, displaced, values, block_size)

@@ -30,15 +30,29 @@ def choose(shape: tuple[int, int], tokens: int, units: int, block_size: int, dev
     shape: (rows, columns) of the weight. tokens: rows of the batch, of all sequences together. units: of the mask.
     Raises ArgumentError for another name.
     """
-    forced = os.environ.get(FORCE)
+    forced = _forced()
     if forced is not None:
-        if forced not in VARIANTS:
-            raise ArgumentError(f"{FORCE} must be one of {', '.join(VARIANTS)}, got {forced!r}.")
         return forced
     if device.type != "cpu":
         return "dense"  # the product of a band is too small to fill such a device
     expected = costs(shape, tokens, units, block_size, torch.get_num_threads())
     return min(expected, key=lambda name: expected[name])
+
+
+def writes_in_one_pass(device: torch.device) -> bool:
+    """Whether values are added to what they displace and written by `triton`: on CUDA, where SPARSELET_KERNEL names it.
+
+    On the CPU only by Triton's interpreter (TRITON_INTERPRET=1): a model is often loaded there and moved later.
+    Raises ArgumentError for another name.
+    """
+    return _forced() == "triton" and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def _forced() -> str | None:
+    forced = os.environ.get(FORCE)
+    if forced is not None and forced not in VARIANTS:
+        raise ArgumentError(f"{FORCE} must be one of {', '.join(VARIANTS)}, got {forced!r}.")
+    return forced
 
 
 def costs(shape: tuple[int, int], tokens: int, units: int, block_size: int, threads: int = 1) -> dict[str, float]:

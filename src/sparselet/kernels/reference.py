@@ -28,6 +28,14 @@ def write(weight: Tensor, units: Tensor, values: Tensor, block_size: int = 1) ->
         weight.view(-1, block_size).index_copy_(0, runs, values.reshape(-1, block_size))
 
 
+def add_and_write(weight: Tensor, units: Tensor, displaced: Tensor, values: Tensor, block_size: int = 1) -> None:
+    """weight[units] = displaced + values, in place: added in the wider of both dtypes, rounded once.
+
+    weight: contiguous [rows, columns]. displaced, values: [n], or [n, B, B] for tiles.
+    """
+    write(weight, units, displaced + values, block_size)
+
+
 def weight_gradient(x: Tensor, grad_output: Tensor, transposed: bool = False) -> Tensor:
     """∂L/∂W of `y = x Wᵀ` (W [out, in]), or of `y = x W` (W [in, out]) when `transposed`.
 

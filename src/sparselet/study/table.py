@@ -1,6 +1,6 @@
 """A table of a study before anything is measured: which units each of its cells is the mean of."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,18 +14,29 @@ class Cell:
     """A mean over units, one a task; of several draws or seeds, the mean of their means.
 
     draws: the units of each draw. measure: which number of their results. paper: the paper's figure, for comparison.
+    minus: is subtracted, task by task. percent_of: the mean of this is 100.
     """
 
     draws: tuple[tuple[Unit, ...], ...]
     measure: Measure = "rougeL"
     paper: float | None = None
+    minus: "Cell | None" = None
+    percent_of: "Cell | None" = None
+
+    def units(self) -> Iterator[Unit]:
+        """All units that it is computed from."""
+        for draw in self.draws:
+            yield from draw
+        for other in (self.minus, self.percent_of):
+            if other is not None:
+                yield from other.units()
 
 
 @dataclass(frozen=True)
 class Chart:
-    """How a table is drawn. lines: over the numbers `x`, one a row, on a logarithmic axis if `log`. dots: a dot a row and column.
+    """How a table is drawn. lines: over the numbers `x`, one a row, on a logarithmic axis if `log`. dots: one a row and column.
 
-    series: which line a row belongs to, in the rows' order (lines only).
+    series: which line a row belongs to, in the rows' order (lines only). columns: those drawn, by name; all if empty.
     """
 
     kind: Literal["lines", "dots"]
@@ -33,6 +44,7 @@ class Chart:
     x: tuple[float, ...] = ()
     series: tuple[str, ...] = ()
     log: bool = False
+    columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,4 +63,4 @@ class Table:
 
     def units(self) -> list[Unit]:
         """The units that its cells read."""
-        return [unit for row in self.rows.values() for cell in row if cell for draw in cell.draws for unit in draw]
+        return [unit for row in self.rows.values() for cell in row if cell for unit in cell.units()]

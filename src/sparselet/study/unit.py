@@ -17,11 +17,11 @@ Kind = Literal["train", "merge", "evaluate"]
 class Unit:
     """Something to train, merge or evaluate.
 
-    settings: JSON values; all that determines the result beside the inputs, and no path. Train: `train` (the settings of a
-        `TrainSettings` that differ from its defaults, without model and task), `task` (names), `data` (task name to fingerprint
-        of its training and validation rows). Merge: `method`, `parameters`. Evaluate: `task`, `data` (fingerprint of its test
-        rows), `eval` (fields of `EvalSettings`), and `mask`, true where only the entries in the second input's masks are left
-        of the first. Both train and evaluate: `model`, `base` (its fingerprint), `dtype`, `threads` to compute with.
+    settings: JSON values; all that determines the result beside the inputs, and no path. Train and evaluate: `model`, `base`
+        (its fingerprint), `dtype`, `threads`. Train: `task` (names), `data` (name to fingerprint of its training and validation
+        rows), `train` (what differs from the defaults of `TrainSettings`, without model and task). Merge: `method`,
+        `parameters`. Evaluate: `task`, `data` (fingerprint of its test rows), `eval` (what differs from the defaults of
+        `EvalSettings`), and `mask`, true where only the entries in the second input's masks are left of the first.
     inputs: what it reads. Train: nothing, or the merge that a second stage starts from. Merge: experts. Evaluate: nothing for
         the base model, else an expert or a merge, and for `mask` the expert whose masks count.
     label: what a person calls it; no part of the key.

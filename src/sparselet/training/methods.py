@@ -4,6 +4,7 @@ A method is a context manager. Within it the model is ready to be trained; after
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, cast
 
 import safetensors.torch
 import torch
-from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -71,7 +72,7 @@ class Ready:
 def sparse(job: Job) -> Iterator[Ready]:
     """A sparse expert. In a second stage the entries of the first are trained on, with no selection."""
     schedule = MaskSchedule(loss_of, rows=_balanced(job) if len(job.sizes) > 1 else None)
-    wrapped: Any = get_peft_model(job.model, sparse_config(job))
+    wrapped = _wrapped(job.model, sparse_config(job))
     try:
         if job.start is not None:
             _put_in(wrapped, job.start)
@@ -105,7 +106,7 @@ def lora(job: Job) -> Iterator[Ready]:
         exclude_modules=list(settings.exclude_modules) or None,
         layers_to_transform=list(settings.layers) or None,
     )
-    wrapped: Any = get_peft_model(job.model, config)
+    wrapped = _wrapped(job.model, config)
 
     def write(directory: Path, metadata: Mapping[str, Any]) -> None:
         # Not PEFT's `save_pretrained`: it orders names by the process's hash seed, and may ask the hub.
@@ -262,6 +263,13 @@ def _trained(
         for name, tensor in before.items():
             changed[name].grad = None
             changed[name].data = tensor.to(changed[name].device)
+
+
+def _wrapped(model: PreTrainedModel, config: PeftConfig) -> Any:
+    """`get_peft_model`, without the warning that PEFT draws from transformers by asking for checkpointing's former name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def _put_in(wrapped: nn.Module, start: SparseAdapter) -> None:

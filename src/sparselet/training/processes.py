@@ -3,6 +3,7 @@
 import inspect
 import os
 
+import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
@@ -24,12 +25,18 @@ ELSEWHERE = {
 
 
 def refuse_several() -> None:
-    """Raise ConfigError in one of several processes, as torchrun and `accelerate launch` start them."""
+    """Raise ConfigError in one of several processes, as torchrun and `accelerate launch` start them, or on several devices."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         raise ConfigError(
             f"a run writes its output and checkpoints from one process, but there are {processes} (WORLD_SIZE). Start it "
             "without torchrun, or train over several processes with a transformers Trainer and sparselet.MaskSchedule()."
+        )
+    devices = torch.cuda.device_count()
+    if devices > 1:
+        raise ConfigError(
+            f"a run trains on one device, but {devices} are visible, over which transformers copies the model in every step "
+            "(DataParallel). Choose one: CUDA_VISIBLE_DEVICES=0."
         )
 
 

@@ -190,7 +190,7 @@ def _switched_back(model: PreTrainedModel, settings: TrainSettings) -> Iterator[
         yield
     finally:
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+            model.activation_checkpointing_disable()
             model.disable_input_require_grads()
         model.config.use_cache = use_cache
         model.train(training)

@@ -69,7 +69,7 @@ class TrainSettings:
     score_batches: int = 1
     """Batches averaged for one selection."""
     offload: bool = False
-    """Keep the selection phase's dense values in CPU memory."""
+    """Keep the selection phase's dense values, and gradients and scores that wait, in CPU memory."""
     target_modules: tuple[str, ...] = ()
     """Names that the layers to adapt end in; by default the query, key and value projections."""
     exclude_modules: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from sparselet.errors import MissingTensor
-from sparselet.files import naming_failure
+from sparselet.files import atomic_write, flush, naming_failure
 from sparselet.training.collate import Encoded
 from sparselet.training.prefix import begun
 from sparselet.training.sampling import LengthGroupedSampler
@@ -144,11 +144,15 @@ class RunTrainer(Trainer):
         assert self.args.output_dir is not None
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         # The last step of an epoch may be saved twice: after the step, and after the evaluation.
-        (checkpoint / COMPLETE).unlink(missing_ok=True)
+        if (checkpoint / COMPLETE).exists():
+            (checkpoint / COMPLETE).unlink()
+            flush(checkpoint)
         with warnings.catch_warnings(), naming_failure(checkpoint, "Checkpoints before it are kept for --resume."):
             warnings.simplefilter("ignore", UnselectedMaskWarning)  # the masks will be selected when it goes on
             super()._save_checkpoint(model, trial)
-            (checkpoint / COMPLETE).touch()
+            flush(checkpoint)
+            with atomic_write(checkpoint / COMPLETE):
+                pass
             self._drop_checkpoints(checkpoint.parent)
 
     def _drop_checkpoints(self, work: Path) -> None:

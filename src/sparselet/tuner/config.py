@@ -35,7 +35,7 @@ class SparseletConfig(PeftConfig):
         not dense and the score cannot rank an entry that was never trained.
     selection_epochs: length of the selection phase in epochs (paper: 1).
     score_batches: batches averaged for a selection. One needs a single dense gradient at a time, more need one a target.
-    offload: keep the dense Ŵ of the selection phase in CPU memory (paper, Appendix C).
+    offload: keep the dense Ŵ of the selection phase, and gradients and scores that wait, in CPU memory (paper, Appendix C).
     seed: of random masks, random scores and the choice of scoring batches. Adapters with one seed get one random mask,
         unless their `data_fingerprint` tells them apart, as `sparselet train` sees to.
 

@@ -276,6 +276,9 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
     def _write(self, resident: Resident) -> None:
         weight = self.base_weight
         first = resident.values[0]
+        if resident.units is not None and resident.places is None:
+            kernels.add_and_write(weight, resident.units, resident.displaced, first, resident.block_size)
+            return
         total = resident.displaced.to(torch.promote_types(weight.dtype, first.dtype), copy=True)
         if resident.units is None:
             for name, value in zip(resident.names, resident.values, strict=True):
@@ -285,11 +288,9 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
                     total.view(-1).index_add_(0, self._entries(name).reshape(-1), value.reshape(-1).to(total.dtype))
             weight.copy_(total)
             return
-        if resident.places is None:
-            total += first
-        else:
-            for value, place in zip(resident.values, resident.places, strict=True):
-                total.index_add_(0, place, value.reshape(-1).to(total.dtype))
+        assert resident.places is not None
+        for value, place in zip(resident.values, resident.places, strict=True):
+            total.index_add_(0, place, value.reshape(-1).to(total.dtype))
         kernels.write(weight, resident.units, total, resident.block_size)
 
     def _entries(self, name: str) -> Tensor:

@@ -133,10 +133,10 @@ class _Scorer:
         gradient = gradient.detach().to(layer.sparse_values[self.name].dtype)
         self.received[target] = True
         if target in self.gradients:
-            self.gradients[target] += gradient
-        else:
-            self.gradients[target] = gradient
+            gradient += self.gradients.pop(target).to(gradient.device)
         self.expected[target] -= 1
+        waits = not self.last or self.group is not None or self.expected[target] > 0
+        self.gradients[target] = offloaded(gradient) if self.config.offload and waits else gradient
         if not self.last:
             return
         if self.group is None:
@@ -154,7 +154,7 @@ class _Scorer:
         gradient = self.gradients.pop(target, None)
         if gradient is None:  # here; another process may have used the target
             gradient = torch.zeros(layer.shape, dtype=layer.sparse_values[self.name].dtype, device=self.device)
-        gradient.div_(self.batches)
+        gradient = gradient.to(layer.base_weight.device).div_(self.batches)
         if self.group is not None:
             average(gradient, self.group)
         kept = units_to_keep(config.density, gradient.numel() // config.block_size**2)
@@ -172,7 +172,7 @@ class _Scorer:
         )
         self.informed = self.informed or bool(scores.any())
         if self.together:
-            self.scores[target] = scores
+            self.scores[target] = scores.cpu() if config.offload else scores
         else:
             self.chosen[target] = top_k(scores, kept)
 
@@ -287,10 +287,19 @@ def _move_mask(
     full = layer.dense_values(name)
     layer.set_mask(name, units, kernels.gather(full, units, config.block_size))
     if config.initial_mask == "dense":
-        state.pending = full.cpu() if config.offload else full
+        state.pending = offloaded(full) if config.offload else full
     state.selections += 1
     if optimizer is not None:
         _move_moments(optimizer, parameter, before, units, config.block_size)
+
+
+def offloaded(dense: Tensor) -> Tensor:
+    """`dense` in CPU memory, itself if it is there; from CUDA in pinned memory, which is copied at the speed of the bus."""
+    return torch.empty_like(dense, device="cpu", pin_memory=True).copy_(dense) if _on_cuda(dense) else dense.cpu()
+
+
+def _on_cuda(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
 
 
 def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:

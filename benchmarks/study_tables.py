@@ -1,0 +1,85 @@
+"""A study's tables and claims as Markdown, from its results.json and cost.json."""
+
+from typing import Any
+
+MARKS = {"holds": "holds", "does not hold": "**does not hold**", "not tested here": "not tested here"}
+
+
+def study_tables(results: dict[str, Any], cost: dict[str, Any]) -> str:
+    """How it was run, every claim with its verdict, and every table with the paper's figures in italics."""
+    lines = [*_heading(results, cost), *_claims(results["claims"])]
+    for table in results["tables"].values():
+        lines += ["", f"**{_cell(table['title'])}** ({table['source']})", "", *_table(table)]
+        lines += ["", table["note"]] if table["note"] else []
+    return "\n".join(lines) + "\n"
+
+
+def _heading(results: dict[str, Any], cost: dict[str, Any]) -> list[str]:
+    """Command, date, machine, versions, and what it took; what the cost does not say is left out."""
+    machine, units, held = cost.get("machine", {}), results["units"], [task["held"] for task in results["tasks"].values()]
+    ran = [cost["date"]] if "date" in cost else []
+    ran += [str(machine[key]) for key in ("gpu", "processor") if key in machine]
+    ran += [f"{machine['cores']} cores"] if "cores" in machine else []
+    packages = [f"{name} {version}" for name, version in cost.get("versions", {}).items()]
+    took = [f"{cost['wall_seconds'] / 60:.0f} minutes"] if cost.get("wall_seconds") is not None else []
+    took += [f"{cost['core_hours']:.1f} core-hours"] if "core_hours" in cost else []
+    took += [f"at most {cost['peak_rss_bytes'] / 1e9:.1f} GB in one process"] if "peak_rss_bytes" in cost else []
+    told = "; ".join(", ".join(part) for part in (ran, packages, took) if part)
+    did = f"{results['settings'].get('model', 'base model')}, {held.count('in')} held-in and {held.count('out')} held-out tasks"
+    did += f": {units['train']} trainings, {units['merge']} merges, {units['evaluate']} evaluations"
+    did += f"; {units['missing']} of them have no result." if units["missing"] else "."
+    return [*([f"`{cost['command']}`", ""] if "command" in cost else []), *([f"{told}.", ""] if told else []), did, ""]
+
+
+def _claims(claims: list[dict[str, Any]]) -> list[str]:
+    if not claims:
+        return []
+    lines = ["| claim | source | verdict | difference (95 % interval) |", "| --- | --- | --- | ---: |"]
+    for claim in claims:
+        found = ""
+        if claim["difference"] is not None:
+            difference, low, high = (_number(claim[key], sign="+") for key in ("difference", "low", "high"))
+            found = f"{difference} ({low} to {high})"
+        lines.append(f"| {_cell(claim['text'])} | {_cell(claim['source'])} | {MARKS[claim['verdict']]} | {found} |")
+    return lines
+
+
+def _table(table: dict[str, Any]) -> list[str]:
+    """A column of the paper's figures beside each column that has some."""
+    columns = zip(*(row["cells"] for row in table["rows"]), strict=True)
+    beside = [any(cell and cell["paper"] is not None for cell in column) for column in columns]
+    head = [
+        text for name, paper in zip(table["columns"], beside, strict=True) for text in [name, *(["*paper*"] if paper else [])]
+    ]
+    lines = ["| | " + " | ".join(map(_cell, head)) + " |", "| --- |" + " ---: |" * len(head)]
+    for row in table["rows"]:
+        texts = []
+        for cell, paper in zip(row["cells"], beside, strict=True):
+            texts += [_told(cell), *([_paper(cell)] if paper else [])]
+        lines.append(f"| {_cell(row['label'])} | {' | '.join(texts)} |")
+    return lines
+
+
+def _told(cell: dict[str, Any] | None) -> str:
+    """Mean ± standard error, and how many units are missing."""
+    if cell is None:
+        return ""
+    mean = "–" if cell["mean"] is None else _number(cell["mean"], cell["measure"], cell["mean"])
+    error = f" ± {_number(cell['error'], cell['measure'], cell['mean'])}" if cell["error"] else ""
+    return mean + error + (f" ({cell['missing']} missing)" if cell["missing"] else "")
+
+
+def _paper(cell: dict[str, Any] | None) -> str:
+    """The paper's figure in italics."""
+    return f"*{_number(cell['paper'], cell['measure'], cell['paper'])}*" if cell and cell["paper"] is not None else ""
+
+
+def _number(number: float, measure: str = "rougeL", like: float = 100.0, sign: str = "") -> str:
+    """One decimal; of parameters none, of percentages two where `like` is below 10."""
+    decimals = 0 if measure == "parameters" else 2 if measure == "percent" and abs(like) < 9.995 else 1
+    number = round(number, decimals)
+    return f"{number or 0.0:{sign if number else ''},.{decimals}f}".replace("-", "−")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

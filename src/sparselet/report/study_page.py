@@ -1,0 +1,171 @@
+"""A study's results as one HTML page that needs nothing else, and its charts as files. Everything told was computed before."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from sparselet.files import atomic_write, check_inside, write_text
+from sparselet.report import charts, sheet
+
+VERDICTS = {"holds": "✓", "does not hold": "✗", "not tested here": "–"}
+_HERE = Path(__file__).parent
+_STRIP = sheet.Axis(0.0, 1.0, 6.0, 154.0)  # pixels of a claim's interval
+
+
+def write_report(out: Path, results: Mapping[str, Any], cost: Mapping[str, Any]) -> Path:
+    """Write `out/report.html`, and each chart as `out/figures/NAME.svg` and `.png`. The page's path.
+
+    results: a study's results.json. cost: its cost.json; what it does not have is not told. The same input gives the same
+    bytes with the same version of matplotlib. Raises UnsafePath (a table's name is no file name), WriteFailed.
+    """
+    figures = out / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    tables = results["tables"]
+    ranges = charts.scales(tables.values())
+    shared = charts.styles([(table, chart) for table in tables.values() for chart in table["charts"]])
+    drawn: dict[str, list[dict[str, Any]]] = {name: [] for name in tables}
+    for name, table in tables.items():
+        for k, chart in enumerate(table["charts"], 1):
+            file = name if len(table["charts"]) == 1 else f"{name}-{k}"
+            wide, narrow = (charts.draw(table, chart, ranges, shared, width) for width in (charts.WIDE, charts.NARROW))
+            if wide is None or narrow is None:
+                continue
+            picture = sheet.svg(wide)
+            write_text(check_inside(figures, f"{file}.svg"), picture)
+            with atomic_write(check_inside(figures, f"{file}.png")) as png:
+                png.write(sheet.png(wide))
+            both = _both(file, {"wide": picture, "narrow": sheet.svg(narrow)}, _told_aloud(table, chart))
+            drawn[name].append({"svg": both, "has_paper": charts.has_paper(table, chart)})
+    page = out / "report.html"
+    write_text(page, _page(results, cost, drawn))
+    return page
+
+
+def _page(results: Mapping[str, Any], cost: Mapping[str, Any], drawn: Mapping[str, list[dict[str, Any]]]) -> str:
+    """The page. drawn: the charts of each table as `svg`, and whether they show figures of the paper."""
+    settings = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    settings.filters |= {"told": _told, "bytes": _bytes, "duration": _duration}
+    template = settings.from_string((_HERE / "study_page.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        css=Markup((_HERE / "study_page.css").read_text(encoding="utf-8")),
+        colours=sheet.COLOURS,
+        results=results,
+        cost=cost,
+        claims=_claims(results.get("claims", [])),
+        counts={verdict: sum(c["verdict"] == verdict for c in results.get("claims", [])) for verdict in VERDICTS},
+        held={kind: sum(t["held"] == kind for t in results.get("tasks", {}).values()) for kind in ("in", "out")},
+        tables={name: {**_table(table), "charts": drawn[name]} for name, table in results["tables"].items()},
+        settings=json.dumps(results.get("settings", {}), indent=2, ensure_ascii=False),
+    )
+
+
+# Charts
+
+
+def _both(name: str, files: Mapping[str, str], label: str) -> Markup:
+    """A chart at both widths, of which the page shows one."""
+    found = []
+    for kind, file in files.items():
+        element = sheet.inline(file, f"{name}-{kind}")
+        told = Markup('<svg class="{}" role="img" aria-label="{}"').format(kind, label)
+        found.append(told + Markup(element.removeprefix("<svg")))
+    return Markup("\n").join(found)
+
+
+def _told_aloud(table: Mapping[str, Any], chart: Mapping[str, Any]) -> str:
+    """What a chart shows, for those who do not see it."""
+    columns = ", ".join(chart.get("columns") or table["columns"])
+    how = f"lines over {chart.get('x_label') or 'a number'}" if chart["kind"] == "lines" else "a dot for each row"
+    return f"Chart of {table['title']}: {columns}; {how}. The numbers are in the table below."
+
+
+# Tables
+
+
+def _table(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table with its numbers as text, and with a column of the paper's figures beside each column that has some."""
+    cells = [row["cells"] for row in table["rows"]]
+    beside = [any(row[j] and row[j].get("paper") is not None for row in cells) for j in range(len(table["columns"]))]
+    rows = []
+    for row in table["rows"]:
+        told = [_cell(cell) for cell in row["cells"]]
+        rows.append({"label": row["label"], "cells": told})
+    return {
+        "title": table["title"],
+        "source": table.get("source", ""),
+        "note": table.get("note", ""),
+        "columns": list(zip(table["columns"], beside, strict=True)),
+        "rows": rows,
+        "by_task": [found for j in range(len(table["columns"])) if (found := _by_task(table, j))],
+        "has_paper": any(beside),
+        "has_error": any(cell and cell["error"] for row in rows for cell in row["cells"]),
+    }
+
+
+def _cell(cell: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A cell's numbers as text: mean, error, paper, and how many units are missing."""
+    if cell is None:
+        return None
+    measure, mean = cell["measure"], cell.get("mean")
+    error = _told(cell["error"], measure, like=mean) if cell.get("error") else ""
+    texts = {"mean": _told(mean, measure), "error": error, "paper": _told(cell.get("paper"), measure)}
+    return {**texts, "missing": cell.get("missing") or 0}
+
+
+def _by_task(table: Mapping[str, Any], column: int) -> dict[str, Any] | None:
+    """One column's means by task, a row for each row of the table; None where there are none."""
+    cells = [(row["label"], row["cells"][column]) for row in table["rows"] if row["cells"][column]]
+    tasks = list(dict.fromkeys(task for _, cell in cells for task in cell.get("tasks") or {}))
+    if not tasks:
+        return None
+    rows = {
+        label: [_told(cell["tasks"].get(task), cell["measure"]) for task in tasks] for label, cell in cells if cell.get("tasks")
+    }
+    return {"column": table["columns"][column], "tasks": tasks, "rows": rows}
+
+
+# Claims
+
+
+def _claims(claims: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Claims with their verdict's symbol and with their interval in pixels, all on one scale with 0 in it."""
+    ends = [0.0] + [c[key] for c in claims for key in ("low", "high", "difference") if c.get(key) is not None]
+    axis = sheet.Axis(min(ends), max(ends), _STRIP.start, _STRIP.end)
+    found = []
+    for claim in claims:
+        told = {key: claim[key] for key in ("difference", "low", "high") if claim.get(key) is not None}
+        strip = {key: round(axis.at(number), 1) for key, number in {**told, "zero": 0.0}.items()} if len(told) == 3 else None
+        found.append({**claim, "symbol": VERDICTS.get(claim["verdict"], "–"), "strip": strip})
+    return found
+
+
+# Numbers as text
+
+
+def _told(number: float | None, measure: str = "rougeL", sign: bool = False, like: float | None = None) -> str:
+    """A number as text: one decimal, of parameters none, of percentages two if it (or what it is to look like) is below 10.
+
+    – for None. A difference has its sign; what is rounded to 0 has none.
+    """
+    if number is None:
+        return "–"
+    small = abs(number if like is None else like) < 9.995
+    decimals = 0 if measure == "parameters" else 2 if measure == "percent" and small else 1
+    number = round(number, decimals)
+    return f"{number or 0.0:{'+' if sign and number else ''},.{decimals}f}".replace("-", "−")
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as people say them: 48 s, 12 min, 1 h 27 min."""
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,200 @@
+"""What the paper claims of the cells of its tables, as data."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Place:
+    """Cells of a table: those of a column in the rows that fit. `*` in a row's name stands for anything.
+
+    `{}` stands for anything as well, but for the same on both sides of a comparison.
+    """
+
+    table: str
+    row: str
+    column: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one thing is better than another, in every task on average.
+
+    pairs: what is to be better, and than what: every cell that the second place names but the first cell itself. All must be.
+    margin: points that it may fall short by, for claims of "about as good": the paper's own difference, rounded up.
+    """
+
+    text: str
+    source: str
+    pairs: tuple[tuple[Place, Place], ...]
+    margin: float = 0.0
+
+
+def _than(better: Place, row: str, table: str = "", column: str = "") -> tuple[tuple[Place, Place], ...]:
+    """One comparison, with another row of the same table and column if nothing else is said."""
+    return ((better, Place(table or better.table, row, column or better.column)),)
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        "Sparse adapters make better single experts than LoRA of equal size, at every density.",
+        "Section 4.1, Figure 3a",
+        _than(Place("density", "sparse {}", "individual"), "LoRA {}, *"),
+    ),
+    Claim(
+        "Sparse adapters make better single experts than full fine-tuning (density 0.1).",
+        "Abstract, Figure 3a",
+        _than(Place("density", "sparse 0.1", "individual"), "full"),
+    ),
+    Claim(
+        "One percent of the targets' weights is enough to outperform full fine-tuning.",
+        "Section 4.1, Figure 3a",
+        _than(Place("density", "sparse 0.01", "individual"), "full"),
+    ),
+    Claim(
+        "A single expert's quality rises with the density up to 0.5.",
+        "Section 4.1, Figure 3a",
+        _than(Place("density", "sparse 0.1", "individual"), "sparse 0.01")
+        + _than(Place("density", "sparse 0.5", "individual"), "sparse 0.1"),
+    ),
+    Claim(
+        "It falls again at density 0.8.",
+        "Section 4.1, Figure 3a",
+        _than(Place("density", "sparse 0.5", "individual"), "sparse 0.8"),
+    ),
+    Claim(
+        "Training every entry of the targets is worse than half of them.",
+        "Section 4.1, Figure 3a",
+        _than(Place("density", "sparse 0.5", "individual"), "sparse 1"),
+    ),
+    Claim(
+        "Density 0.1 merges best, on held-in tasks.",
+        "Appendix B, Figure 11",
+        _than(Place("density", "sparse 0.1", "held-in"), "sparse *"),
+    ),
+    Claim(
+        "Density 0.1 merges best, on held-out tasks.",
+        "Appendix B, Figure 11",
+        _than(Place("density", "sparse 0.1", "held-out"), "sparse *"),
+    ),
+    Claim(
+        "Merged element-sparse experts beat every merge of fully fine-tuned models, on held-in tasks.",
+        "Section 4.2, Table 1",
+        _than(Place("merging", "element-sparse, overlap", "held-in"), "full, *"),
+    ),
+    Claim(
+        "Merged block-sparse experts beat every merge of fully fine-tuned models, on held-in tasks.",
+        "Section 4.2, Table 1",
+        _than(Place("merging", "block-sparse, overlap", "held-in"), "full, *"),
+    ),
+    Claim(
+        "Merged element-sparse experts beat merged LoRA experts, on held-in tasks.",
+        "Section 4.2, Table 1",
+        _than(Place("merging", "element-sparse, overlap", "held-in"), "LoRA, uniform"),
+    ),
+    Claim(
+        "Merged sparse experts are about as good as merged LoRA experts on held-out tasks (within 1 point).",
+        "Section 4.2, Table 1",
+        _than(Place("merging", "element-sparse, overlap", "held-out"), "LoRA, uniform"),
+        margin=1.0,
+    ),
+    Claim(
+        "Block-sparse experts merge about as well as element-sparse ones, on held-in tasks (within 1.5 points).",
+        "Section 1, Table 1",
+        _than(Place("merging", "block-sparse, overlap", "held-in"), "element-sparse, overlap"),
+        margin=1.5,
+    ),
+    Claim(
+        "Multitask training outperforms all merges, on held-in tasks.",
+        "Section 4.2, Table 1",
+        _than(Place("merging", "multitask", "held-in"), "*"),
+    ),
+    Claim(
+        "Multitask training outperforms all merges, on held-out tasks.",
+        "Section 4.2, Table 1",
+        _than(Place("merging", "multitask", "held-out"), "*"),
+    ),
+    Claim(
+        "MCS makes the best single experts of all scores.",
+        "Section 4.2, Table 2",
+        _than(Place("scores", "mcs", "individual"), "*"),
+    ),
+    Claim(
+        "MCS makes the experts that merge best, on held-in tasks.",
+        "Section 4.2, Table 2",
+        _than(Place("scores", "mcs", "held-in"), "*"),
+    ),
+    Claim(
+        "Without the absolute value connection sensitivity chooses better.",
+        "Section 3, Equation 2; Table 2",
+        _than(Place("scores", "mcs", "individual"), "cs"),
+    ),
+    Claim(
+        "Layer drop costs little on held-in tasks (within 3 points).",
+        "Section 4.3, Table 3",
+        _than(Place("layer_drop", "layer drop {}", "held-in"), "sparse {}"),
+        margin=3.0,
+    ),
+    Claim(
+        "Layer drop costs little on held-out tasks (within 2 points).",
+        "Section 4.3, Table 3",
+        _than(Place("layer_drop", "layer drop {}", "held-out"), "sparse {}"),
+        margin=2.0,
+    ),
+    Claim(
+        "With layer drop, merged sparse experts still beat the merges of fully fine-tuned models, on held-in tasks.",
+        "Section 4.3, Table 3",
+        _than(Place("layer_drop", "layer drop *", "held-in"), "full, *", table="merging"),
+    ),
+    Claim(
+        "After merging, one epoch of multitask training of the sparse weights improves the model.",
+        "Appendix B, Table 4",
+        _than(Place("second_stage", "sparse weights, 1 epoch", "held-in"), "merged"),
+    ),
+    Claim(
+        "Further epochs improve it further.",
+        "Appendix B, Table 4",
+        _than(Place("second_stage", "sparse weights, 5 epochs", "held-in"), "sparse weights, 1 epoch"),
+    ),
+    Claim(
+        "Five epochs of the sparse weights close the gap to multitask training (within 1 point).",
+        "Appendix B, Table 4",
+        _than(Place("second_stage", "sparse weights, 5 epochs", "held-in"), "multitask"),
+        margin=1.0,
+    ),
+    Claim(
+        "What a merge loses is mostly lost inside the experts' masks.",
+        "Section 4.3, Figure 5",
+        _than(Place("interference", "merged, own mask only", "lost, %"), "merged"),
+    ),
+    Claim(
+        "Merged sparse experts beat all other merges, for every number of experts.",
+        "Section 4.3, Figure 6",
+        _than(Place("number_of_experts", "element-sparse, overlap, {} experts", "held-in"), "full, *, {} experts")
+        + _than(Place("number_of_experts", "element-sparse, overlap, {} experts", "held-in"), "LoRA, *, {} experts"),
+    ),
+    Claim(
+        "Training query, key and value is better than training the output projection as well, for single experts.",
+        "Appendix A, Figure 7",
+        _than(Place("targets", "QKV", "individual"), "QKV + O"),
+    ),
+    Claim(
+        "Training the MLP's down projection merges better on held-in tasks.",
+        "Appendix A, Figure 7",
+        _than(Place("targets", "MLP down", "held-in"), "QKV"),
+    ),
+    Claim(
+        "It is worse on held-out tasks, so query, key and value are preferred.",
+        "Appendix A, Figure 7",
+        _than(Place("targets", "QKV", "held-out"), "MLP down"),
+    ),
+    Claim(
+        "Selecting the mask repeatedly is better than selecting it once.",
+        "Section 3, Figure 8",
+        _than(Place("selection", "repeated", "individual"), "once"),
+    ),
+    Claim(
+        "Blocks of 16 are the best.",
+        "Appendix A, Figure 10",
+        _than(Place("block_sizes", "16", "individual"), "*"),
+    ),
+)
