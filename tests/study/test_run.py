@@ -11,6 +11,7 @@ import pytest
 from units import TASKS, InThisProcess, make_merge, make_score, make_train, make_units, results_of
 
 from sparselet.errors import StudyRunning
+from sparselet.models import load_model
 from sparselet.study import run
 from sparselet.study.plan import describe_plan, describe_state, learn, plan
 from sparselet.study.run import claimed, gather, run_study
@@ -114,8 +115,10 @@ def test_on_a_full_disk_the_rest_is_done_and_the_next_run_completes(undisturbed,
     assert results_of(store.path) == results_of(undisturbed.path)
 
 
-def test_on_a_disk_without_any_room_everything_fails_and_is_told(places, tmp_path):
+def test_on_a_disk_without_any_room_everything_fails_and_is_told(places, tmp_path, monkeypatch):
     units, store = [make_score(places, None, task) for task in TASKS], Store(tmp_path)
+    model = load_model(places.model)  # whose progress bar would be written to a file by pytest
+    monkeypatch.setattr("sparselet.study.perform.load_model", lambda *a: model)
     with files_of_at_most(0):
         progress = run_study(units, store, InThisProcess(store, places))
     assert progress.failed.keys() == progress.units.keys()
