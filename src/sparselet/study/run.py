@@ -29,12 +29,11 @@ def run_study(units: Iterable[Unit], store: Store, executor: Executor, watch: Wa
     watch: called when something changed, and twice a second.
     Raises BadConfig (a result that cannot be read), WriteFailed (of the failures kept from before), WorkerFailed.
     """
-    progress = plan(units, store)
-    store.forgive(progress.failed)
-    progress.failed.clear()
-    run = _Run(progress, store, executor, learn(progress, store))
     try:
-        run.loop(watch)
+        progress = plan(units, store)
+        store.forgive(progress.failed)
+        progress.failed.clear()
+        _Run(progress, store, executor, learn(progress, store)).loop(watch)
     finally:
         executor.close()
     return progress
@@ -76,8 +75,7 @@ class _Run:
 
     def __init__(self, progress: Progress, store: Store, executor: Executor, estimates: Estimates) -> None:
         self.progress, self.store, self.executor, self.estimates = progress, store, executor, estimates
-        left = [unit for key, unit in progress.units.items() if key not in progress.done]
-        self.waiting = {job.key: job for job in make_jobs(left)}
+        self.waiting = {job.key: job for job in make_jobs(progress.missing.values())}
         self.running: dict[str, Job] = {}
         self.priorities = self._priorities()
         self.estimated = 0.0
