@@ -69,7 +69,8 @@ def judge(claim: Claim, tables: Mapping[str, Table], numbers: Numbers) -> Judgem
             compared.append((bootstrap(first.tasks, second.tasks), where))
     if claim.if_differ and _all_equal(*claim.if_differ, tables, numbers):
         first, second = claim.if_differ
-        return told("not tested here", f"{first.table}: {first.row} and {second.row} have the same {first.column}.")
+        named = [place.row.replace(" {}", "") for place in claim.if_differ]
+        return told("not tested here", f"{first.table}: {' and '.join(named)} have the same {second.column}.")
     interval, where = min(compared, key=lambda pair: _distance(pair[0], claim.margin))
     verdict, why = _decide(interval, claim.margin)
     if len(compared) > 1 and verdict == "holds":
