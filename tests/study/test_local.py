@@ -93,7 +93,7 @@ def test_a_unit_whose_worker_always_dies_fails(places, tmp_path, monkeypatch):
 def test_a_worker_that_cannot_start_ends_the_study(places, tmp_path, monkeypatch):
     stand_in(tmp_path, monkeypatch, "echo no such module >&2; exit 3")
     store = Store(tmp_path / "out")
-    with pytest.raises(WorkerFailed, match="could not start: ended with code 3. It said: no such module"):
+    with pytest.raises(WorkerFailed, match=r"could not start: ended with code 3\. It said: no such module"):
         run_study([make_score(places, None, "third")], store, LocalExecutor(store, places, 1, 1))
 
 
