@@ -1,6 +1,7 @@
 """Doing one job: training, merging, evaluating. The base model stays in memory from job to job."""
 
 import contextlib
+import ctypes
 import gc
 import json
 import logging
@@ -97,7 +98,7 @@ class Performer:
                 if unit.key not in told:
                     tell(Report("failed", unit.key, error=describe(error)))
         finally:
-            gc.collect()
+            release_memory()
 
     def _train(self, job: Job, tell: Tell) -> None:
         (unit,) = job.units
@@ -267,6 +268,14 @@ def answers_of(result: Result) -> str:
     """What was answered, as JSON lines."""
     lines = [{"input": row.input, "target": row.target, "answer": answer} for row, answer in result.predictions]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def release_memory() -> None:
+    """Give back what a job leaves: cycles, and freed memory that malloc holds on to, gigabytes after a full fine-tuning."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+    if trim is not None:
+        trim(0)
 
 
 def describe(error: BaseException) -> str:
