@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,7 +17,15 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparselet import models
 from sparselet.errors import ModelError
-from sparselet.models import PACKAGED, cache_directory, load_model, load_tokenizer, local_path, packaged_model
+from sparselet.models import (
+    PACKAGED,
+    cache_directory,
+    load_model,
+    load_tokenizer,
+    local_path,
+    model_fingerprint,
+    packaged_model,
+)
 
 
 @pytest.fixture
@@ -26,6 +35,24 @@ def broken(tmp_path):
 
 
 # Local directories
+
+
+def test_a_fingerprint_is_of_content_wherever_it_lies(base_dir, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(base_dir, copy)
+    assert model_fingerprint(str(copy)) == model_fingerprint(base_dir)
+    (copy / "notes.md").write_text("Notes.")
+    assert model_fingerprint(str(copy)) == model_fingerprint(base_dir)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_fingerprint_changes_with_every_file_that_counts(broken, base_dir, file):
+    data = bytearray((broken / file).read_bytes())
+    data[-1] ^= 1
+    (broken / file).write_bytes(data)
+    assert model_fingerprint(str(broken)) != model_fingerprint(base_dir)
+    (broken / file).rename(broken / f"other-{file}")
+    assert model_fingerprint(str(broken)) != model_fingerprint(base_dir)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -59,14 +86,14 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path, base_dir):
         load_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("load", [load_model, load_tokenizer], ids=["model", "tokenizer"])
+@pytest.mark.parametrize("load", [load_model, load_tokenizer, model_fingerprint])
 @pytest.mark.parametrize("name", ["./nothing", "/nothing/here", "~/nothing", "a/b/c"])
 def test_a_path_that_leads_nowhere_is_refused(load, name):
     with pytest.raises(ModelError, match=f"{name} does not exist; give a hub name, a model directory, or {PACKAGED}"):
         load(name)
 
 
-@pytest.mark.parametrize("load", [load_model, load_tokenizer], ids=["model", "tokenizer"])
+@pytest.mark.parametrize("load", [load_model, load_tokenizer, model_fingerprint])
 def test_a_hub_name_without_a_network_is_refused(load):
     with pytest.raises(ModelError, match="nobody/nothing-of-this-name"):
         load("nobody/nothing-of-this-name")

@@ -4,11 +4,12 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from units import results_of
+from units import TASKS, make_score, results_of
 
-from sparselet.errors import MissingExtra
+from sparselet.errors import MissingExtra, WorkerFailed
 from sparselet.study.on_ray import RayExecutor
 from sparselet.study.perform import Places
 from sparselet.study.run import run_study
@@ -54,3 +55,41 @@ def test_without_ray_the_error_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtra, match=r"the executor ray needs Ray: pip install 'sparselet\[ray\]'"):
         RayExecutor(Store(tmp_path), Places({}, ""))
+
+
+def test_a_cluster_that_is_not_there(monkeypatch, tmp_path):
+    def refused(**settings):
+        raise ConnectionError(f"nobody at {settings['address']}")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=refused))
+    with pytest.raises(WorkerFailed, match=r"Ray cannot be started at 10\.0\.0\.1:6379: nobody at 10\.0\.0\.1:6379"):
+        RayExecutor(Store(tmp_path), Places({}, ""), address="10.0.0.1:6379")
+
+
+def test_a_job_that_is_always_lost_fails(monkeypatch, tmp_path, places):
+    """With Ray's part played by a stand-in that loses every task."""
+
+    class Lost(Exception):
+        pass
+
+    def lose(task):
+        raise Lost("the worker\ndied")
+
+    asked = {}
+    stand_in = SimpleNamespace(
+        init=lambda **settings: asked.update(settings),
+        cluster_resources=lambda: {"CPU": 9.0},
+        remote=lambda **settings: asked.update(settings) or (lambda function: SimpleNamespace(remote=lambda *told: "task")),
+        wait=lambda tasks, timeout: (tasks, []),
+        get=lose,
+        exceptions=SimpleNamespace(RayError=Lost),
+        shutdown=lambda: asked.update(down=True),
+    )
+    monkeypatch.setitem(sys.modules, "ray", stand_in)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    units, store = [make_score(places, None, task) for task in TASKS], Store(tmp_path)
+    executor = RayExecutor(store, places, threads=2, gpus=0.5)
+    assert (executor.slots, asked["address"], asked["num_cpus"], asked["num_gpus"]) == (4, "auto", 2, 0.5)
+    progress = run_study(units, store, executor)
+    assert progress.failed == {unit.key: "its worker was lost, 3 times: the worker died" for unit in units}
+    assert asked["down"]

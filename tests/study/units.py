@@ -1,5 +1,6 @@
 """A study of a few seconds: a tiny model, three tasks, every kind of unit."""
 
+import shutil
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from sparselet.study.jobs import Job
 from sparselet.study.local import Event
 from sparselet.study.perform import Performer, Places
 from sparselet.study.store import Store
-from sparselet.study.unit import Unit
+from sparselet.study.unit import Unit, closure
 from sparselet.tasks import load_task
 
 TASKS = ("backwards", "second", "third")
@@ -70,6 +71,17 @@ def results_of(out: Path) -> dict[str, bytes]:
     """The bytes of every result and every answer."""
     files = [file for name in ("result.json", "answers.jsonl") for file in Path(out).glob(f"units/*/{name}")]
     return {str(file.relative_to(out)): file.read_bytes() for file in files}
+
+
+def copy_without(store: Store, out: Path, removed: Callable[[Unit], bool], units: list[Unit]) -> Store:
+    """A copy of a store in which these units, and all that read them, are not done."""
+    shutil.copytree(store.path / "units", out / "units")
+    gone: set[str] = set()
+    for key, unit in closure(units).items():
+        if removed(unit) or any(one.key in gone for one in unit.inputs):
+            gone.add(key)
+            shutil.rmtree(out / "units" / key, ignore_errors=True)
+    return Store(out)
 
 
 class InThisProcess:

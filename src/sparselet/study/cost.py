@@ -59,11 +59,13 @@ class Estimates:
         self.model_bytes = model_bytes
         self._seconds: dict[tuple[str, ...], list[float]] = {}
         self._bytes: dict[tuple[str, ...], list[float]] = {}
+        self._rates: dict[tuple[str, ...], float] = {}
 
     def learn(self, unit: Unit, cost: Mapping[str, Any]) -> None:
         """Add what a unit took."""
         for alike in _alike(unit):
             self._seconds.setdefault(alike, []).append(cost["seconds"] / _amount(unit))
+            self._rates.pop(alike, None)
         for alike in _alike(unit)[:2]:
             self._bytes.setdefault(alike, []).append(cost.get("bytes", 0))
 
@@ -71,7 +73,9 @@ class Estimates:
         """How long a unit takes."""
         for alike in _alike(unit):
             if alike in self._seconds:
-                return statistics.median(self._seconds[alike]) * _amount(unit)
+                if alike not in self._rates:
+                    self._rates[alike] = statistics.median(self._seconds[alike])
+                return self._rates[alike] * _amount(unit)
         return {"train": TRAIN_SECONDS, "merge": 1.0, "evaluate": EVALUATE_SECONDS}[unit.kind] * _amount(unit)
 
     def bytes(self, unit: Unit) -> float:

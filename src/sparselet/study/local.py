@@ -105,6 +105,7 @@ class LocalExecutor:
             text=True,
             encoding="utf-8",
             env={**os.environ, "OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share, "TOKENIZERS_PARALLELISM": "false"},
+            process_group=0,  # an interrupt from the terminal is its parent's to handle
             pass_fds=() if self._lock is None else (self._lock,),
         )
         worker = _Worker(process)

@@ -37,6 +37,7 @@ class RayExecutor:
         gpus: float = 0.0,
     ) -> None:
         self._ray = ray = _ray()
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         address = address or os.environ.get("RAY_ADDRESS")
         cores = None if address or workers is None else workers * threads
         try:

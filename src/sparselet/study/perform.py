@@ -79,7 +79,7 @@ class Performer:
 
     def perform(self, job: Job, tell: Tell) -> None:
         """Do those of a job's units that are not done. What fails is told, not raised, and so is what then cannot be done."""
-        left = job.without(self.store.results(unit.key for unit in job.units))
+        left = job.without({unit.key for unit in job.units if self.store.result(unit.key) is not None})
         for unit in job.units:
             if unit not in left.units:
                 tell(Report("done", unit.key))

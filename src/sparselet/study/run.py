@@ -29,12 +29,11 @@ def run_study(units: Iterable[Unit], store: Store, executor: Executor, watch: Wa
     watch: called when something changed, and twice a second.
     Raises BadConfig (a result that cannot be read), WriteFailed (of the failures kept from before), WorkerFailed.
     """
-    progress = plan(units, store)
-    store.forgive(progress.failed)
-    progress.failed.clear()
-    run = _Run(progress, store, executor, learn(progress, store))
     try:
-        run.loop(watch)
+        progress = plan(units, store)
+        store.forgive(progress.failed)
+        progress.failed.clear()
+        _Run(progress, store, executor, learn(progress, store)).loop(watch)
     finally:
         executor.close()
     return progress
@@ -76,16 +75,17 @@ class _Run:
 
     def __init__(self, progress: Progress, store: Store, executor: Executor, estimates: Estimates) -> None:
         self.progress, self.store, self.executor, self.estimates = progress, store, executor, estimates
-        left = [unit for key, unit in progress.units.items() if key not in progress.done]
-        self.waiting = {job.key: job for job in make_jobs(left)}
+        self.waiting = {job.key: job for job in make_jobs(progress.missing.values())}
         self.running: dict[str, Job] = {}
         self.priorities = self._priorities()
+        self.estimated = 0.0
 
     def loop(self, watch: Watch) -> None:
         """Until nothing waits and nothing runs."""
         while self.waiting or self.running:
             self._submit()
-            self._estimate()
+            if time.monotonic() - self.estimated > TICK:
+                self._estimate()
             watch(self.progress)
             if event := self.executor.event(TICK):
                 self._note(event)
@@ -94,20 +94,23 @@ class _Run:
 
     def _submit(self) -> None:
         """Begin what can be begun, the longest chain first; give up what waits for something that failed."""
-        lost = self.progress.failed.keys() | self.progress.blocked.keys()
-        for key, job in list(self.waiting.items()):
-            missing = sorted(job.needs & lost)
-            if missing:
-                first = self.progress.blocked.get(missing[0], missing[0])
-                self.progress.blocked.update({unit.key: first for unit in job.units})
-                del self.waiting[key]
-                return self._submit()
+        while blocked := self._blocked():
+            self.progress.blocked.update(blocked)
+            self.waiting = {key: job for key, job in self.waiting.items() if key not in blocked}
         ready = [job for job in self.waiting.values() if job.needs <= self.progress.done]
         for job in sorted(ready, key=lambda job: -self.priorities[job.key])[: self.executor.slots - len(self.running)]:
             self.running[job.key] = self.waiting.pop(job.key)
             self.progress.running[job.key] = 0.0
             self.executor.submit(job)
-        return None
+
+    def _blocked(self) -> dict[str, str]:
+        """Units that wait for something that failed, or that waits for such itself; and what that is."""
+        lost = {key: key for key in self.progress.failed} | self.progress.blocked
+        found: dict[str, str] = {}
+        for job in self.waiting.values():
+            if missing := sorted(job.needs & lost.keys()):
+                found |= {unit.key: lost[missing[0]] for unit in job.units}
+        return found
 
     def _note(self, event: Event) -> None:
         progress, key = self.progress, event.key
@@ -120,7 +123,8 @@ class _Run:
         elif event.what == "done":
             progress.running.pop(key, None)
             progress.done.add(key)
-            self.estimates.learn(progress.units[key], self.store.cost(key) or {"seconds": 0.0})
+            if cost := self.store.cost(key):
+                self.estimates.learn(progress.units[key], cost)
         else:
             progress.running.pop(key, None)
             progress.failed[key] = event.text
@@ -138,4 +142,5 @@ class _Run:
             share = 0.0 if unit.key in over else 1 - self.progress.running.get(unit.key, 0.0)
             return share * self.estimates.seconds(unit)
 
+        self.estimated = time.monotonic()
         self.progress.seconds_left = seconds_left([*self.running.values(), *self.waiting.values()], left, self.executor.slots)
