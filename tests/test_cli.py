@@ -29,12 +29,13 @@ from sparselet.cli.main import VERBS, run
 from sparselet.cli.merge import merge_
 from sparselet.cli.pull import pull_
 from sparselet.cli.push import push_
+from sparselet.cli.study import study_
 from sparselet.errors import TaskError
 from sparselet.resident import applied
 from sparselet.training import TrainSettings
 
 FUNCTIONS = {"train": train_verb.train_, "merge": merge_, "eval": eval_, "inspect": inspect_, "demo": demo.demo_}
-FUNCTIONS |= {"push": push_, "pull": pull_, "import": import_, "export": export_}
+FUNCTIONS |= {"push": push_, "pull": pull_, "import": import_, "export": export_, "study": study_}
 FAST = ["--epochs", "2", "--batch-size", "2", "--learning-rate", "1e-2", "--score", "gm"]
 
 pytestmark = pytest.mark.usefixtures("loud_again")

@@ -122,7 +122,7 @@ def test_on_a_disk_without_any_room_everything_fails_and_is_told(places, tmp_pat
     with files_of_at_most(0):
         progress = run_study(units, store, InThisProcess(store, places))
     assert progress.failed.keys() == progress.units.keys()
-    assert all("cannot write" in error for error in progress.failed.values())
+    assert all("cannot" in error for error in progress.failed.values()), progress.failed  # write, or load what writes first
     assert not run_study(units, store, InThisProcess(store, places)).failed
 
 

@@ -67,6 +67,10 @@ def judge(claim: Claim, tables: Mapping[str, Table], numbers: Numbers) -> Judgem
             if len(first.tasks.keys() & second.tasks.keys()) < LEAST_TASKS:
                 return told("not tested here", f"fewer than {LEAST_TASKS} tasks say nothing of others.", where)
             compared.append((bootstrap(first.tasks, second.tasks), where))
+    if claim.if_differ and _all_equal(*claim.if_differ, tables, numbers):
+        first, second = claim.if_differ
+        named = [place.row.replace(" {}", "") for place in claim.if_differ]
+        return told("not tested here", f"{first.table}: {' and '.join(named)} have the same {second.column}.")
     interval, where = min(compared, key=lambda pair: _distance(pair[0], claim.margin))
     verdict, why = _decide(interval, claim.margin)
     if len(compared) > 1 and verdict == "holds":
@@ -109,6 +113,12 @@ def _compared(better: Place, worse: Place, tables: Mapping[str, Table]) -> Itera
             one, two = _Spot(better.table, row, better.column), _Spot(rival.table, other, rival.column)
             if one != two:
                 yield one, two
+
+
+def _all_equal(first: Place, second: Place, tables: Mapping[str, Table], numbers: Numbers) -> bool:
+    """Whether every two cells that a comparison names have the same mean."""
+    pairs = [[_number(spot, tables, numbers) for spot in spots] for spots in _compared(first, second, tables)]
+    return all(one is None or other is None or one.mean == other.mean for one, other in pairs)
 
 
 def _rows(place: Place, tables: Mapping[str, Table]) -> list[tuple[str, str | None]]:
