@@ -51,6 +51,10 @@ def test_a_fingerprint_changes_with_every_file_that_counts(broken, base_dir, fil
     data[-1] ^= 1
     (broken / file).write_bytes(data)
     assert model_fingerprint(str(broken)) != model_fingerprint(base_dir)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_a_fingerprint_changes_with_the_names_of_files(broken, base_dir, file):
     (broken / file).rename(broken / f"other-{file}")
     assert model_fingerprint(str(broken)) != model_fingerprint(base_dir)
 
