@@ -51,7 +51,10 @@ def test_a_fingerprint_changes_with_every_file_that_counts(broken, base_dir, fil
     data[-1] ^= 1
     (broken / file).write_bytes(data)
     assert model_fingerprint(str(broken)) != model_fingerprint(base_dir)
-    (broken / file).rename(broken / f"other-{file}")
+
+
+def test_a_fingerprint_changes_with_a_files_name(broken, base_dir):
+    (broken / "tokenizer.json").rename(broken / "other.json")
     assert model_fingerprint(str(broken)) != model_fingerprint(base_dir)
 
 
