@@ -13,6 +13,7 @@ from units import TASKS, InThisProcess, copy_without, make_merge, make_score, ma
 from sparselet.errors import StudyRunning
 from sparselet.models import load_model
 from sparselet.study import run
+from sparselet.study.local import Event
 from sparselet.study.plan import describe_plan, describe_state, learn, plan
 from sparselet.study.run import claimed, gather, run_study
 from sparselet.study.store import Store
@@ -177,3 +178,13 @@ def test_the_view_is_told_of_everything(places, tmp_path):
     assert seen[0][2] > 0
     assert seen[-1] == (3, 0, 0)
     assert any(running for _, running, _ in seen)
+
+
+def test_a_unit_of_which_nothing_is_told_fails(places, tmp_path):
+    class Silent(InThisProcess):
+        def submit(self, job):
+            self._events.append(Event("end", job.key))
+
+    unit, store = make_score(places, None, "third"), Store(tmp_path)
+    progress = run_study([unit], store, Silent(store, places))
+    assert progress.failed == {unit.key: "its worker ended the job without a word of it."}
