@@ -10,13 +10,14 @@ import json
 import os
 import shutil
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from sparselet.errors import AbsurdShape, BadConfig, MissingFile, OutputExists, UnsafePath, WriteFailed
+from sparselet.errors import AbsurdShape, BadConfig, ConfigError, MissingFile, OutputExists, UnsafePath, WriteFailed
 
 _MAX_JSON_BYTES = 64 * 2**20
 
@@ -117,6 +118,16 @@ def flush(directory: Path) -> None:
         elif path.is_dir():
             _sync_directory(path)
     _sync_directory(directory)
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """What a TOML file holds. Raises ConfigError."""
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}.") from error
+    except ValueError as error:
+        raise ConfigError(f"{file} is not TOML: {error}") from error
 
 
 def read_object(file: Path) -> dict[str, Any]:

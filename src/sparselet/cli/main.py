@@ -4,7 +4,6 @@ import errno
 import inspect
 import keyword
 import sys
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +12,7 @@ from cyclopts import App, Parameter
 from cyclopts.config import Dict
 
 from sparselet.errors import ConfigError, SparseletError
+from sparselet.files import read_toml
 
 HELP = """Sparse experts for language models: train one for each task, merge them into one model, measure it.
 
@@ -66,12 +66,7 @@ def _app(verb: str | None) -> App:
 
 def _settings(file: Path) -> Dict:
     """A TOML file's settings, for cyclopts to check. Raises ConfigError."""
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}.") from error
-    except ValueError as error:
-        raise ConfigError(f"{file} is not TOML: {error}") from error
+    content = read_toml(file)
     tables = [key for key in content if key in VERBS]
     if tables:  # cyclopts would pass over it
         raise ConfigError(f"{file}: unknown key {tables[0]!r}; settings stand at the top level, not in a table.")

@@ -17,13 +17,13 @@ weight = { "*.v_proj" = 1.0, "*" = 0.3 }
 """
 
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparselet.errors import ConfigError, MissingExtra, SparseletError
+from sparselet.files import read_toml
 from sparselet.merging.methods import complete_parameters
 from sparselet.merging.plan import Weight, check_weights
 
@@ -66,12 +66,7 @@ def read_recipe(file: str | Path) -> Recipe:
     Raises ConfigError for what is no recipe, and what `Recipe` raises, naming the file.
     """
     file = Path(file)
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}.") from error
-    except ValueError as error:
-        raise ConfigError(f"{file} is not TOML: {error}") from error
+    content = read_toml(file)
     try:
         return _recipe(content, file.parent)
     except SparseletError as error:

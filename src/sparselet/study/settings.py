@@ -10,7 +10,6 @@ held_out = ["copa"]
 train_rows = 128
 """
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from sparselet.builtin_tasks import BUILTIN
 from sparselet.errors import ConfigError, SparseletError
+from sparselet.files import read_toml
 from sparselet.masks import check_density
 from sparselet.merging.methods import complete_parameters
 from sparselet.models import DTYPES
@@ -168,12 +168,7 @@ def read_study(file: str | Path, preset: str = "") -> StudySettings:
     `StudySettings` raises.
     """
     file = Path(file)
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}.") from error
-    except ValueError as error:
-        raise ConfigError(f"{file} is not TOML: {error}") from error
+    content = read_toml(file)
     try:
         return _settings(content, preset)
     except SparseletError as error:
