@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -137,15 +138,26 @@ def trained_and_evaluated(asked: argparse.Namespace, model: str, work: Path) -> 
     commands = {PLAIN: plain_commands, WHOLE: our_commands, UNVALIDATED: unvalidated_commands, FROZEN: frozen_commands}
     libraries = {PLAIN: "PEFT", FROZEN: FLOOR}
     contestants = [Contestant(libraries.get(name, OURS), name, "", {}, None) for name in commands]
+
+    def ask(one: Contestant, number: int) -> dict[str, Any]:
+        out = work / f"run-{number}" / one.name
+        out.mkdir(parents=True)
+        return {**run(commands[one.name](asked, model, out)), "value": {"rougeL": rouge_of(out)}}
+
+    return in_turn("train and evaluate", contestants, asked.rounds, ask)
+
+
+def in_turn(
+    group: str, contestants: Sequence[Contestant], rounds: int, ask: Callable[[Contestant, int], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows of a group in which each runs once a round, and the first one's run is the floor of its round."""
     answers: dict[int, list[dict[str, Any]]] = {place: [] for place in range(len(contestants))}
-    for number in range(asked.rounds):
-        for place, (name, commands_of) in enumerate(commands.items()):
-            out = work / f"run-{number}" / name
-            out.mkdir(parents=True)
-            answer = run(commands_of(asked, model, out))
-            answers[place].append({**answer, "value": {"rougeL": rouge_of(out)}, "floor": answers[0][-1] if place else answer})
-            progress(f"round {number + 1}: {answer['seconds']:9.1f} s {contestants[place]}")
-    return rows_of("train and evaluate", contestants, answers, {})
+    for number in range(rounds):
+        for place, one in enumerate(contestants):
+            answer = ask(one, number)
+            answers[place].append({**answer, "floor": answers[0][-1] if place else answer})
+            progress(f"round {number + 1}: {answer['seconds']:9.1f} s {one}")
+    return rows_of(group, contestants, answers, {})
 
 
 def rouge_of(out: Path) -> float:
@@ -161,21 +173,14 @@ def evaluated(asked: argparse.Namespace, race: Race, model: str, work: Path) -> 
     """The rows of the second group, with how many of all answers are the same."""
     names = (asked.tasks / "held_in.txt").read_text().split()[: asked.eval_tasks]
     job = {**job_of(asked), "model": model, "tasks": [str(asked.tasks / name) for name in names], "rows": asked.eval_rows}
-    job |= {"max_new_tokens": asked.max_new_tokens}
+    job |= {"max_new_tokens": asked.max_new_tokens, "products": str(work / "products.json")}
     process = "by_evaluation.py" if asked.quick else None
-    job |= {"products": str(work / "products.json")}
     jobs = (("torch", GENERATE, "plain"), (OURS, "evaluate", "sparselet"), (FLOOR, PRODUCTS, "products"))
     contestants = [
         Contestant(library, name, "by_evaluation.py", {"do": do, **job, "answers": str(work / f"{do}.json")}, process)
         for library, name, do in jobs
     ]
-    taken: dict[int, list[dict[str, Any]]] = {place: [] for place in range(len(contestants))}
-    for number in range(asked.eval_rounds):
-        for place, one in enumerate(contestants):
-            answer = race.ask(one)
-            taken[place].append({**answer, "floor": taken[0][-1] if place else answer})
-            progress(f"round {number + 1}: {answer['seconds']:9.1f} s {one}")
-    rows = rows_of("evaluate", contestants, taken, {})
+    rows = in_turn("evaluate", contestants, asked.eval_rounds, lambda one, _: race.ask(one))
     both = [json.loads((work / f"{do}.json").read_text()) for do in ("plain", "sparselet")]
     pairs = [pair for plain, ours in zip(*both, strict=True) for pair in zip(plain, ours, strict=True)]
     rows[1]["value"] = {"answers": len(pairs), "same": sum(a == b for a, b in pairs)}

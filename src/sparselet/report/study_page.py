@@ -90,10 +90,7 @@ def _table(table: Mapping[str, Any]) -> dict[str, Any]:
     """A table with its numbers as text, and with a column of the paper's figures beside each column that has some."""
     cells = [row["cells"] for row in table["rows"]]
     beside = [any(row[j] and row[j].get("paper") is not None for row in cells) for j in range(len(table["columns"]))]
-    rows = []
-    for row in table["rows"]:
-        told = [_cell(cell) for cell in row["cells"]]
-        rows.append({"label": row["label"], "cells": told})
+    rows = [{"label": row["label"], "cells": [_cell(cell) for cell in row["cells"]]} for row in table["rows"]]
     return {
         "title": table["title"],
         "source": table.get("source", ""),
