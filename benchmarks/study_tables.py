@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from sparselet.report.quantities import clock, size, told
+
 MARKS = {"holds": "holds", "does not hold": "**does not hold**", "not tested here": "not tested here"}
 
 
@@ -21,9 +23,9 @@ def _heading(results: dict[str, Any], cost: dict[str, Any]) -> list[str]:
     ran += [str(machine[key]) for key in ("gpu", "processor") if key in machine]
     ran += [f"{machine['cores']} cores"] if "cores" in machine else []
     packages = [f"{name} {version}" for name, version in cost.get("versions", {}).items()]
-    took = [f"{cost['wall_seconds'] / 60:.0f} minutes"] if cost.get("wall_seconds") is not None else []
+    took = [clock(cost["wall_seconds"])] if cost.get("wall_seconds") is not None else []
     took += [f"{cost['core_hours']:.1f} core-hours"] if "core_hours" in cost else []
-    took += [f"at most {cost['peak_rss_bytes'] / 1e9:.1f} GB in one process"] if "peak_rss_bytes" in cost else []
+    took += [f"at most {size(cost['peak_rss_bytes'])} in one process"] if "peak_rss_bytes" in cost else []
     told = "; ".join(", ".join(part) for part in (ran, packages, took) if part)
     did = f"{results['settings'].get('model', 'base model')}, {held.count('in')} held-in and {held.count('out')} held-out tasks"
     did += f": {units['train']} trainings, {units['merge']} merges, {units['evaluate']} evaluations"
@@ -38,7 +40,7 @@ def _claims(claims: list[dict[str, Any]]) -> list[str]:
     for claim in claims:
         found = ""
         if claim["difference"] is not None:
-            difference, low, high = (_number(claim[key], sign="+") for key in ("difference", "low", "high"))
+            difference, low, high = (told(claim[key], sign=True) for key in ("difference", "low", "high"))
             found = f"{difference} ({low} to {high})"
         lines.append(f"| {_cell(claim['text'])} | {_cell(claim['source'])} | {MARKS[claim['verdict']]} | {found} |")
     return lines
@@ -55,30 +57,22 @@ def _table(table: dict[str, Any]) -> list[str]:
     for row in table["rows"]:
         texts = []
         for cell, paper in zip(row["cells"], beside, strict=True):
-            texts += [_told(cell), *([_paper(cell)] if paper else [])]
+            texts += [_mean(cell), *([_paper(cell)] if paper else [])]
         lines.append(f"| {_cell(row['label'])} | {' | '.join(texts)} |")
     return lines
 
 
-def _told(cell: dict[str, Any] | None) -> str:
+def _mean(cell: dict[str, Any] | None) -> str:
     """Mean ± standard error, and how many units are missing."""
     if cell is None:
         return ""
-    mean = "–" if cell["mean"] is None else _number(cell["mean"], cell["measure"], cell["mean"])
-    error = f" ± {_number(cell['error'], cell['measure'], cell['mean'])}" if cell["error"] else ""
-    return mean + error + (f" ({cell['missing']} missing)" if cell["missing"] else "")
+    error = f" ± {told(cell['error'], cell['measure'], like=cell['mean'])}" if cell["error"] else ""
+    return told(cell["mean"], cell["measure"]) + error + (f" ({cell['missing']} missing)" if cell["missing"] else "")
 
 
 def _paper(cell: dict[str, Any] | None) -> str:
     """The paper's figure in italics."""
-    return f"*{_number(cell['paper'], cell['measure'], cell['paper'])}*" if cell and cell["paper"] is not None else ""
-
-
-def _number(number: float, measure: str = "rougeL", like: float = 100.0, sign: str = "") -> str:
-    """One decimal; of parameters none, of percentages two where `like` is below 10."""
-    decimals = 0 if measure == "parameters" else 2 if measure == "percent" and abs(like) < 9.995 else 1
-    number = round(number, decimals)
-    return f"{number or 0.0:{sign if number else ''},.{decimals}f}".replace("-", "−")
+    return f"*{told(cell['paper'], cell['measure'])}*" if cell and cell["paper"] is not None else ""
 
 
 def _cell(text: str) -> str:

@@ -134,11 +134,11 @@ def test_claims_are_told_with_a_word_and_an_interval(page):
 def test_what_was_run_is_told(page):
     text = " ".join(page.text.split())
     wanted = ["preset small on packaged:smollm2-135m", "6 held-in tasks", "3 held-out tasks", "5 of them have no result"]
-    wanted += ["Run on 2026-11-22 in 1 h 27 min.", "core-hours2.74", "2.3 GB", "torch2.13.0+cpu", cost()["command"], "5c" * 32]
+    wanted += ["Run on 2026-11-22 in 87 min.", "core-hours2.74", "2.3 GB", "torch2.13.0+cpu", cost()["command"], "5c" * 32]
     assert [part for part in wanted if part.replace(" ", "") not in text.replace(" ", "")] == []
     assert json.dumps(results()["settings"], indent=2) in page.text
     assert page.tables["Cost"][1:] == [
-        ["train", "84", "1 h 57 min", "2 h 2 min"],
+        ["train", "84", "1 h 57 min", "2 h 02 min"],
         ["merge", "61", "0 s", "0 s"],
         ["evaluate", "697", "40 min", "42 min"],
     ]

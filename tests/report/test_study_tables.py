@@ -81,7 +81,7 @@ def test_claims_and_what_was_run(fill):
         f"before\n<!-- study_small -->\n`{cost()['command']}`\n\n2026-11-22, AMD EPYC, 2 cores; python 3.11.2"
     )
     assert page.endswith("<!-- /study_small -->\nafter\n")
-    assert "; 87 minutes, 2.7 core-hours, at most 2.3 GB in one process.\n" in page
+    assert "; 87 min, 2.7 core-hours, at most 2.3 GB in one process.\n" in page
     assert "6 held-in and 3 held-out tasks: 84 trainings, 61 merges, 702 evaluations; 5 of them have no result." in page
     assert "tasks than merged LoRA. | Section 4.2, Table 1 | holds | +6.1 (+1.9 to +10.4) |" in page
     assert "| **does not hold** | −2.8 (−9.0 to +3.1) |" in page

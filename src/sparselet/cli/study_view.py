@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparselet.cli.terminal import err, say, table
+from sparselet.report.quantities import clock, size
 from sparselet.study.plan import Progress
 from sparselet.study.run import Watch
 
@@ -31,23 +32,6 @@ def live(silent: bool = False) -> Iterator[Watch]:
             yield lambda progress: shown.update(_view(progress))
     else:
         yield _lines()
-
-
-def clock(seconds: float) -> str:
-    """A time for a person: 40 s, 12 min, 3 h 05 min."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def size(count: float) -> str:
-    """Bytes for a person, to two digits."""
-    for unit in ("kB", "MB", "GB"):
-        count /= 1000
-        if count < 999.5 or unit == "GB":
-            return f"{count:.1f} {unit}" if count < 10 else f"{count:.0f} {unit}"
-    raise AssertionError
 
 
 def tell_plan(described: Mapping[str, Any]) -> None:

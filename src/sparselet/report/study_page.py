@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from sparselet.files import atomic_write, check_inside, write_text
 from sparselet.report import charts, sheet
+from sparselet.report.quantities import clock, size, told
 
 VERDICTS = {"holds": "✓", "does not hold": "✗", "not tested here": "–"}
 _HERE = Path(__file__).parent
@@ -48,7 +49,7 @@ def write_report(out: Path, results: Mapping[str, Any], cost: Mapping[str, Any])
 def _page(results: Mapping[str, Any], cost: Mapping[str, Any], drawn: Mapping[str, list[dict[str, Any]]]) -> str:
     """The page. drawn: the charts of each table as `svg`, and whether they show figures of the paper."""
     settings = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    settings.filters |= {"told": _told, "bytes": _bytes, "duration": _duration}
+    settings.filters |= {"told": told, "bytes": size, "duration": clock}
     template = settings.from_string((_HERE / "study_page.html.j2").read_text(encoding="utf-8"))
     return template.render(
         css=Markup((_HERE / "study_page.css").read_text(encoding="utf-8")),
@@ -71,8 +72,8 @@ def _both(name: str, files: Mapping[str, str], label: str) -> Markup:
     found = []
     for kind, file in files.items():
         element = sheet.inline(file, f"{name}-{kind}")
-        told = Markup('<svg class="{}" role="img" aria-label="{}"').format(kind, label)
-        found.append(told + Markup(element.removeprefix("<svg")))
+        opening = Markup('<svg class="{}" role="img" aria-label="{}"').format(kind, label)
+        found.append(opening + Markup(element.removeprefix("<svg")))
     return Markup("\n").join(found)
 
 
@@ -108,8 +109,8 @@ def _cell(cell: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if cell is None:
         return None
     measure, mean = cell["measure"], cell.get("mean")
-    error = _told(cell["error"], measure, like=mean) if cell.get("error") else ""
-    texts = {"mean": _told(mean, measure), "error": error, "paper": _told(cell.get("paper"), measure)}
+    error = told(cell["error"], measure, like=mean) if cell.get("error") else ""
+    texts = {"mean": told(mean, measure), "error": error, "paper": told(cell.get("paper"), measure)}
     return {**texts, "missing": cell.get("missing") or 0}
 
 
@@ -120,7 +121,7 @@ def _by_task(table: Mapping[str, Any], column: int) -> dict[str, Any] | None:
     if not tasks:
         return None
     rows = {
-        label: [_told(cell["tasks"].get(task), cell["measure"]) for task in tasks] for label, cell in cells if cell.get("tasks")
+        label: [told(cell["tasks"].get(task), cell["measure"]) for task in tasks] for label, cell in cells if cell.get("tasks")
     }
     return {"column": table["columns"][column], "tasks": tasks, "rows": rows}
 
@@ -134,35 +135,7 @@ def _claims(claims: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
     axis = sheet.Axis(min(ends), max(ends), _STRIP.start, _STRIP.end)
     found = []
     for claim in claims:
-        told = {key: claim[key] for key in ("difference", "low", "high") if claim.get(key) is not None}
-        strip = {key: round(axis.at(number), 1) for key, number in {**told, "zero": 0.0}.items()} if len(told) == 3 else None
+        known = {key: claim[key] for key in ("difference", "low", "high") if claim.get(key) is not None}
+        strip = {key: round(axis.at(number), 1) for key, number in {**known, "zero": 0.0}.items()} if len(known) == 3 else None
         found.append({**claim, "symbol": VERDICTS.get(claim["verdict"], "–"), "strip": strip})
     return found
-
-
-# Numbers as text
-
-
-def _told(number: float | None, measure: str = "rougeL", sign: bool = False, like: float | None = None) -> str:
-    """A number as text: one decimal, of parameters none, of percentages two if it (or what it is to look like) is below 10.
-
-    – for None. A difference has its sign; what is rounded to 0 has none.
-    """
-    if number is None:
-        return "–"
-    small = abs(number if like is None else like) < 9.995
-    decimals = 0 if measure == "parameters" else 2 if measure == "percent" and small else 1
-    number = round(number, decimals)
-    return f"{number or 0.0:{'+' if sign and number else ''},.{decimals}f}".replace("-", "−")
-
-
-def _bytes(number: float) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as people say them: 48 s, 12 min, 1 h 27 min."""
-    minutes = round(seconds / 60)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,31 @@
+"""Numbers, times and sizes as people read them, alike on the page, in the terminal and in Markdown."""
+
+
+def told(number: float | None, measure: str = "rougeL", sign: bool = False, like: float | None = None) -> str:
+    """A number as text: one decimal, of parameters none, of percentages two if it (or what it is to look like) is below 10.
+
+    – for None. A difference has its sign; what is rounded to 0 has none.
+    """
+    if number is None:
+        return "–"
+    small = abs(number if like is None else like) < 9.995
+    decimals = 0 if measure == "parameters" else 2 if measure == "percent" and small else 1
+    number = round(number, decimals)
+    return f"{number or 0.0:{'+' if sign and number else ''},.{decimals}f}".replace("-", "−")
+
+
+def clock(seconds: float) -> str:
+    """A time: 40 s, 12 min, 3 h 05 min."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes, to two digits: 3.1 kB, 64 MB, 8.5 GB."""
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 999.5 or unit == "GB":
+            return f"{count:.1f} {unit}" if count < 9.95 else f"{count:.0f} {unit}"
+    raise AssertionError
