@@ -92,7 +92,7 @@ class Performer:
 
         try:
             if left.units:
-                DO[left.units[0].kind](self, left, telling)
+                (self._evaluate if left.units[0].kind == "evaluate" else self._make)(left, telling)
         except Exception as error:  # whatever it is, the other jobs go on
             for unit in left.units:
                 if unit.key not in told:
@@ -100,33 +100,29 @@ class Performer:
         finally:
             release_memory()
 
-    def _train(self, job: Job, tell: Tell) -> None:
+    def _make(self, job: Job, tell: Tell) -> None:
+        """Train or merge, and publish; what an attempt before this one has left complete is not made again."""
         (unit,) = job.units
         tell(Report("started", unit.key))
         with measured() as cost:
             directory = self.store.directory(unit)
-            base, output = self._base(unit), directory / EXPERT
-            if not output.exists():
-                steps = _Steps(lambda fraction: tell(Report("progress", unit.key, fraction)))
-                _train_or_resume(self._train_settings(unit), output, base, steps)
-            result = trained_result(output, base[0])
+            result = MAKE[unit.kind](self, unit, directory / EXPERT, tell)
         cost["bytes"] = _bytes(directory)
         self.store.publish(unit, result, cost)
         tell(Report("done", unit.key))
 
-    def _merge(self, job: Job, tell: Tell) -> None:
-        (unit,) = job.units
-        tell(Report("started", unit.key))
-        with measured() as cost:
-            directory = self.store.directory(unit)
-            output = directory / EXPERT
-            if not output.exists():
-                experts = [self._open(one) for one in unit.inputs]
-                merge_to(output, experts, **_how(unit), workers=torch.get_num_threads())
-            result = sparse_result(AdapterFile(output))
-        cost["bytes"] = _bytes(directory)
-        self.store.publish(unit, result, cost)
-        tell(Report("done", unit.key))
+    def _train(self, unit: Unit, output: Path, tell: Tell) -> dict[str, Any]:
+        base = self._base(unit)
+        if not output.exists():
+            steps = _Steps(lambda fraction: tell(Report("progress", unit.key, fraction)))
+            _train_or_resume(self._train_settings(unit), output, base, steps)
+        return trained_result(output, base[0])
+
+    def _merge(self, unit: Unit, output: Path, _: Tell) -> dict[str, Any]:
+        if not output.exists():
+            experts = [self._open(one) for one in unit.inputs]
+            merge_to(output, experts, **_how(unit), workers=torch.get_num_threads())
+        return sparse_result(AdapterFile(output))
 
     def _evaluate(self, job: Job, tell: Tell) -> None:
         tell(Report("started", job.key))
@@ -224,10 +220,9 @@ class Performer:
         return open_expert(self.store.expert(unit.key), local_path(self.places.model))
 
 
-DO: dict[str, Callable[[Performer, Job, Tell], None]] = {
+MAKE: dict[str, Callable[[Performer, Unit, Path, Tell], dict[str, Any]]] = {
     "train": Performer._train,
     "merge": Performer._merge,
-    "evaluate": Performer._evaluate,
 }
 
 
