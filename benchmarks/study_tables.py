@@ -36,13 +36,14 @@ def _heading(results: dict[str, Any], cost: dict[str, Any]) -> list[str]:
 def _claims(claims: list[dict[str, Any]]) -> list[str]:
     if not claims:
         return []
-    lines = ["| claim | source | verdict | difference (95 % interval) |", "| --- | --- | --- | ---: |"]
+    lines = ["| claim | source | verdict | difference (95 % interval) | decided by |", "| --- | --- | --- | ---: | --- |"]
     for claim in claims:
         found = ""
         if claim["difference"] is not None:
             difference, low, high = (told(claim[key], sign=True) for key in ("difference", "low", "high"))
             found = f"{difference} ({low} to {high})"
-        lines.append(f"| {_cell(claim['text'])} | {_cell(claim['source'])} | {MARKS[claim['verdict']]} | {found} |")
+        texts = (claim["text"], claim["source"], MARKS[claim["verdict"]], found, claim["where"])
+        lines.append(f"| {' | '.join(map(_cell, texts))} |")
     return lines
 
 

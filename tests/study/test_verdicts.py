@@ -42,14 +42,21 @@ def test_a_claim_holds_where_the_whole_interval_is_above_zero():
 def test_a_claim_that_is_not_shown_says_so():
     got = judged(than("good", "bad"), {"good": [[5, 0, 9, 4]], "bad": [[4, 4, 4, 4]]})
     assert (got.verdict, got.difference) == ("does not hold", 0.5)
-    assert got.why.startswith("Not shown: +0.5 points on average over 4 tasks, but the 95 % interval from −")
-    assert got.why.endswith("reaches 0 or below.")
+    assert got.why.startswith("Not shown: +0.5 points on average over 4 tasks, and the 95 % interval from −")
+    assert got.why.endswith(" has 0 in it.")
+    got = judged(than("good", "bad"), {"good": [[3, 8, 0, 4]], "bad": [[4, 4, 4, 4]]})
+    assert (got.verdict, got.difference) == ("does not hold", -0.25)
+    assert got.why.startswith("Not shown: −0.2 points on average over 4 tasks, and the 95 % interval from −")
 
 
 @pytest.mark.parametrize(
     ("good", "why"),
     [
-        ([3, 3, 3, 2], "It is the other way round: −1.2 points on average over 4 tasks."),
+        (
+            [3, 3, 3, 2],
+            "It is the other way round: −1.2 points on average over 4 tasks, and the 95 % interval from −1.8 to −1.0 "
+            "does not lie above 0.",
+        ),
         ([4, 4, 4, 4], "It is no better: +0.0 points on average over 4 tasks."),
     ],
 )
@@ -62,7 +69,11 @@ def test_a_claim_that_is_wrong_says_so(good, why):
     ("short", "verdict", "why"),
     [
         (0.5, "holds", "lies above −1."),
-        (2.0, "does not hold", "It falls short by more: −2.0 points on average over 4 tasks."),
+        (
+            2.0,
+            "does not hold",
+            "It falls short by more: −2.0 points on average over 4 tasks, and the 95 % interval from −2.0 to −2.0 does not lie above −1.",
+        ),
     ],
 )
 def test_a_claim_of_about_as_good_allows_its_margin(short, verdict, why):

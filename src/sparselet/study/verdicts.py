@@ -88,21 +88,23 @@ def _decide(interval: Interval, margin: float) -> tuple[Verdict, str]:
     bound = f"−{margin:g}" if margin else "0"
     if interval.low + margin > 0:
         return "holds", f"{mean}, and {between} lies above {bound}."
-    if margin and interval.difference + margin <= 0:
-        return "does not hold", f"It falls short by more: {mean}."
-    if interval.difference <= 0 and not margin:
-        return "does not hold", f"It is {'the other way round' if interval.difference else 'no better'}: {mean}."
-    return "does not hold", f"Not shown: {mean}, but {between} reaches {bound} or below."
+    if interval.high + margin > 0:
+        return "does not hold", f"Not shown: {mean}, and {between} has {bound} in it."
+    if interval.low == interval.high == 0:
+        return "does not hold", f"It is no better: {mean}."
+    found = "It falls short by more" if margin else "It is the other way round"
+    return "does not hold", f"{found}: {mean}, and {between} does not lie above {bound}."
 
 
 def _signed(value: float) -> str:
     return f"{value:+.1f}".replace("-", "−")
 
 
-def _distance(interval: Interval, margin: float) -> tuple[bool, float]:
-    """The smaller, the further from holding: differences that go the other way come first."""
-    shown = interval.difference + margin > 0
-    return shown, (interval.low if shown else interval.difference) + margin
+def _distance(interval: Interval, margin: float) -> tuple[int, float]:
+    """The smaller, the further from holding: first what is shown to be wrong, then what goes the wrong way."""
+    if interval.difference + margin > 0:
+        return 2, interval.low + margin
+    return int(interval.high + margin > 0), interval.difference + margin
 
 
 def _compared(better: Place, worse: Place, tables: Mapping[str, Table]) -> Iterator[tuple[_Spot, _Spot]]:
