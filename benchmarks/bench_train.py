@@ -2,6 +2,7 @@
 
     python benchmarks/bench_train.py                                       SmolLM2-135M, 8 × 128 tokens, float32, on the CPU
     python benchmarks/bench_train.py --device cuda --model phi3 --dtype bf16 --batch 4 --tokens 1024
+    python benchmarks/bench_train.py --steps --rounds 10                   steps of the few whose process stays, more often
     python benchmarks/bench_train.py --quick --out OUT                     a tiny model: does it run, and is it right?
 
 The floor is forward and backward with every weight frozen and the gradient taken back to the first target's input: what any
@@ -73,6 +74,11 @@ def contestants(asked: argparse.Namespace) -> list[Contestant]:
     return entrants
 
 
+def only_steps(entrants: Sequence[Contestant]) -> list[Contestant]:
+    """Those whose process stays: a round of them is a step each and not a model built anew."""
+    return [one for one in entrants if one.name in STAYING or one.library == FLOOR]
+
+
 def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was aimed at: step, step over LoRA r 128, and all that is not the frozen model or the dense product."""
     aims = []
@@ -110,13 +116,18 @@ def _falls(value: dict[str, float]) -> bool:
 
 
 def main() -> None:
-    asked = read(parser_of(__doc__))
+    parser = parser_of(__doc__)
+    parser.add_argument("--steps", action="store_true", help=f"of {', '.join(STAYING[1:])} and the floor only")
+    asked = read(parser)
     load, started = load_before(), datetime.datetime.now(datetime.UTC)
+    entrants = contestants(asked)
     with Race(together=asked.quick) as race:
-        rows = race.group("step", contestants(asked), asked.rounds)
+        rows = race.group("step", only_steps(entrants) if asked.steps else entrants, asked.rounds)
     about = record("bench_train.py", {str(asked.out): "OUT"}, settings_of(asked), started, load, race.versions, race.about)
     wrong = check(rows)
-    write({**about, "rows": rows, "targets": targets(rows), "wrong": wrong}, asked.out, result_name(asked, "train"))
+    aims = [one for one in targets(rows) if one["found"] is not None or not asked.steps]
+    name = result_name(asked, "train_steps" if asked.steps else "train")
+    write({**about, "rows": rows, "targets": aims, "wrong": wrong}, asked.out, name)
     if wrong:
         sys.exit("\n".join(wrong))
 

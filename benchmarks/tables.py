@@ -203,7 +203,7 @@ TABLES = {
     "learning_rate": loss_table,
     "merge": race_tables,
     "merge_phi3": race_tables,
-    **dict.fromkeys((*TRAINING, "select", "end_to_end", "evaluate"), turns_tables),
+    **dict.fromkeys((*TRAINING, "train_steps", "select", "end_to_end", "evaluate"), turns_tables),
     **dict.fromkeys((f"{name}_cuda_{model}" for name in TRAINING for model in ("smollm2", "phi3")), turns_tables),
     **dict.fromkeys((f"{name}_cuda_smollm2" for name in ("select", "end_to_end", "evaluate")), turns_tables),
     **dict.fromkeys((f"study_{preset}" for preset in ("small", "medium")), study),

@@ -106,6 +106,13 @@ def test_ratios_are_to_the_floor_before_and_to_each_peer_in_the_same_round(train
     assert set(ours["times"]) == {f"{library}: {name}" for library, name in PEERS}
 
 
+def test_steps_of_the_few_alone(tmp_path: Path) -> None:
+    results = quick("train", tmp_path, "--steps", measured="train_steps")
+    assert [row["name"] for row in results["rows"]] == ["frozen model", "element 0.1", "tiles of 16, 0.1", "LoRA r 128"]
+    assert len(results["targets"]) == 8
+    assert all(aim["found"] > 0 for aim in results["targets"])
+
+
 def test_aims_are_read_from_the_rows(train: dict) -> None:
     step = found(train, "step, element 0.1: times the floor, CPU")
     assert step["found"] == named(train, "element 0.1")["times_floor"]["cpu"][1]
