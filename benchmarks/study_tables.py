@@ -26,11 +26,11 @@ def _heading(results: dict[str, Any], cost: dict[str, Any]) -> list[str]:
     took = [clock(cost["wall_seconds"])] if cost.get("wall_seconds") is not None else []
     took += [f"{cost['core_hours']:.1f} core-hours"] if "core_hours" in cost else []
     took += [f"at most {size(cost['peak_rss_bytes'])} in one process"] if "peak_rss_bytes" in cost else []
-    told = "; ".join(", ".join(part) for part in (ran, packages, took) if part)
+    about = "; ".join(", ".join(part) for part in (ran, packages, took) if part)
     did = f"{results['settings'].get('model', 'base model')}, {held.count('in')} held-in and {held.count('out')} held-out tasks"
     did += f": {units['train']} trainings, {units['merge']} merges, {units['evaluate']} evaluations"
     did += f"; {units['missing']} of them have no result." if units["missing"] else "."
-    return [*([f"`{cost['command']}`", ""] if "command" in cost else []), *([f"{told}.", ""] if told else []), did, ""]
+    return [*([f"`{cost['command']}`", ""] if "command" in cost else []), *([f"{about}.", ""] if about else []), did, ""]
 
 
 def _claims(claims: list[dict[str, Any]]) -> list[str]:

@@ -24,8 +24,6 @@ def clock(seconds: float) -> str:
 
 def size(count: float) -> str:
     """Bytes, to two digits: 3.1 kB, 64 MB, 8.5 GB."""
-    for unit in ("kB", "MB", "GB"):
-        count /= 1000
-        if count < 999.5 or unit == "GB":
-            return f"{count:.1f} {unit}" if count < 9.95 else f"{count:.0f} {unit}"
-    raise AssertionError
+    unit, name = (1e3, "kB") if count < 999.5e3 else (1e6, "MB") if count < 999.5e6 else (1e9, "GB")
+    count /= unit
+    return f"{count:.{1 if count < 9.95 else 0}f} {name}"
