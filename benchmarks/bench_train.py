@@ -120,9 +120,9 @@ def main() -> None:
     parser.add_argument("--steps", action="store_true", help=f"of {', '.join(STAYING[1:])} and the floor only")
     asked = read(parser)
     load, started = load_before(), datetime.datetime.now(datetime.UTC)
-    entrants = contestants(asked)
+    entrants = only_steps(contestants(asked)) if asked.steps else contestants(asked)
     with Race(together=asked.quick) as race:
-        rows = race.group("step", only_steps(entrants) if asked.steps else entrants, asked.rounds)
+        rows = race.group("step", entrants, asked.rounds)
     about = record("bench_train.py", {str(asked.out): "OUT"}, settings_of(asked), started, load, race.versions, race.about)
     wrong = check(rows)
     aims = [one for one in targets(rows) if one["found"] is not None or not asked.steps]

@@ -117,7 +117,8 @@ class _Run:
         if event.what == "end":
             for unit in self.running.pop(key).units:
                 progress.running.pop(unit.key, None)
-                if unit.key not in progress.done | progress.failed.keys():  # what waits for it must not wait for ever
+                if unit.key not in progress.done and unit.key not in progress.failed:
+                    # What waits for it must not wait for ever.
                     progress.failed[unit.key] = "its worker ended the job without a word of it."
             self.priorities = self._priorities()
         elif event.what in ("started", "progress"):
