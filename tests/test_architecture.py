@@ -19,7 +19,7 @@ GROUND = {"errors", "files", "kernels"}
 UNITS = {"fingerprint", "delta", "scores", "masks", "container"}
 CORE = GROUND | UNITS | {"adapter", "adapter_stream", "resident"}
 VERBS = {"merging", "export", "analysis", "serving"}
-INPUTS = {"tasks", "builtin_tasks", "prompts", "token_cache", "models"}
+INPUTS = {"tasks", "builtin_tasks", "prompts", "models"}
 NEEDS_TRITON = {"sparselet.kernels.triton"}
 LIBRARY = CORE | VERBS | INPUTS | {"tuner", "training", "evaluation", "report", "hub", "experts"}
 

@@ -168,7 +168,7 @@ def check_inside(directory: Path, name: str) -> Path:
 
 
 def cache_directory() -> Path:
-    """Where models and token ids are kept: $SPARSELET_CACHE, or `sparselet` in the user's cache directory."""
+    """Where converted models are kept: $SPARSELET_CACHE, or `sparselet` in the user's cache directory."""
     if os.environ.get("SPARSELET_CACHE"):
         return Path(os.environ["SPARSELET_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparselet"

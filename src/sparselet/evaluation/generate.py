@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparselet import token_cache
 from sparselet.evaluation.decode import can_decode, decode, encode_prefix, end_tokens
-from sparselet.prompts import pad, shared_prefix
+from sparselet.prompts import pad, prompt_tokens, shared_prefix
 
 TOKENS = 16384  # of a batch; 0.75 GB of keys and values of a model of 135M parameters in float32
 
@@ -33,7 +32,7 @@ def generate(
     batch_size: prompts of a batch; by default as many as hold 16,384 tokens with their answers.
     progress: called with the number of prompts just answered.
     """
-    tokens = token_cache.prompts(tokenizer, prompts, chat_template, max_input_length)
+    tokens = [prompt_tokens(tokenizer, prompt, chat_template, max_input_length) for prompt in prompts]
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     answers = [""] * len(tokens)
     assert isinstance(tokenizer.pad_token_id, int)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from sparselet import token_cache
-from sparselet.prompts import pad, shared_prefix
+from sparselet.prompts import pad, prompt_tokens, shared_prefix, target_tokens
 from sparselet.tasks import Row
 from sparselet.training.prefix import SHARED, can_share
 
@@ -25,9 +24,13 @@ def encode(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, chat_template: bool, max_input_length: int, encoder_decoder: bool
 ) -> list[Encoded]:
     """Each row as `prompt` and `target` token ids. The prompt is cut from the left, the target kept whole."""
-    prompts = token_cache.prompts(tokenizer, [row.input for row in rows], chat_template, max_input_length)
-    targets = token_cache.targets(tokenizer, [row.target for row in rows], chat_template, encoder_decoder)
-    return [{"prompt": prompt, "target": target} for prompt, target in zip(prompts, targets, strict=True)]
+    return [
+        {
+            "prompt": prompt_tokens(tokenizer, row.input, chat_template, max_input_length),
+            "target": target_tokens(tokenizer, row.target, chat_template, encoder_decoder),
+        }
+        for row in rows
+    ]
 
 
 @dataclass(frozen=True)
