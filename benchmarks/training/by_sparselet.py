@@ -13,7 +13,7 @@ from sparselet import SparseAdapter, SparseDelta, SparseletConfig, freeze_masks,
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.masks import top_k, top_k_global, units_to_keep
 from sparselet.resident import applied
-from sparselet.tuner import SparseletLayer, get_tuner
+from sparselet.tuner import SparseletLayer, sparselet_layers
 from training.inputs import gradient_inputs, random_scores
 from training.models import make_model, random_entries, targets
 from training.steps import Training, kept, model_and_batch, several, step_job, trained
@@ -110,7 +110,7 @@ def part(job: dict[str, Any]) -> Callable[[], Any]:
 
 
 def _layers(training: Training) -> Iterator[SparseletLayer]:
-    return iter(get_tuner(training.module).layers().values())
+    return iter(sparselet_layers(training.module).values())
 
 
 # Switching

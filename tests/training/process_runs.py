@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sparselet import MaskSchedule, SparseletConfig, freeze_masks, reselect, to_adapter
 from sparselet.training import TrainSettings, train
-from sparselet.tuner import get_tuner, selection
+from sparselet.tuner import selection, sparselet_layers
 from sparselet.tuner.distributed import first_masks
 
 # The adapter's configuration, then the Trainer's arguments.
@@ -77,7 +77,7 @@ class Masks(TrainerCallback):
         self.steps = {}
 
     def on_step_end(self, args, state, control, model, **kwargs):
-        layers = get_tuner(model).layers().values()
+        layers = sparselet_layers(model).values()
         self.steps[f"step.{state.global_step}"] = torch.cat([layer.sparse_indices["default"].long() for layer in layers])
 
 
@@ -154,7 +154,7 @@ def trained_before(directory, processes=1):
 def unlike_graphs(directory, processes=1):
     """A loss that uses the targets in another order on the second process, and one of them not at all."""
     model = get_peft_model(make_model(), SparseletConfig(density=0.1, score="gm"))
-    layers = list(get_tuner(model).layers().values())
+    layers = list(sparselet_layers(model).values())
 
     def loss(model, batch):
         x = torch.randn(3, 16, generator=torch.Generator().manual_seed(batch["process"]))

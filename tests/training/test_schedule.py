@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sparselet import MaskSchedule, SparseletConfig, freeze_masks, reselect, to_adapter
 from sparselet.errors import SelectionError
-from sparselet.tuner import get_tuner
+from sparselet.tuner import sparselet_layers
 from sparselet.tuner.layer import seeded
 
 ROWS = 24
@@ -42,7 +42,7 @@ class Watch(TrainerCallback):
         self.masks, self.selections, self.selecting = {}, {}, {}
 
     def note(self, step, model):
-        layers = get_tuner(model).layers()
+        layers = sparselet_layers(model)
         states = [layer.sparse_mask["default"] for layer in layers.values()]
         self.masks[step] = {name: layer.sparse_indices["default"].clone() for name, layer in layers.items()}
         (self.selections[step],) = {state.selections for state in states}
@@ -94,7 +94,7 @@ def fit(tmp_path):
 def assert_whole(trainer, density=0.1):
     """The masks are frozen, have their size, and what was trained is in them."""
     adapter = to_adapter(trainer.model)
-    for layer in get_tuner(trainer.model).layers().values():
+    for layer in sparselet_layers(trainer.model).values():
         state = layer.sparse_mask["default"]
         assert not state.selecting
         assert state.pending is None
@@ -401,7 +401,7 @@ def test_a_model_in_bfloat16_is_scheduled_too(fit):
 
 def test_the_optimizer_follows_each_selection(fit):
     trainer, _ = fit({"reselect_every": 1}, optim="adamw_torch_fused")
-    for layer in get_tuner(trainer.model).layers().values():
+    for layer in sparselet_layers(trainer.model).values():
         parameter = layer.sparse_values["default"]
         state = trainer.optimizer.state[parameter]
         assert state["exp_avg"].shape == parameter.shape == state["exp_avg_sq"].shape

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 import sparselet
 from sparselet import SparseletConfig
-from sparselet.tuner import get_tuner
+from sparselet.tuner import sparselet_layers
 
 SCORES = {
     "mcs": lambda w, g: w * g,
@@ -85,7 +85,7 @@ def calm_adamw(parameters):
 def prepare(base, *, density, block_size, score, make_optimizer=adamw):
     model = get_peft_model(copy.deepcopy(base), SparseletConfig(density=density, block_size=block_size, score=score))
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
-    targets = list(get_tuner(model).layers())
+    targets = list(sparselet_layers(model))
     oracle = DenseAlgorithm1(copy.deepcopy(base), targets, density, block_size, score, make_optimizer)
     return model, optimizer, oracle
 
@@ -99,7 +99,7 @@ def step(model, optimizer, batch):
 
 
 def masks_of(model):
-    return {name: layer.delta("default").mask() for name, layer in get_tuner(model).layers().items()}
+    return {name: layer.delta("default").mask() for name, layer in sparselet_layers(model).items()}
 
 
 def assert_same_masks(model, oracle):
@@ -122,7 +122,7 @@ def run(base, batches, *, steps, phase, every, density, block_size, score, make_
             selections, moved = selections + 1, moved + selection.changed
         if i == phase:
             sparselet.freeze_masks(model)
-    for name, layer in get_tuner(model).layers().items():
+    for name, layer in sparselet_layers(model).items():
         delta, expected = layer.delta("default"), oracle.hats[name].detach() * oracle.masks[name]
         assert torch.allclose(delta.to_dense(), expected, rtol=0, atol=1e-5)
         assert torch.allclose(layer.weight, oracle.weights[name] + expected, rtol=0, atol=1e-5)
@@ -211,13 +211,13 @@ def test_a_value_that_left_the_mask_returns_when_selected_again(make_llama, make
         if i % 5:
             continue
         now = masks_of(model)
-        values = {name: layer.delta("default").to_dense() for name, layer in get_tuner(model).layers().items()}
+        values = {name: layer.delta("default").to_dense() for name, layer in sparselet_layers(model).items()}
         for name, value in values.items():
             seen[name] = torch.where(now[name], value, seen.get(name, value))
         before = now
         sparselet.reselect(model, [batch], optimizer)
         for name, mask in masks_of(model).items():
             back = mask & ~before[name]
-            assert torch.equal(get_tuner(model).layers()[name].delta("default").to_dense()[back], seen[name][back])
+            assert torch.equal(sparselet_layers(model)[name].delta("default").to_dense()[back], seen[name][back])
             returned += int((seen[name][back] != 0).sum())
     assert returned > 0

@@ -11,14 +11,14 @@ from transformers import BertConfig, BertForSequenceClassification
 import sparselet
 from sparselet import SparseDelta, SparseletConfig
 from sparselet.kernels import gather
-from sparselet.tuner import get_tuner
+from sparselet.tuner import sparselet_layers
 
 
 def dense_gradients(base, model, batches, autocast=None):
     """Dense ∂L/∂W, summed over the batches, of a copy of the base model with the adapter's values added."""
     oracle = copy.deepcopy(base).requires_grad_(False)
     weights = {}
-    for name, layer in get_tuner(model).layers().items():
+    for name, layer in sparselet_layers(model).items():
         weight = oracle.get_submodule(name).weight
         with torch.no_grad():
             weight.copy_(weight + layer.delta("default").to_dense())  # rounded once, as the tuner does
@@ -36,7 +36,7 @@ def assert_gradients(base, model, batches, rtol=1e-10, atol=1e-12, autocast=None
             loss = model(**batch).loss
         loss.backward()
     expected = dense_gradients(base, model, batches, autocast)
-    for name, layer in get_tuner(model).layers().items():
+    for name, layer in sparselet_layers(model).items():
         state, values = layer.sparse_mask["default"], layer.sparse_values["default"]
         dense = expected[name]
         at_mask = dense if state.dense else gather(dense, layer.sparse_indices["default"], state.block_size)
@@ -85,7 +85,7 @@ def test_gradient_checkpointing_does_not_change_what_is_selected(make_llama, mak
             model.enable_input_require_grads()
         model.train()
         sparselet.reselect(model, batches)
-        masks.append([layer.sparse_indices["default"] for layer in get_tuner(model).layers().values()])
+        masks.append([layer.sparse_indices["default"] for layer in sparselet_layers(model).values()])
     assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
 
 
@@ -95,11 +95,11 @@ def test_first_layer_whose_input_needs_no_gradient_is_trained(wrap):
     x = torch.randn(5, 8, dtype=torch.float64)
     oracle = copy.deepcopy(base)
     with torch.no_grad():
-        for name, layer in get_tuner(model).layers().items():
+        for name, layer in sparselet_layers(model).items():
             oracle.get_submodule(name).weight += layer.delta("default").to_dense()
     model(x).square().sum().backward()
     oracle(x).square().sum().backward()
-    for name, layer in get_tuner(model).layers().items():
+    for name, layer in sparselet_layers(model).items():
         expected = gather(oracle.get_submodule(name).weight.grad, layer.sparse_indices["default"])
         torch.testing.assert_close(layer.sparse_values["default"].grad, expected)
 
@@ -109,7 +109,7 @@ def test_gradient_of_the_input_is_that_of_the_changed_weight(wrap):
     model = wrap(base, target_modules=["0"])
     x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     model(x).square().sum().backward()
-    weight = get_tuner(model).layers()["0"].weight
+    weight = sparselet_layers(model)["0"].weight
     assert not torch.equal(weight, base[0].weight)
     torch.testing.assert_close(x.grad, 2 * (x @ weight.T + base[0].bias) @ weight)
 
@@ -123,7 +123,7 @@ def test_gradient_under_autocast(request, wrap, make_batches, kind):
 def test_gradient_of_a_bfloat16_model_is_float32(make_llama, wrap, make_batches):
     base = make_llama(torch.bfloat16)
     model = wrap(base)
-    for layer in get_tuner(model).layers().values():
+    for layer in sparselet_layers(model).values():
         assert layer.sparse_values["default"].dtype == torch.float32
     assert_gradients(base, model, make_batches(1), rtol=2e-2, atol=2e-4)
 
@@ -162,7 +162,7 @@ def test_layer_called_twice_gets_the_sum_of_both_gradients(wrap):
     base, x = Twice(), torch.randn(4, 8, dtype=torch.float64)
     model = wrap(base, target_modules=["shared"])
     oracle = copy.deepcopy(base)
-    layer = get_tuner(model).layers()["shared"]
+    layer = sparselet_layers(model)["shared"]
     with torch.no_grad():
         oracle.shared.weight += layer.delta("default").to_dense()
     model(x).backward()
@@ -181,7 +181,7 @@ def test_layer_called_twice_is_scored_by_the_sum_of_both_gradients(batches):
     for x in inputs:
         oracle(x).backward()
     expected = oracle.shared.weight.grad.abs().flatten().topk(16).indices.sort().values
-    assert get_tuner(model).layers()["shared"].sparse_indices["default"].tolist() == expected.tolist()
+    assert sparselet_layers(model)["shared"].sparse_indices["default"].tolist() == expected.tolist()
 
 
 def test_layer_whose_output_is_changed_in_place_has_the_right_gradient(wrap):
@@ -195,7 +195,7 @@ def test_layer_whose_output_is_changed_in_place_has_the_right_gradient(wrap):
 
     base, x = Clamped(), torch.randn(4, 8, dtype=torch.float64)
     model = wrap(base, target_modules=["proj"])
-    layer = get_tuner(model).layers()["proj"]
+    layer = sparselet_layers(model)["proj"]
     weight = layer.weight.detach().clone().requires_grad_()
     model(x).backward()
     nn.functional.linear(x, weight, base.proj.bias).clamp(-0.5, 0.5).sum().backward()
@@ -207,7 +207,7 @@ def test_several_active_adapters_each_get_the_gradient_at_their_mask(make_llama,
     add_adapter(model, "other", density=0.2, block_size=4, seed=1)
     model.base_model.set_adapter(["default", "other"])
     model(**make_batches(1)[0]).loss.backward()
-    for layer in get_tuner(model).layers().values():
+    for layer in sparselet_layers(model).values():
         dense = {
             n: SparseDelta(layer.shape, layer.sparse_indices[n], v.grad, v.shape[1] if v.ndim == 3 else 1)
             for n, v in layer.sparse_values.items()

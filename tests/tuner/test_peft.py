@@ -34,7 +34,7 @@ from sparselet.errors import (
     UnsortedIndices,
     WrongBase,
 )
-from sparselet.tuner import UnselectedMaskWarning, get_tuner, to_adapter
+from sparselet.tuner import UnselectedMaskWarning, sparselet_layers, to_adapter
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 DECODER = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}
@@ -83,7 +83,7 @@ def logits(model, batch):
 
 
 def layers(model):
-    return get_tuner(model).layers()
+    return sparselet_layers(model)
 
 
 def finish(model, batch, steps=2):
@@ -95,7 +95,7 @@ def finish(model, batch, steps=2):
             model(**batch).loss.backward()
             optimizer.step()
         if (
-            get_tuner(model).peft_config["default"].initial_mask == "dense"
+            model.peft_config["default"].initial_mask == "dense"
             and next(iter(layers(model).values())).sparse_mask["default"].dense
         ):
             sparselet.reselect(model, [batch], optimizer)
@@ -141,7 +141,7 @@ def test_architecture_is_trained_saved_and_loaded(kind, block_size, tmp_path):
     base, batch = make_model(kind), make_batch(kind)
     heads = {"modules_to_save": ["classifier"]} if kind == "bert" else {}
     model = get_peft_model(copy.deepcopy(base), SparseletConfig(score="mcs", block_size=block_size, **heads))
-    assert get_tuner(model).peft_config["default"].target_modules == expected
+    assert model.peft_config["default"].target_modules == expected
     assert len(layers(model)) == count
     original = logits(base, batch)
     assert torch.equal(logits(model, batch), original)

@@ -10,7 +10,7 @@ from transformers import Adafactor as TransformersAdafactor
 
 from sparselet import SparseletConfig
 from sparselet.errors import NonFiniteValue, SelectionError
-from sparselet.tuner import get_tuner
+from sparselet.tuner import sparselet_layers
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -19,7 +19,7 @@ every_block = pytest.mark.parametrize("block_size", [1, 4], ids=["element", "til
 
 
 def layers(model):
-    return get_tuner(model).layers()
+    return sparselet_layers(model)
 
 
 def expected_weight(base, layer, names):
@@ -185,7 +185,7 @@ def test_disable_adapter_restores_the_base_model(make_llama, wrap, make_batches,
     model = wrap(base, block_size=block_size)
     changed_logits = model(**batch).logits
     with model.disable_adapter():
-        assert_restored(get_tuner(model).model, base)
+        assert_restored(model.base_model.model, base)
         assert torch.equal(model(**batch).logits, base(**batch).logits)
     assert torch.equal(model(**batch).logits, changed_logits)
     assert_resident(model, base)
@@ -203,7 +203,7 @@ def test_merge_and_unmerge_adapter(make_llama, wrap, make_batches, dtype, block_
     model.unmerge_adapter()
     assert torch.equal(model(**batch).logits, expected)
     model.base_model.set_adapter([])
-    assert_restored(get_tuner(model).model, base)
+    assert_restored(model.base_model.model, base)
 
 
 @every_dtype
@@ -238,14 +238,14 @@ def test_overlapping_adapters_switch_without_a_trace(make_llama, wrap, add_adapt
         assert_resident(model, base, names)
         logits[tuple(names)] = model(**batch).logits
         with model.disable_adapter():
-            assert_restored(get_tuner(model).model, base)
+            assert_restored(model.base_model.model, base)
         assert_resident(model, base, names)
     assert not torch.equal(logits["other",], logits["default",])
     model.set_adapter("default")
     model.delete_adapter("other")
     assert_resident(model, base)
     model.delete_adapter("default")
-    assert_restored(get_tuner(model).model, base)
+    assert_restored(model.base_model.model, base)
 
 
 @every_block
@@ -274,7 +274,7 @@ def test_merged_adapters_are_deleted_only_after_unmerging(make_llama, wrap, add_
     model.unmerge_adapter()
     model.delete_adapter("other")
     model.delete_adapter("default")
-    assert_restored(get_tuner(model).model, base)
+    assert_restored(model.base_model.model, base)
 
 
 def test_deleting_the_active_or_an_idle_adapter(make_llama, wrap, add_adapter, make_batches):
@@ -309,7 +309,7 @@ def test_sum_of_many_active_adapters_is_rounded_once(make_llama, wrap, add_adapt
     model.base_model.set_adapter(names)
     assert_resident(model, base, names)
     model.base_model.set_adapter([])
-    assert_restored(get_tuner(model).model, base)
+    assert_restored(model.base_model.model, base)
 
 
 def test_negative_zero_survives(wrap):
@@ -333,7 +333,7 @@ def test_deepcopy_is_independent(make_llama, wrap, make_batches, block_size):
     assert torch.equal(model(**batch).logits, logits)
     assert_resident(model, base)
     with twin.disable_adapter():
-        assert_restored(get_tuner(twin).model, base)
+        assert_restored(twin.base_model.model, base)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -352,7 +352,7 @@ def test_casting_the_model_casts_the_base_and_keeps_the_values(make_llama, wrap,
     train(model, make_batches(1)[0], torch.optim.AdamW(parameters(model), lr=1e-2))
     assert_resident(model, base)
     with model.disable_adapter():
-        assert_restored(get_tuner(model).model, base)
+        assert_restored(model.base_model.model, base)
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16"])

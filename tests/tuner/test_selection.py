@@ -11,11 +11,11 @@ import sparselet
 from sparselet import SparseAdapter, SparseletConfig
 from sparselet.errors import ConfigError, NonFiniteScore, SelectionError
 from sparselet.masks import units_to_keep
-from sparselet.tuner import get_tuner, to_adapter
+from sparselet.tuner import sparselet_layers, to_adapter
 
 
 def layers(model):
-    return get_tuner(model).layers()
+    return sparselet_layers(model)
 
 
 def masks(model):
@@ -121,7 +121,7 @@ def test_dropped_layer_comes_back_when_it_matters_again(make_llama, make_batches
     train(model, optimizer, batches)
     assert sparselet.reselect(model, batches, optimizer).active_layers == 2
     with torch.no_grad():
-        get_tuner(model).model.model.layers[1].self_attn.o_proj.weight.normal_(std=0.3)
+        model.base_model.model.model.layers[1].self_attn.o_proj.weight.normal_(std=0.3)
     assert sparselet.reselect(model, batches, optimizer).active_layers == 3
     train(model, optimizer, batches)
 

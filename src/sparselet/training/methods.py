@@ -30,7 +30,7 @@ from sparselet.training.prefix import loss_of
 from sparselet.training.sampling import balanced_rows
 from sparselet.training.schedule import MaskSchedule
 from sparselet.training.settings import TrainSettings
-from sparselet.tuner import SparseletConfig, get_tuner, to_adapter
+from sparselet.tuner import SparseletConfig, sparselet_layers, to_adapter
 from sparselet.tuner.model import versions
 from sparselet.tuner.targets import describe_linear_layers, find_qkv, is_linear
 
@@ -274,7 +274,7 @@ def _wrapped(model: PreTrainedModel, config: PeftConfig) -> Any:
 
 def _put_in(wrapped: nn.Module, start: SparseAdapter) -> None:
     """Give every layer its mask and values of `start`, to be trained as they are."""
-    for name, layer in get_tuner(wrapped).layers().items():
+    for name, layer in sparselet_layers(wrapped).items():
         layer.set_mask(ADAPTER, start[name].indices, start[name].values, start[name].block_size)
         layer.sparse_mask[ADAPTER].selections = 1
 

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from sparselet.errors import ConfigError, SelectionError
-from sparselet.tuner import get_tuner
+from sparselet.tuner.adapted import base_model
 from sparselet.tuner.distributed import wrappers
 from sparselet.tuner.layer import is_sharded
 from sparselet.tuner.selection import Batch, own_loss
@@ -83,7 +83,7 @@ def shared_loss(model: nn.Module, batch: Batch) -> Tensor:
     labels and multiplied by the number of processes. A model whose loss takes no number of items is a mean over the share,
     and all shares count alike.
     """
-    base = get_tuner(model).model
+    base = base_model(model)
     items = _items(base, batch)
     if items is None or not _takes_number(base):
         return own_loss(model, batch)

@@ -13,7 +13,8 @@ from transformers.trainer_utils import has_length
 
 from sparselet.errors import SelectionError
 from sparselet.training.processes import refuse_sharding, selected_on, shared_loss
-from sparselet.tuner import SparseletConfig, freeze_masks, get_tuner, reselect
+from sparselet.tuner import SparseletConfig, freeze_masks, reselect
+from sparselet.tuner.adapted import active_adapters, adapter_config, sparselet_layers
 from sparselet.tuner.distributed import group_of, rebuild, require_same_start
 from sparselet.tuner.layer import SparseletLayer, seeded
 from sparselet.tuner.selection import Loss
@@ -150,16 +151,16 @@ def _scoring_batches(
 
 def _selecting(model: Any) -> tuple[SparseletConfig, dict[str, SparseletLayer]] | None:
     """The active adapter's config and layers, while its masks are still being selected."""
-    tuner = get_tuner(model)
-    if len(tuner.active_adapters) != 1:
-        raise SelectionError(f"exactly one adapter must be active in training; active are {tuner.active_adapters}.")
-    name = tuner.active_adapters[0]
-    layers = {n: layer for n, layer in tuner.layers().items() if name in layer.sparse_mask}
+    names = active_adapters(model)
+    if len(names) != 1:
+        raise SelectionError(f"exactly one adapter must be active in training; active are {names}.")
+    name = names[0]
+    layers = sparselet_layers(model, name)
     if not any(layer.sparse_mask[name].selecting for layer in layers.values()):
         return None
-    return tuner.config_of(name), layers
+    return adapter_config(model, name), layers
 
 
 def _selections(layers: Mapping[str, SparseletLayer], model: Any) -> int:
-    name = get_tuner(model).active_adapters[0]
+    name = active_adapters(model)[0]
     return max(layer.sparse_mask[name].selections for layer in layers.values())

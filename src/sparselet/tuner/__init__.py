@@ -1,8 +1,9 @@
 """The PEFT method. Importing this package registers it with PEFT."""
 
+from sparselet.tuner.adapted import refresh, sparselet_layers
 from sparselet.tuner.config import SparseletConfig
 from sparselet.tuner.layer import SparseletLayer
-from sparselet.tuner.model import SparseletModel, UnselectedMaskWarning, get_tuner, to_adapter
+from sparselet.tuner.model import SparseletModel, UnselectedMaskWarning, to_adapter
 from sparselet.tuner.selection import Selection, freeze_masks, reselect
 
 __all__ = [
@@ -12,7 +13,8 @@ __all__ = [
     "SparseletModel",
     "UnselectedMaskWarning",
     "freeze_masks",
-    "get_tuner",
+    "refresh",
     "reselect",
+    "sparselet_layers",
     "to_adapter",
 ]

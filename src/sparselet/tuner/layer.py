@@ -22,6 +22,7 @@ from sparselet.delta import SparseDelta, check_block_size, index_dtype
 from sparselet.errors import NonFiniteValue, SelectionError, ShapeMismatch
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.masks import units_to_keep
+from sparselet.tuner.config import SparseletConfig
 from sparselet.tuner.gradient import with_masked_gradient
 
 Recorder = Callable[["SparseletLayer", Tensor], None]
@@ -72,7 +73,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("sparse_values",)
-    other_param_names = ("sparse_indices", "sparse_mask")
+    other_param_names = ("sparse_indices", "sparse_mask", "sparse_config")
 
     def __init__(self, base_layer: nn.Module, target_name: str) -> None:
         super().__init__()
@@ -87,6 +88,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         self.sparse_values = nn.ParameterDict({})
         self.sparse_indices = cast("dict[str, Tensor]", BufferDict({}, persistent=True))
         self.sparse_mask: dict[str, MaskState] = {}
+        self.sparse_config: dict[str, SparseletConfig] = {}
         self.recorder: Recorder | None = None
         self.calls = 0
         self.merged_adapters: list[str] = []
@@ -102,7 +104,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
 
     # Adapters
 
-    def add_adapter(self, name: str, config: Any) -> None:
+    def add_adapter(self, name: str, config: SparseletConfig) -> None:
         """Make room for an adapter; its mask is chosen by `config.initial_mask`. Raises BlockSizeError."""
         weight = self.base_weight
         loaded = config.targets is not None
@@ -113,6 +115,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         units = torch.empty(0, dtype=index_dtype(weight.numel()), device=weight.device)
         values = torch.zeros(self.shape if dense else (0,), dtype=self._values_dtype(), device=weight.device)
         self.sparse_mask[name] = state
+        self.sparse_config[name] = config
         self.sparse_indices[name] = units
         self.sparse_values[name] = nn.Parameter(values)
         if not dense and not loaded:

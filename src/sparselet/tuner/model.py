@@ -19,6 +19,7 @@ from sparselet.adapter import INDICES, PENDING, PREFIX, PROGRESS, VALUES, Sparse
 from sparselet.delta import SparseDelta, check_block_size
 from sparselet.errors import ArgumentError, BadShape, MissingTensor, NoTargets, ShapeMismatch, SparseletError, UnknownTarget
 from sparselet.fingerprint import require_same_base
+from sparselet.tuner.adapted import adapter_config, base_model, refresh, require_layers, sparselet_layers
 from sparselet.tuner.config import PEFT_TYPE, SparseletConfig
 from sparselet.tuner.layer import SparseletLayer
 from sparselet.tuner.targets import describe_linear_layers, find_qkv, is_linear
@@ -49,14 +50,6 @@ class SparseletModel(BaseTuner):
         super().__setstate__(state)
         _alive.add(self)
 
-    def layers(self) -> dict[str, SparseletLayer]:
-        """The adapted layers by target name, in the model's order."""
-        return {m.target_name: m for m in self.model.modules() if isinstance(m, SparseletLayer)}
-
-    def config_of(self, adapter_name: str) -> SparseletConfig:
-        """The configuration of an adapter."""
-        return cast(SparseletConfig, self.peft_config[adapter_name])
-
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> SparseletConfig:
         assert isinstance(peft_config, SparseletConfig)
         if peft_config.target_modules is None:
@@ -65,7 +58,7 @@ class SparseletModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the model. Raises NoTargets where no layer matches, UnknownTarget for one it lacks."""
-        config = self.config_of(adapter_name)
+        config = cast(SparseletConfig, self.peft_config[adapter_name])
         for name in config.targets or {}:
             try:
                 model.get_submodule(name)
@@ -82,7 +75,7 @@ class SparseletModel(BaseTuner):
             if "odules" not in str(error) or isinstance(error, ArgumentError):
                 raise
             raise NoTargets(f"{error} The model's linear layers are: {describe_linear_layers(model)}.") from error
-        _refuse_shared_weights(self.layers())
+        _refuse_shared_weights(sparselet_layers(model))
 
     def _check_target_module_exists(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, peft_config: PeftConfig, key: str
@@ -119,14 +112,9 @@ class SparseletModel(BaseTuner):
         finally:
             del self.prefix
 
-    def refresh(self, force: bool = False) -> None:
-        """Write every active adapter's values into the weights, where they have changed."""
-        for layer in self.layers().values():
-            layer.refresh(force=force and any(value.requires_grad for value in layer.sparse_values.values()))
-
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        self.refresh()
+        refresh(self.model)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -205,18 +193,15 @@ class SparseletModel(BaseTuner):
 def to_adapter(model: nn.Module, adapter_name: str = "default", metadata: Mapping[str, Any] | None = None) -> SparseAdapter:
     """A model's adapter as a `SparseAdapter`, with the configuration and `metadata` as its metadata.
 
-    model: a `PeftModel` or anything that holds the tuner. Raises ArgumentError for an unknown adapter.
+    model: anything that holds the adapter's layers. Raises ArgumentError for an unknown adapter.
     """
-    tuner = get_tuner(model)
-    if adapter_name not in tuner.peft_config:
-        raise ArgumentError(f"no adapter is called {adapter_name!r}; there are {', '.join(tuner.peft_config)}.")
-    layers = {n: layer for n, layer in tuner.layers().items() if adapter_name in layer.sparse_values}
-    config = tuner.peft_config[adapter_name].to_dict()
+    layers = require_layers(model, adapter_name)
+    config = adapter_config(model, adapter_name).to_dict()
     own = {"peft_type", "format_version", "targets"}
     described = {key: value for key, value in config.items() if key not in own} | {"inference_mode": True}
     modules = {
         name.replace(f".modules_to_save.{adapter_name}.", "."): tensor.detach().cpu()
-        for name, tensor in tuner.model.state_dict().items()
+        for name, tensor in base_model(model).state_dict().items()
         if f".modules_to_save.{adapter_name}." in f".{name}"
     }
     return SparseAdapter(
@@ -225,14 +210,6 @@ def to_adapter(model: nn.Module, adapter_name: str = "default", metadata: Mappin
         {name: layer.base_fingerprint() for name, layer in layers.items()},
         modules,
     )
-
-
-def get_tuner(model: nn.Module) -> SparseletModel:
-    """The tuner in a model, however it is wrapped. Raises ArgumentError if there is none."""
-    for module in model.modules():
-        if isinstance(module, SparseletModel):
-            return module
-    raise ArgumentError("the model has no sparse adapter; wrap it with peft.get_peft_model(model, SparseletConfig()).")
 
 
 def record(layers: Any) -> dict[str, Any]:
@@ -360,7 +337,7 @@ def _refuse_shared_weights(layers: Mapping[str, SparseletLayer]) -> None:
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     # Fused and foreign optimizers may change parameters without touching their version counters.
     for tuner in list(_alive):
-        tuner.refresh(force=True)
+        refresh(tuner.model, force=True)
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)

@@ -14,10 +14,10 @@ from sparselet import kernels
 from sparselet.errors import SelectionError
 from sparselet.masks import dropped_layers, layer_of, top_k, top_k_global, units_to_keep
 from sparselet.scores import Candidate, get_score
+from sparselet.tuner.adapted import active_adapters, adapter_config, sparselet_layers
 from sparselet.tuner.config import SparseletConfig
 from sparselet.tuner.distributed import anywhere, average, first_masks, group_of, rebuild
 from sparselet.tuner.layer import SparseletLayer, seeded
-from sparselet.tuner.model import get_tuner
 
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -248,14 +248,13 @@ def own_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _trained_layers(model: nn.Module) -> tuple[SparseletConfig, str, dict[str, SparseletLayer]]:
-    tuner = get_tuner(model)
-    names = tuner.active_adapters
+    names = active_adapters(model)
     if len(names) != 1:
         raise SelectionError(f"exactly one adapter must be active to select its mask; active are {names}.")
     layers = {
         target: layer
-        for target, layer in tuner.layers().items()
-        if names[0] in layer.sparse_values and layer.sparse_values[names[0]].requires_grad
+        for target, layer in sparselet_layers(model, names[0]).items()
+        if layer.sparse_values[names[0]].requires_grad
     }
     if not layers:
         raise SelectionError(f"adapter {names[0]!r} is not trainable, so its mask cannot be selected.")
@@ -263,7 +262,7 @@ def _trained_layers(model: nn.Module) -> tuple[SparseletConfig, str, dict[str, S
         raise SelectionError(f"adapter {names[0]!r} is merged, so no gradient reaches it; call unmerge_adapter() first.")
     if not all(layer.sparse_mask[names[0]].selecting for layer in layers.values()):
         raise SelectionError(f"the masks of adapter {names[0]!r} are frozen; its selection phase has ended.")
-    return tuner.config_of(names[0]), names[0], layers
+    return adapter_config(model, names[0]), names[0], layers
 
 
 def _units(layer: SparseletLayer, name: str) -> Tensor | None:
