@@ -3,6 +3,7 @@
 import logging
 import os
 import subprocess
+import warnings
 
 # Read when the libraries are imported: no test may reach the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -61,6 +62,7 @@ def loud_again(monkeypatch):
     from transformers.utils import logging as transformers_logging
 
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     names = ("sparselet", "absl")
     levels = {name: logging.getLogger(name).level for name in names}
     verbosity = transformers_logging.get_verbosity()

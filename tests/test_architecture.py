@@ -15,7 +15,7 @@ SOURCE = Path(sparselet.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ROOT = "sparselet"
 
-GROUND = {"errors", "files", "kernels"}
+GROUND = {"errors", "printable", "files", "kernels"}
 UNITS = {"fingerprint", "delta", "scores", "masks", "container"}
 CORE = GROUND | UNITS | {"adapter", "adapter_stream", "resident"}
 VERBS = {"merging", "export", "analysis", "serving"}
@@ -26,7 +26,8 @@ LIBRARY = CORE | VERBS | INPUTS | {"tuner", "training", "evaluation", "report", 
 # What each module or package may import beside itself; lowest first. Files of one layer must not form a circle.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "files": {"errors"},
+    "printable": set(),
+    "files": {"errors", "printable"},
     "kernels": {"errors"},
     **dict.fromkeys(UNITS, GROUND | UNITS),
     "adapter": GROUND | UNITS,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparselet.errors import BadContainer, BadDtype, MissingFile
+from sparselet.printable import reason
 
 _NAMES = {torch.float32: "F32", torch.int32: "I32"}
 DTYPES = {
@@ -88,12 +89,13 @@ class TensorFile:
             raise MissingFile(f"{path} is missing.")
         self.path = path
         try:
-            with safetensors.safe_open(path, framework="pt"), path.open("rb") as file:  # it checks the header and the size
+            # The library checks the header and the size. It takes no path that is not UTF-8.
+            with path.open("rb") as file, safetensors.safe_open(_utf8_path(path, file.fileno()), framework="pt"):
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
                 self._inode = os.fstat(file.fileno()).st_ino
         except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise BadContainer(f"{path} is not a whole safetensors file: {error}") from error
+            raise BadContainer(f"{path} is not a whole safetensors file: {reason(error)}") from error
         self.notes: dict[str, str] = header.pop("__metadata__", None) or {}
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(entry["shape"]) for name, entry in header.items()}
         self.dtypes: dict[str, str] = {name: entry["dtype"] for name, entry in header.items()}
@@ -128,3 +130,9 @@ class TensorFile:
             os.close(descriptor)
         if not same:
             raise BadContainer(f"{self.path} was replaced or cut short while it was read.")
+
+
+def _utf8_path(path: Path, descriptor: int) -> str:
+    """A name in UTF-8 of a file that is open."""
+    text = str(path)
+    return text if text == text.encode(errors="replace").decode() else f"/dev/fd/{descriptor}"

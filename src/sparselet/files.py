@@ -99,14 +99,18 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def json_bytes(content: Any) -> bytes:
-    """`content` as indented JSON with sorted keys. The same content gives the same bytes."""
-    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    """`content` as indented JSON with sorted keys. The same content gives the same bytes.
+
+    Halves of surrogate pairs, which paths that are not UTF-8 have, are written as JSON's escapes.
+    """
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, atomically."""
+    """Write `text` as UTF-8, atomically; halves of surrogate pairs as escapes."""
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def flush(directory: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselet.adapter import SparseAdapter
-from sparselet.cli.terminal import TrainingProgress, err, print_json, progress, quiet_libraries, say, table
+from sparselet.cli.terminal import TrainingProgress, note, print_json, progress, quiet_libraries, say, status, table, word
 from sparselet.errors import OutputExists
 from sparselet.evaluation import EvalSettings, evaluate
 from sparselet.files import write_json
@@ -44,7 +44,7 @@ def demo_(*, out: Path = Path("sparselet-demo"), json: bool = False) -> None:
     quiet_libraries()
     started = time.time()
     _claim(out)
-    with err.status("Base model: SmolLM2-135M-Instruct (its first use converts the packaged copy, half a minute)"):
+    with status("Base model: SmolLM2-135M-Instruct (its first use converts the packaged copy, half a minute)"):
         packaged_model()
         model, tokenizer = load_model(PACKAGED), load_tokenizer(PACKAGED)
     experts = {task: _expert(out, task, (model, tokenizer)) for task in TASKS}
@@ -90,7 +90,7 @@ def _claim(out: Path) -> None:
 def _expert(out: Path, task: str, base: tuple[Any, Any]) -> SparseAdapter:
     path = out / "experts" / task
     if path.is_dir():
-        err.print(f"{task}: trained already, taken from {path}", highlight=False)
+        note(f"{task}: trained already, taken from {path}")
         return SparseAdapter.load(path)
     bar, stopped = TrainingProgress(task), work_directory(path).exists()
     try:
@@ -133,8 +133,8 @@ def _tell(out: Path, scores: dict[str, dict[str, float]], results: dict[str, Any
         f"({', '.join(f'{task} {100 * kept:.0f} %' for task, kept in results['retention_by_task'].items())}).",
         f"It took {results['seconds']:.0f} s. Written to {out}: experts/, merged/, results.json, picture.png",
         "Next:",
-        f"  sparselet inspect {out}/experts/{TASKS[0]}",
-        f"  sparselet merge {out}/experts/* --method uniform --out uniform",
-        f"  sparselet merge {out}/experts/* --out my-model --as checkpoint --model {PACKAGED}",
+        f"  sparselet inspect {word(out)}/experts/{TASKS[0]}",
+        f"  sparselet merge {word(out)}/experts/* --method uniform --out uniform",
+        f"  sparselet merge {word(out)}/experts/* --out my-model --as checkpoint --model {PACKAGED}",
         "  sparselet train --task YOUR-TASK --out my-expert --learning-rate 1e-3",
     )

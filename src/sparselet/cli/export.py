@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from sparselet.cli.opening import open_experts
-from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, table
+from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, table, word
 from sparselet.errors import ConfigError, ModelError
 from sparselet.experts import Expert
 from sparselet.export import export_checkpoint, export_gguf_checkpoint, export_lora, export_shira, export_super_tuning
@@ -19,8 +19,8 @@ NEXT = {
     "shira": "peft.PeftModel.from_pretrained(base_model, {out!r})",
     "supertuning": "peft.PeftModel.from_pretrained(base_model, {out!r})",
     "lora": "peft.PeftModel.from_pretrained(base_model, {out!r})",
-    "checkpoint": "sparselet eval --task TASK --model {out}",
-    "gguf": "python llama.cpp/convert_hf_to_gguf.py {out}",
+    "checkpoint": "sparselet eval --task TASK --model {word}",
+    "gguf": "python llama.cpp/convert_hf_to_gguf.py {word}",
 }
 
 
@@ -85,7 +85,11 @@ def export_(
     if "errors" in result:
         worst = sorted(result["errors"].items(), key=lambda item: (-item[1], item[0]))
         table("Relative error of each target, worst first", ["target", "error"], [(n, f"{e:.2e}") for n, e in worst])
-    say(f"{len(expert)} targets, {expert.nnz:,} entries", f"Written to {out}", f"Next: {NEXT[to].format(out=str(out))}")
+    say(
+        f"{len(expert)} targets, {expert.nnz:,} entries",
+        f"Written to {out}",
+        f"Next: {NEXT[to].format(out=str(out), word=word(out))}",
+    )
 
 
 def _export_model(expert: Expert, to: str, out: Path, model: str | None, dtype: str) -> None:

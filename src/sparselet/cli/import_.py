@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sparselet.adapter import AdapterFile
 from sparselet.cli.opening import open_experts
-from sparselet.cli.terminal import facts, print_json, progress, quiet_libraries, say
+from sparselet.cli.terminal import facts, print_json, progress, quiet_libraries, say, word
 from sparselet.experts import save_expert
 from sparselet.files import refuse_existing
 
@@ -49,4 +49,4 @@ def import_(expert: str, /, *, out: Path, model: str | None = None, json: bool =
             ("density", f"{written.metadata['density']:.4g}"),
         ],
     )
-    say(f"Written to {out}", f"Next: sparselet merge {out} OTHER --out merged")
+    say(f"Written to {out}", f"Next: sparselet merge {word(out)} OTHER --out merged")

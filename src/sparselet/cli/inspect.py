@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter
-from sparselet.cli.terminal import SHADES, facts, out, print_json, quiet_libraries, say, table
+from sparselet.cli.terminal import SHADES, facts, heading, print_json, quiet_libraries, say, table, word
 from sparselet.masks import layer_of
 from sparselet.report.summary import Cell, layer_table
 
@@ -51,7 +51,7 @@ def inspect_(adapter: Path, /, *, json: bool = False) -> None:
     facts(str(adapter), [(name, value) for name, value in known if value is not None])
     _show_entries(cells)
     _show_heat(cells)
-    say(f"Next: sparselet eval --task TASK --adapter {adapter}")
+    say(f"Next: sparselet eval --task TASK --adapter {word(adapter)}")
 
 
 def _merged(metadata: dict[str, Any]) -> str | None:
@@ -77,7 +77,7 @@ def _show_heat(cells: dict[str, dict[str, Cell]]) -> None:
     largest = max((cell.rms for row in cells.values() for cell in row.values()), default=0.0)
     layers = list(dict.fromkeys(layer for row in cells.values() for layer in row))
     width = max(len(name) for name in cells)
-    out.print("Change by layer, first to last", style="bold")
+    heading("Change by layer, first to last")
     for name, row in cells.items():
         shades = (row[layer].rms / largest if layer in row and largest else 0.0 for layer in layers)
         say(f"  {name:>{width}} " + "".join(SHADES[min(len(SHADES) - 1, round(s * (len(SHADES) - 1)))] * 2 for s in shades))

@@ -11,8 +11,10 @@ import cyclopts
 from cyclopts import App, Parameter
 from cyclopts.config import Dict
 
+from sparselet.cli.streams import lenient_streams
 from sparselet.errors import ConfigError, SparseletError
 from sparselet.files import read_toml
+from sparselet.printable import printable, reason
 
 HELP = """Sparse experts for language models: train one for each task, merge them into one model, measure it.
 
@@ -84,28 +86,34 @@ def run(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments:
         arguments = ["--help"]
-    debug = "--debug" in arguments
+    with lenient_streams():
+        code = _run(arguments, "--debug" in arguments)
+    sys.exit(code)
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    """The exit code. debug: raise what went wrong."""
     try:
         app = _app(next((argument for argument in arguments if argument in VERBS), None))
         app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.CycloptsError as error:
-        _fail(f"{error} See `sparselet --help`.", 2, debug)
+        return _fail(f"{reason(error)} See `sparselet --help`.", 2, debug)
     except SparseletError as error:
-        _fail(str(error), 1, debug)
+        return _fail(str(error), 1, debug)
     except KeyboardInterrupt:
-        _fail("interrupted. A training run that has saved a checkpoint goes on with --resume.", 130, debug)
+        return _fail("interrupted. A training run that has saved a checkpoint goes on with --resume.", 130, debug)
     except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        _fail(f"{reason}{f' ({error.filename})' if error.filename else ''}", 1, debug)
+        problem = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or reason(error)
+        return _fail(f"{problem}{f' ({error.filename})' if error.filename else ''}", 1, debug)
     except ModuleNotFoundError as error:
-        _fail(f"{error.name} is not installed: pip install 'sparselet[all]'.", 1, debug)
+        return _fail(f"{error.name} is not installed: pip install 'sparselet[all]'.", 1, debug)
     except Exception as error:
-        _fail(f"unexpected {type(error).__name__}: {error}. Run again with --debug to see where.", 1, debug)
-    sys.exit(0)
+        return _fail(f"unexpected {type(error).__name__}: {reason(error)}. Run again with --debug to see where.", 1, debug)
+    return 0
 
 
-def _fail(message: str, code: int, debug: bool) -> None:
+def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         raise  # only called while an exception is handled
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+    print(f"error: {printable(message)}", file=sys.stderr)
+    return code

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from sparselet.adapter import AdapterFile
 from sparselet.cli.opening import open_experts, template_of
-from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, table
+from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, table, word
 from sparselet.errors import ConfigError
 from sparselet.evaluation import EvalSettings
 from sparselet.experts import Expert
@@ -227,7 +227,7 @@ def _change(
         return
     rows = [(str(record["task"] or record["digest"]), _plain(record["weight"])) for record in experts]
     table("Merged by overlap", ["expert", "weight"], rows)
-    say(f"{after.nnz:,} entries. Written to {out}", f"Next: sparselet eval --task TASK --adapter {out}")
+    say(f"{after.nnz:,} entries. Written to {out}", f"Next: sparselet eval --task TASK --adapter {word(out)}")
 
 
 def _searched(recipe: Recipe, experts: Sequence[Expert], how: SearchSettings, what: ValidationSettings) -> SearchResult:
@@ -315,7 +315,7 @@ def _tell(recipe: Recipe, found: SearchResult | None, experts: Sequence[Expert],
     say(
         f"A merged entry was selected by {result['experts_per_entry']:.2f} experts on average.",
         f"Written to {result['output']}, with {RECIPE_FILE}",
-        f"Next: sparselet eval --task TASK {option} {result['output']}",
+        f"Next: sparselet eval --task TASK {option} {word(result['output'])}",
     )
 
 

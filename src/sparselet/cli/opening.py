@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from sparselet.cli.terminal import err
+from sparselet.cli.terminal import note
 from sparselet.delta import SparseDelta
 from sparselet.errors import ConfigError
 from sparselet.experts import CheckpointFile, Expert, open_expert
@@ -38,5 +38,5 @@ def template_of(wanted: bool | None, experts: Iterable[Mapping[str, SparseDelta]
             "some adapters were trained with the chat template, some without. Say --chat-template or --no-chat-template."
         )
     if trained == {False}:
-        err.print("Asking without the chat template, as the adapters were trained.", highlight=False)
+        note("Asking without the chat template, as the adapters were trained.")
     return False not in trained

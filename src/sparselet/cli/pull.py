@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sparselet.cli.terminal import facts, print_json, quiet_libraries, say
+from sparselet.cli.terminal import facts, print_json, quiet_libraries, say, word
 from sparselet.hub import check, pull, show_progress
 
 
@@ -32,5 +32,8 @@ def pull_(name: str, /, *, out: Path, json: bool = False) -> None:
         print_json({"output": str(out), "kind": kind, "files": files})
         return
     facts(f"{name}: {kind}", [(file, f"{size:,} bytes") for file, size in files.items()])
-    following = {"sparse adapter": f"sparselet inspect {out}", "checkpoint": f"sparselet eval --task TASK --model {out}"}
-    say(f"Written to {out}", f"Next: {following.get(kind, f'sparselet merge {out} OTHER --out merged')}")
+    following = {
+        "sparse adapter": f"sparselet inspect {word(out)}",
+        "checkpoint": f"sparselet eval --task TASK --model {word(out)}",
+    }
+    say(f"Written to {out}", f"Next: {following.get(kind, f'sparselet merge {word(out)} OTHER --out merged')}")

@@ -57,7 +57,7 @@ def push_(
         return
     table(f"{upload.kind} {adapter}", ["file", "bytes"], [(file, f"{size:,}") for file, size in sizes.items()])
     if address is None:
-        say(*(["The card:", "", upload.card] if upload.card is not None else []), "Nothing was uploaded.")
+        say(*(["The card:", "", *upload.card.splitlines()] if upload.card is not None else []), "Nothing was uploaded.")
         return
     if upload.card is not None:
         say(f"The card was made from the metadata; put a {CARD_FILE} into {adapter} to write your own.")

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparselet.cli.study_view import live, tell_failures, tell_plan, tell_results, tell_state
-from sparselet.cli.terminal import err, print_json, quiet_libraries, say
+from sparselet.cli.terminal import note, print_json, quiet_libraries, say, word
+from sparselet.cli.terminal import status as showing
 from sparselet.errors import ConfigError, StudyIncomplete, WriteFailed
 from sparselet.files import write_json
 from sparselet.models import local_path, model_fingerprint
@@ -93,7 +94,7 @@ def study_(
     for name, value in (("workers", workers), ("threads", threads)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}.")
-    with err.status("Reading the study, its tasks and its model"):
+    with showing("Reading the study, its tasks and its model"):
         study, places = _study(file, preset, tasks, threads)
         tables = make_tables(study)
         units = [unit for table in tables.values() for unit in table.units()]
@@ -123,9 +124,9 @@ def study_(
         except BaseException:
             with contextlib.suppress(WriteFailed):
                 _write_cost(store, before, started)
-            err.print(f"What is done is kept in {out}; the same command goes on.", highlight=False, markup=False)
+            note(f"What is done is kept in {out}; the same command goes on.")
             raise
-        with err.status("Writing the report"):
+        with showing("Writing the report"):
             found, cost = results(study, tables, gather(units, store)), _write_cost(store, progress, started)
             write_json(store.path / RESULTS, found)
             write_report(store.path, found, cost)
@@ -136,7 +137,10 @@ def study_(
     else:
         tell_results(found)
         tell_failures(state)
-        say(f"Written to {out}: {RESULTS}, {COST}, {REPORT} with its {FIGURES}", f"Next: open {out}/{REPORT} in a browser.")
+        say(
+            f"Written to {out}: {RESULTS}, {COST}, {REPORT} with its {FIGURES}",
+            f"Next: open {word(out)}/{REPORT} in a browser.",
+        )
     if progress.failed:
         raise StudyIncomplete(
             f"{len(progress.failed)} units failed and {len(progress.blocked)} wait for them; the others are done. The same "

@@ -12,7 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sparselet.cli.terminal import err, say, table
+from sparselet.cli.terminal import err, note, say, table
+from sparselet.printable import printable
 from sparselet.report.quantities import clock, size
 from sparselet.study.plan import Progress
 from sparselet.study.run import Watch
@@ -109,8 +110,12 @@ def _view(progress: Progress) -> Group:
     rows = Table.grid(padding=(0, 2))
     for key, fraction in sorted(progress.running.items(), key=lambda pair: -pair[1]):
         unit = progress.units[key]
-        rows.add_row(ProgressBar(1.0, fraction, width=BAR), unit.kind, Text(unit.label, overflow="ellipsis", no_wrap=True))
-    failed = [Text(f"failed: {progress.units[key].label}: {error}") for key, error in list(progress.failed.items())[-3:]]
+        rows.add_row(
+            ProgressBar(1.0, fraction, width=BAR), unit.kind, Text(printable(unit.label), overflow="ellipsis", no_wrap=True)
+        )
+    failed = [
+        Text(printable(f"failed: {progress.units[key].label}: {error}")) for key, error in list(progress.failed.items())[-3:]
+    ]
     return Group(ProgressBar(len(progress.units), len(progress.done), width=60), Text(_line(progress)), rows, *failed)
 
 
@@ -121,6 +126,6 @@ def _lines() -> Watch:
         nonlocal last
         if time.monotonic() - last >= MINUTE:
             last = time.monotonic()
-            err.print(_line(progress), highlight=False, markup=False, soft_wrap=True)
+            note(_line(progress))
 
     return watch

@@ -1,48 +1,69 @@
-"""What every verb shows a person: progress, tables, where the output went."""
+"""What every verb shows a person: progress, tables, where the output went.
+
+Whatever text comes here may be from a file, a path or the hub. It is shown as it is, made `printable`, and never taken for
+markup.
+"""
 
 import contextlib
+import errno
 import json
 import logging
+import shlex
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.box import ASCII
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-out = Console()
-err = Console(stderr=True)
+from sparselet.errors import WriteFailed
+from sparselet.printable import printable
+
+# No markup: square brackets are what files, paths and rows have in them.
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
 SHADES = " ░▒▓█"
+_WIDEST = 2**20  # characters of a table
 
 
 def quiet_libraries() -> None:
     """Only our own messages, and the libraries' errors."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.basicConfig(
-        level=logging.ERROR, format="%(message)s", handlers=[RichHandler(console=err, show_time=False, show_path=False)]
-    )
+    warnings.formatwarning = lambda message, *_: f"warning: {printable(message)}\n"
+    handler = RichHandler(console=err, show_time=False, show_path=False)
+    handler.addFilter(_printable_record)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[handler])
     logging.getLogger("sparselet").setLevel(logging.INFO)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
+def _printable_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
+
+
 @contextlib.contextmanager
 def progress(total: float, label: str) -> Iterator[Callable[[float], None]]:
     """A progress bar on standard error; the block is given a function to advance it."""
     with _bar() as bar:
-        task = bar.add_task(label, total=total)
+        task = bar.add_task(printable(label), total=total)
         yield lambda amount: bar.advance(task, amount)
 
 
 def _bar() -> Progress:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -56,7 +77,7 @@ class TrainingProgress(TrainerCallback):
     """A progress bar over the optimizer steps, and a line for each epoch."""
 
     def __init__(self, label: str) -> None:
-        self.label = label
+        self.label = printable(label)
         self.bar: Progress | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -70,10 +91,9 @@ class TrainingProgress(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         losses = {key: row[key] for row in state.log_history for key in ("loss", "eval_loss") if key in row}
-        err.print(
+        note(
             f"{self.label}: epoch {state.epoch or 0:.2g}, training loss {losses.get('loss', float('nan')):.4f}, "
-            f"validation loss {losses.get('eval_loss', float('nan')):.4f}",
-            highlight=False,
+            f"validation loss {losses.get('eval_loss', float('nan')):.4f}"
         )
 
     def stop(self) -> None:
@@ -84,28 +104,67 @@ class TrainingProgress(TrainerCallback):
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table; numbers to one decimal, aligned right."""
-    shown = Table(title=title, title_justify="left", title_style="bold")
+    shown = Table()
     for i, column in enumerate(columns):
-        shown.add_column(column, justify="left" if i == 0 else "right")
+        shown.add_column(Text(printable(column)), justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*(f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row))
-    out.print(shown)
+        shown.add_row(*(Text(f"{cell:.1f}" if isinstance(cell, float) else printable(cell)) for cell in row))
+    _print(title, shown)
 
 
 def facts(title: str, rows: Sequence[tuple[str, object]]) -> None:
     """Print names with their values, under no header."""
-    shown = Table("", "", title=title, title_justify="left", title_style="bold", show_header=False)
+    shown = Table(show_header=False)
+    for _ in range(2):
+        shown.add_column(overflow="fold")
     for name, value in rows:
-        shown.add_row(name, str(value))
-    out.print(shown)
+        shown.add_row(Text(printable(name)), Text(printable(value)))
+    _print(title, shown)
+
+
+def _print(title: str, shown: Table) -> None:
+    """Print a table under its title. Where there is no terminal it is as wide as it needs, so that no name is broken."""
+    if "utf" not in (getattr(sys.stdout, "encoding", None) or "utf-8").lower():
+        shown.box = ASCII
+    if not out.is_terminal:
+        shown.width = out.measure(shown, options=out.options.update(width=_WIDEST)).maximum
+    heading(title)
+    out.print(shown, soft_wrap=not out.is_terminal)
 
 
 def print_json(content: Mapping[str, Any]) -> None:
-    """Print machine-readable output and nothing else."""
-    print(json.dumps(content, indent=2, sort_keys=True))
+    """Print machine-readable output and nothing else. Raises WriteFailed where it is written to a file that cannot hold it."""
+    print(json.dumps(content, indent=2, sort_keys=True).replace("\x7f", "\\u007f"), flush=True)
+    failure = getattr(sys.stdout, "failure", None)
+    if isinstance(failure, OSError) and failure.errno != errno.EPIPE:
+        raise WriteFailed(f"cannot write the result to standard output: {failure.strerror}.")
 
 
 def say(*lines: str) -> None:
     """Print lines for a person, unstyled."""
+    _lines(out, lines)
+
+
+def note(*lines: str) -> None:
+    """Print lines for a person on standard error, where they are no part of the result."""
+    _lines(err, lines)
+
+
+def _lines(console: Console, lines: Sequence[str]) -> None:
     for line in lines:
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(Text(printable(line)), soft_wrap=True)
+
+
+def heading(line: str) -> None:
+    """Print a line that stands over others."""
+    out.print(Text(printable(line), style="bold"), soft_wrap=True)
+
+
+def status(line: str) -> Status:
+    """What is done meanwhile, on standard error."""
+    return err.status(Text(printable(line)))
+
+
+def word(text: object) -> str:
+    """A path or name as one word of a command that may be copied into a shell."""
+    return shlex.quote(str(text))

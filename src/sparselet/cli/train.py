@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from sparselet.adapter import SparseAdapter
-from sparselet.cli.terminal import TrainingProgress, err, facts, print_json, quiet_libraries, say
+from sparselet.cli.terminal import TrainingProgress, facts, note, print_json, quiet_libraries, say, word
 from sparselet.training import Trained, TrainSettings, train
 from sparselet.training.recipe import work_directory
 
@@ -47,7 +47,7 @@ def train_(
         bar.stop()
         if work_directory(out).exists():
             kept = f"Checkpoints are kept in {work_directory(out)}; run the same command with --resume to go on."
-            err.print(kept, highlight=False, markup=False, soft_wrap=True)
+            note(kept)
         raise
     finally:
         bar.stop()
@@ -69,8 +69,9 @@ def _tell(trained: SparseAdapter | Trained, settings: TrainSettings, out: Path) 
     # A sparse adapter remembers how it was asked; the others do not.
     bare = "" if settings.chat_template or isinstance(trained, SparseAdapter) else " --no-chat-template"
     rows: list[tuple[str, object]] = [("task", tasks), ("method", settings.method)]
-    measure = f"sparselet eval --task {tasks} --model {settings.model} --adapter {out}{bare}"
-    merge = f"sparselet merge {out} OTHER-EXPERT --out merged"
+    words, model = " ".join(map(word, settings.tasks)), word(settings.model)
+    measure = f"sparselet eval --task {words} --model {model} --adapter {word(out)}{bare}"
+    merge = f"sparselet merge {word(out)} OTHER-EXPERT --out merged"
     if isinstance(trained, SparseAdapter):
         title, metrics = "Expert", trained.metadata["metrics"]
         rows = [
@@ -82,8 +83,8 @@ def _tell(trained: SparseAdapter | Trained, settings: TrainSettings, out: Path) 
     else:
         title, metrics = "Baseline", trained.metrics
         if settings.method != "lora":
-            measure = f"sparselet eval --task {tasks} --model {out}{bare}"
-            merge = f"{merge} --model {settings.model}"
+            measure = f"sparselet eval --task {words} --model {word(out)}{bare}"
+            merge = f"{merge} --model {model}"
     rows.append(("validation loss", f"{metrics['validation_loss']:.4f} at step {metrics['best_step']} of {metrics['steps']}"))
     facts(title, rows)
     say(f"Written to {out}", f"Next: {measure}", f"      {merge}")

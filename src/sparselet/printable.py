@@ -1,0 +1,26 @@
+"""Text from files, paths and other libraries, as it may be shown: nothing in it moves a cursor or hides what it says."""
+
+import unicodedata
+
+
+def printable(text: object) -> str:
+    r"""`text` on one line, every character that is neither visible nor a space written as Python's escape of it.
+
+    Escaped are control characters (ESC, BEL, backspace, line ends), those that reorder or join text without being seen (U+202E,
+    U+200B), halves of surrogate pairs (bytes of a path that are not UTF-8), and what Unicode does not assign.
+
+        printable("a\x1b[2Jb\n")     # 'a\\x1b[2Jb\\n'
+    """
+    text = str(text)
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of another library says, on one line; its kind if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _shown(character: str) -> str:
+    if character.isprintable() or unicodedata.category(character) == "Zs":  # spaces of other scripts than ours
+        return character
+    return character.encode("unicode_escape").decode()
