@@ -261,7 +261,7 @@ def test_a_write_that_fails_at_its_end_leaves_the_old_file_and_nothing_else(tmp_
     path = make("element").save(tmp_path / "a")
     before = contents(path)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:

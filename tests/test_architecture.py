@@ -15,7 +15,7 @@ SOURCE = Path(sparselet.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ROOT = "sparselet"
 
-GROUND = {"errors", "printable", "files", "kernels"}
+GROUND = {"errors", "printable", "temporaries", "files", "kernels"}
 UNITS = {"fingerprint", "delta", "scores", "masks", "container"}
 CORE = GROUND | UNITS | {"adapter", "adapter_stream", "resident"}
 VERBS = {"merging", "export", "analysis", "serving"}
@@ -27,7 +27,8 @@ LIBRARY = CORE | VERBS | INPUTS | {"tuner", "training", "evaluation", "report", 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "printable": set(),
-    "files": {"errors", "printable"},
+    "temporaries": set(),
+    "files": {"errors", "printable", "temporaries"},
     "kernels": {"errors"},
     **dict.fromkeys(UNITS, GROUND | UNITS),
     "adapter": GROUND | UNITS,

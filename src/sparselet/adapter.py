@@ -1,6 +1,8 @@
 """`SparseAdapter`: named deltas with metadata, as one directory. The bytes are specified in docs/format.md."""
 
+import contextlib
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +27,7 @@ from sparselet.errors import (
     UnsafePath,
     UnsupportedVersion,
 )
-from sparselet.files import atomic_write, check_inside, json_bytes, read_object
+from sparselet.files import atomic_directory, atomic_write, check_inside, json_bytes, read_object, replaced_directory
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -81,16 +83,26 @@ class SparseAdapter(Mapping[str, SparseDelta]):
         return cls({name: file[name] for name in file}, file.metadata, file.fingerprints, file.read_modules())
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Write the adapter as a directory; files already there are replaced, each atomically.
+        """Write the adapter as a directory, whole or not at all, and return its path.
+
+        Where there is an adapter already, a directory with the new one and with all other files of the old takes its place at
+        once, so that a kill at any moment leaves the one or the other; that is refused for a mount point and for the working
+        directory. In a directory without an adapter the configuration is written last, which makes it one.
 
         dtype: store the values as this dtype (float32, bfloat16, float16); by default as they are.
         Raises BadDtype, NonFiniteValue, WriteFailed.
         """
         path = Path(path)
-        # Both are whole before either takes its place.
-        with atomic_write(path / CONFIG_FILE) as config, atomic_write(path / WEIGHTS_FILE) as weights:
-            config.write(json_bytes(adapter_config(self)))
-            self._write_weights(weights, dtype)
+        with contextlib.ExitStack() as stack:
+            directory = path
+            if os.path.lexists(path / CONFIG_FILE):
+                directory = stack.enter_context(replaced_directory(path))
+            elif not os.path.lexists(path):
+                directory = stack.enter_context(atomic_directory(path))
+            # Both are whole before either takes its place.
+            with atomic_write(directory / CONFIG_FILE) as config, atomic_write(directory / WEIGHTS_FILE) as weights:
+                config.write(json_bytes(adapter_config(self)))
+                self._write_weights(weights, dtype)
         return path
 
     def _write_weights(self, file: IO[bytes], dtype: torch.dtype | None) -> None:

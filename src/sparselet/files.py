@@ -1,25 +1,38 @@
 """Writing files whole or not at all, and naming them safely.
 
-Every write goes to a temporary name in the same directory, is flushed to the disk, and is then renamed over the final
-name, so that a reader sees the old file or the new one and never a part.
+Every write goes to a temporary name in the same directory (`sparselet.temporaries`), is flushed to the disk, and is renamed
+over the final name then, so that a reader sees the old file or the new one and never a part. `check_output` judges, before the
+work, whether that will be possible.
 """
 
 import contextlib
 import errno
+import filecmp
 import json
 import os
+import re
 import shutil
-import tempfile
+import stat
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import SafetensorError
-
-from sparselet.errors import AbsurdShape, BadConfig, ConfigError, MissingFile, OutputExists, UnsafePath, WriteFailed
+from sparselet.errors import (
+    AbsurdShape,
+    BadConfig,
+    ConfigError,
+    MissingFile,
+    OutputExists,
+    SparseletError,
+    UnsafePath,
+    WriteFailed,
+)
+from sparselet.temporaries import exchange, name_limit, remove_left, temporary_directory, temporary_file
 
 _MAX_JSON_BYTES = 64 * 2**20
+_LONGEST_PATH = 4095  # bytes of a path, Linux's
+_ROOM_INSIDE = 160  # bytes for the longest name of a file in an output, in its temporary directory
 
 
 @contextlib.contextmanager
@@ -29,67 +42,108 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     Raises WriteFailed (disk full, no permission); the temporary file is removed then.
     """
     path = Path(path)
-    temporary = None
-    try:
-        with naming_failure(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-            with os.fdopen(descriptor, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-            temporary = None
-            _sync_directory(path.parent)
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+    with naming_failure(path), _parents(path), temporary_file(path) as temporary:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path, keep_equal: bool = False) -> Iterator[Path]:
     """Yield a temporary directory that becomes `path` when the block ends without an error, and vanishes otherwise.
 
-    Raises OutputExists if `path` is there and not an empty directory, WriteFailed if it cannot be written.
+    keep_equal: a directory that is there may hold the very same files, and then stays as it is.
+    Raises what `check_output` raises, WriteFailed if it cannot be written.
     """
-    path = Path(path)
-    refuse_existing(path)
-    temporary: Path | None = None
-    try:
-        with naming_failure(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-            yield temporary
-            for file in temporary.rglob("*"):  # libraries write some files for the owner alone
-                os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~_umask())
-            os.chmod(temporary, 0o777 & ~_umask())
-            _sync_directory(temporary)
-            os.replace(temporary, path)
-            temporary = None
-            _sync_directory(path.parent)
-    except WriteFailed as error:  # of a file in it, which is not known by the temporary name
-        raise WriteFailed(str(error).replace(str(temporary), str(path))) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+    there = keep_equal and os.path.isdir(path) and bool(os.listdir(path))
+    if not there:
+        check_output(path)
+    place = Path(os.path.realpath(path))
+    with _written_beside(path, place) as temporary:
+        yield temporary
+        _settle(temporary)
+        if there:
+            if not _same_files(temporary, place):
+                raise OutputExists(
+                    f"{path} exists already and holds something else. Choose another output, or remove it first."
+                )
+        else:
+            os.replace(temporary, place)
+            _sync_directory(place.parent)
+
+
+@contextlib.contextmanager
+def replaced_directory(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary directory with all that the directory `path` holds, which takes its place when the block ends.
+
+    The files are links to those in `path`: replace them, do not write into them. After an error, or a kill at any moment,
+    `path` is as it was; on success it is the new directory, at once. Raises WriteFailed, at once where `path` is a mount
+    point, or has one in it, or is the working directory, which cannot be replaced.
+    """
+    place = Path(os.path.realpath(path))
+    with naming_failure(path):
+        _refuse_fixed(path, place)
+        if any(point.is_relative_to(place) for point in _mount_points()):
+            raise WriteFailed(f"cannot write {path}: a file system is mounted in it. Choose another directory.")
+    with _written_beside(path, place) as temporary:
+        shutil.copytree(place, temporary, symlinks=True, copy_function=_link, dirs_exist_ok=True)
+        yield temporary
+        _sync_directory(temporary)
+        exchange(temporary, place)
+        _sync_directory(place.parent)
 
 
 @contextlib.contextmanager
 def naming_failure(path: str | Path, left: str = "Nothing was changed.") -> Iterator[None]:
     """Raise WriteFailed, naming `path`, for what the block raises when it cannot write; `left` ends the message.
 
-    torch and safetensors have errors of their own, which do not say that the disk is full; it is looked at then.
+    torch, safetensors and tokenizers have errors of their own, of which some say only that writing failed.
     """
     try:
         yield
+    except SparseletError:
+        raise
     except OSError as error:
         raise WriteFailed(f"cannot write {path}: {error.strerror or error}. {left}") from error
-    except (RuntimeError, SafetensorError) as error:
-        if not _is_full(Path(path)):
+    except Exception as error:
+        reason = _failed_write(error, Path(path))
+        if reason is None:
             raise
-        raise WriteFailed(f"cannot write {path}: {os.strerror(errno.ENOSPC)}. {left}") from error
+        raise WriteFailed(f"cannot write {path}: {reason}. {left}") from error
+
+
+def check_output(path: str | Path, directory: bool = True) -> None:
+    """Judge, before any work is done, whether an output can be written when it is done.
+
+    directory: whether it will be a directory, which may be there if it is empty; a file must not be there.
+
+    Raises OutputExists for what is there already, and WriteFailed where the system will not let it be written: a name that is
+    too long, a parent that is a file or cannot be written to, a mount point or the working directory, which cannot be
+    replaced. Temporaries of this output that killed processes left are removed.
+    """
+    path = Path(path)
+    try:
+        place = Path(os.path.realpath(path))
+    except ValueError as error:  # of names that no system has
+        raise WriteFailed(f"cannot write {path}: {error}. Choose another output.") from error
+    with naming_failure(path):
+        _refuse_existing(path, place, directory)
+        _refuse_long(place)
+        remove_left(place)
+        parent = next(parent for parent in place.parents if parent.exists())
+        with temporary_directory(parent / place.name):  # no other way tells for sure that it may be written
+            pass
+
+
+def refuse_inside(path: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Raise ConfigError if an output would lie in the directory of an input."""
+    for directory in inputs:
+        if Path(os.path.realpath(directory)) in Path(os.path.realpath(path)).parents:
+            raise ConfigError(f"{path} would lie in {directory}, which is read; choose an output outside of it.")
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -149,15 +203,6 @@ def read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def refuse_existing(path: str | Path) -> None:
-    """Raise OutputExists unless `path` is free or an empty directory."""
-    path = Path(path)
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if path.exists() or path.is_symlink():
-        raise OutputExists(f"{path} exists already. Choose another output, or remove it first.")
-
-
 def check_inside(directory: Path, name: str) -> Path:
     """The path of the file `name` in `directory`, once it is known to lie there.
 
@@ -185,9 +230,108 @@ def _stays_inside(link: Path, directory: Path) -> bool:
         return False
 
 
-def _is_full(path: Path) -> bool:
+@contextlib.contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """Make the directories above `path`; those made here are removed again after an error, if nothing else is in them."""
+    missing = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _written_beside(path: str | Path, place: Path) -> Iterator[Path]:
+    """A temporary directory beside `place`; failures of what is written into it name `path`."""
+    temporary = None
+    try:
+        with naming_failure(path), _parents(place), temporary_directory(place) as temporary:
+            yield temporary
+    except WriteFailed as error:
+        if temporary is None:
+            raise
+        raise WriteFailed(str(error).replace(str(temporary), str(path))) from error.__cause__
+
+
+def _settle(directory: Path) -> None:
+    """Modes as the umask says, since libraries write some files for the owner alone; and all of it on the disk."""
+    for file in directory.rglob("*"):
+        os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~_umask())
+    os.chmod(directory, 0o777 & ~_umask())
+    flush(directory)
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    """Whether two directories hold the same files with the same bytes."""
+    files = [sorted(file.relative_to(place) for file in place.rglob("*") if file.is_file()) for place in (one, other)]
+    return files[0] == files[1] and len(filecmp.cmpfiles(one, other, files[0], shallow=False)[0]) == len(files[0])
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # not all file systems have links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _refuse_existing(path: Path, place: Path, directory: bool) -> None:
+    """Raise OutputExists unless `path` is free, or an empty directory that can be replaced where a directory will be."""
+    try:
+        is_empty = stat.S_ISDIR(os.stat(path).st_mode) and not os.listdir(path)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise OutputExists(f"{path} is a symbolic link that leads nowhere. Choose another output.") from None
+        return
+    if not directory or not is_empty:
+        raise OutputExists(f"{path} exists already. Choose another output, or remove it first.")
+    _refuse_fixed(path, place)
+
+
+def _refuse_fixed(path: str | Path, place: Path) -> None:
+    """Raise WriteFailed for a directory that no other can take the place of."""
+    if os.path.ismount(place) or place in _mount_points():
+        raise WriteFailed(f"cannot write {path}: it is a mount point, which cannot be replaced. Name a directory in it.")
+    if os.path.samefile(place, os.curdir):
+        raise WriteFailed(
+            f"cannot write {path}: it is the working directory, which cannot be replaced. Name a directory in it."
+        )
+
+
+def _refuse_long(place: Path) -> None:
+    """Raise OSError for a name, or a path with what will lie in it, that is longer than the system allows."""
+    missing = [part.name for part in (place, *place.parents) if not part.exists()]
+    limit = name_limit(place.parent)
+    if any(len(os.fsencode(name)) > limit for name in missing) or len(os.fsencode(place)) > _LONGEST_PATH - _ROOM_INSIDE:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+
+
+def _mount_points() -> set[Path]:
+    """Where file systems are mounted, as Linux tells; `os.path.ismount` does not see a directory bound to another place."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return set()
+    names = (re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), line.split(b" ")[4]) for line in lines)
+    return {Path(os.fsdecode(name)) for name in names}
+
+
+def _failed_write(error: BaseException, path: Path) -> str | None:
+    """Why an error that is no OSError means that a file could not be written; None if it does not."""
+    code = re.search(r"\(os error (\d+)\)", str(error))  # as Rust says it, in safetensors and tokenizers
+    if code:
+        return os.strerror(int(code[1]))
+    if isinstance(error.__cause__, OSError):
+        return error.__cause__.strerror or str(error.__cause__)
+    if not isinstance(error, RuntimeError):  # which is torch's
+        return None
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    return shutil.disk_usage(there).free < 2**16  # torch gives up with a part of a buffer unwritten
+    if shutil.disk_usage(there).free < 2**16:  # torch gives up with a part of a buffer unwritten
+        return os.strerror(errno.ENOSPC)
+    return "the file system takes no more" if re.search("PytorchStreamWriter|iostream error", str(error)) else None
 
 
 def _sync_directory(path: Path) -> None:

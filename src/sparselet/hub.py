@@ -26,9 +26,9 @@ from sparselet.files import (
     atomic_directory,
     cache_directory,
     check_inside,
+    check_output,
     naming_failure,
     read_object,
-    refuse_existing,
     write_text,
 )
 from sparselet.report.card import model_card, peft_card
@@ -122,7 +122,7 @@ def pull(name: str, output: str | Path) -> Path:
 
     Raises OutputExists, and what `fetch` raises.
     """
-    refuse_existing(output)
+    check_output(output)
     source = fetch(name)
     with atomic_directory(output) as directory:
         for file in sorted(source.iterdir()):

@@ -14,7 +14,7 @@ from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, t
 from sparselet.delta import SparseDelta
 from sparselet.evaluation import EvalSettings, Result, evaluate
 from sparselet.experts import Expert
-from sparselet.files import refuse_existing, write_text
+from sparselet.files import check_output, write_text
 from sparselet.models import load_model, load_tokenizer
 from sparselet.tasks import load_task
 
@@ -76,7 +76,7 @@ def eval_(
     """
     quiet_libraries()
     if predictions is not None:
-        refuse_existing(predictions)
+        check_output(predictions)
     asked = EvalSettings(rows, True, max_input_length, max_new_tokens, batch_size)
     names = adapter or []
     adapters = {name: _checked(expert) for name, expert in zip(names, open_experts(names, model), strict=True)}

@@ -11,7 +11,7 @@ from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, t
 from sparselet.errors import ConfigError, ModelError
 from sparselet.experts import Expert
 from sparselet.export import export_checkpoint, export_gguf_checkpoint, export_lora, export_shira, export_super_tuning
-from sparselet.files import refuse_existing
+from sparselet.files import check_output
 from sparselet.models import LOADING_ERRORS, load_model, load_tokenizer, local_path
 
 Format = Literal["shira", "supertuning", "lora", "checkpoint", "gguf"]
@@ -66,7 +66,7 @@ def export_(
         Print the result as JSON.
     """
     quiet_libraries()
-    refuse_existing(out)
+    check_output(out)
     expert = open_experts([adapter], model)[0]
     result: dict[str, Any] = {"output": str(out), "format": to, "entries": expert.nnz, "targets": len(expert)}
     if to in ("checkpoint", "gguf"):

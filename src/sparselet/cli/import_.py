@@ -6,7 +6,7 @@ from sparselet.adapter import AdapterFile
 from sparselet.cli.opening import open_experts
 from sparselet.cli.terminal import facts, print_json, progress, quiet_libraries, say, word
 from sparselet.experts import save_expert
-from sparselet.files import refuse_existing
+from sparselet.files import check_output
 
 
 def import_(expert: str, /, *, out: Path, model: str | None = None, json: bool = False) -> None:
@@ -30,7 +30,7 @@ def import_(expert: str, /, *, out: Path, model: str | None = None, json: bool =
         Print the result as JSON.
     """
     quiet_libraries()
-    refuse_existing(out)
+    check_output(out)
     opened = open_experts([expert], model)[0]
     with progress(len(opened), "importing") as advance:
         save_expert(opened, out, lambda _: advance(1))

@@ -16,7 +16,7 @@ from sparselet.errors import ConfigError
 from sparselet.evaluation import EvalSettings
 from sparselet.experts import Expert
 from sparselet.export.checkpoint import write_checkpoint
-from sparselet.files import atomic_directory, refuse_existing, write_json, write_text
+from sparselet.files import atomic_directory, check_output, write_json, write_text
 from sparselet.merging import (
     METHODS,
     PER_TASK,
@@ -128,7 +128,7 @@ def merge_(
         _refuse_with("an adapter (--as adapter)", {"--dtype": dtype})
     if searching is None and validation is not None:
         raise ConfigError("--validation and what belongs to it go with --search WHAT only.")
-    refuse_existing(out)
+    check_output(out)
     if add is not None or remove is not None:
         _refuse_with("--add or --remove", {"--method": method, "--set": set_, **others})
         if not experts or len(experts) != 1:
@@ -274,7 +274,7 @@ def _refuse_inside(output: Path, experts: Sequence[Expert]) -> None:
 
 def _check_per_task(directory: Path, out: Path, method: str, experts: Sequence[Expert]) -> None:
     """Refuse what cannot be written there, before any work is done."""
-    refuse_existing(directory)
+    check_output(directory)
     _refuse_inside(directory, experts)
     if method not in PER_TASK:
         raise ConfigError(f"--per-task goes with method {' or '.join(PER_TASK)}, not with {method}.")

@@ -35,7 +35,7 @@ from sparselet.errors import (
     UnknownTensor,
 )
 from sparselet.experts import open_expert
-from sparselet.files import atomic_directory, atomic_write, check_inside, refuse_existing
+from sparselet.files import atomic_directory, atomic_write, check_inside, check_output
 from sparselet.kernels import selected
 from sparselet.merging.entries import per_unit
 from sparselet.merging.parallel import in_order
@@ -87,7 +87,7 @@ def merge_with_counts(
 
     Raises what `merge_to` raises, and ArgumentError for masks of several kinds or changes beyond ±4096.
     """
-    refuse_existing(output)
+    check_output(output)
     plan = Plan(experts, "overlap", weights, None, base)
     plan.check_values()
     # Which targets and experts there are must be known before the first is written, for the files to depend on nothing else.
@@ -127,7 +127,7 @@ def change_merge(
     Raises what `merge_with_counts` raises; MissingFile, BadCounts and other FormatErrors for `merged`; ArgumentError if an
     expert to add is in the merge already, one to take out is not, or none would be left.
     """
-    refuse_existing(output)
+    check_output(output)
     if not add and not remove:
         raise ArgumentError("nothing to change; give experts to add or to remove.")
     factors = check_weights(weights, len(add))

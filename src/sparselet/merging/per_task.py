@@ -9,7 +9,7 @@ from typing import Any
 from sparselet.adapter_stream import adapter_stream
 from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError, SparseletError
-from sparselet.files import atomic_directory, refuse_existing
+from sparselet.files import atomic_directory, check_output
 from sparselet.merging.methods import PER_TASK, PER_TASK_SURVEYS
 from sparselet.merging.parallel import in_order
 from sparselet.merging.plan import Expert, Plan, Weight, metadata_of
@@ -34,7 +34,7 @@ def merge_per_task(
     """
     if method not in PER_TASK:
         raise ArgumentError(f"{method} makes one merged adapter only; one a task come from {', '.join(PER_TASK)}.")
-    refuse_existing(output)
+    check_output(output)
     plan = Plan(experts, method, weights, parameters, base)
     plan.check_values()
     plan.survey(PER_TASK_SURVEYS)

@@ -10,7 +10,7 @@ from sparselet.adapter import SparseAdapter, require_finite
 from sparselet.adapter_stream import adapter_stream
 from sparselet.delta import SparseDelta
 from sparselet.errors import SparseletError
-from sparselet.files import atomic_directory, refuse_existing
+from sparselet.files import atomic_directory, check_output
 from sparselet.merging.parallel import in_order
 from sparselet.merging.plan import Expert, Plan, Weight
 from sparselet.merging.record import Digests, merged_metadata
@@ -65,7 +65,7 @@ def merge_to(
     progress: called with each target's name when it is written.
     Raises what `merge` raises, OutputExists and WriteFailed; nothing half-written is left.
     """
-    refuse_existing(output)
+    check_output(output)
     plan = Plan(experts, method, weights, parameters, base)
     digests = Digests(len(plan.experts))
     with contextlib.closing(_merged(plan, digests, workers)) as targets, atomic_directory(output) as directory:

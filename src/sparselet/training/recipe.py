@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from sparselet.adapter import WEIGHTS_FILE, AdapterFile, SparseAdapter
 from sparselet.errors import ConfigError, OutputExists
-from sparselet.files import atomic_directory, naming_failure, refuse_existing, write_json
+from sparselet.files import atomic_directory, check_output, naming_failure, write_json
 from sparselet.models import load_model, load_tokenizer
 from sparselet.resident import target_weights
 from sparselet.tasks import Task, load_task
@@ -64,7 +64,7 @@ def train(
     """
     refuse_several()
     output = Path(output)
-    refuse_existing(output)
+    check_output(output)
     work = work_directory(output)
     if work.exists() and not resume:
         raise OutputExists(f"{work} holds an unfinished run. Go on with --resume, or remove it first.")
