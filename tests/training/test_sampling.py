@@ -4,17 +4,17 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import few
-from torch.utils.data import DataLoader
-from transformers import TrainingArguments
 
 from sparselet import SparseletConfig
 from sparselet.training.sampling import LengthGroupedSampler, balanced_rows
-from sparselet.training.schedule import _scoring_batches
+from sparselet.training.scoring import draw_rows
 from sparselet.tuner.layer import seeded
 
 sizes_of_tasks = st.lists(st.integers(1, 60), min_size=1, max_size=5)
@@ -111,12 +111,31 @@ def test_tasks_are_mixed_within_an_epoch():
     assert all(0 < sum(row < 40 for row in order[i : i + 8]) < 8 for i in range(0, 80, 8))
 
 
-def test_scoring_batches_are_drawn_from_the_rows_of_a_step(tmp_path):
-    arguments = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=4, use_cpu=True)
-    loader = DataLoader([{"row": i} for i in range(50)], batch_size=4)
-    rows = [3, 3, 3, 40, 41]
-    batches = list(_scoring_batches(loader, SparseletConfig(score_batches=2), 7, arguments, rows))
-    assert [len(b["row"]) for b in batches] == [4, 4]
-    assert {int(row) for b in batches for row in b["row"]} == set(rows)
-    again = list(_scoring_batches(loader, SparseletConfig(score_batches=2), 7, arguments, rows))
-    assert [b["row"].tolist() for b in again] == [b["row"].tolist() for b in batches]
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 3), (2, 1), (2, 3)])
+def test_scoring_batches_have_the_rows_of_a_step_however_it_is_divided(processes, accumulation):
+    config, rows = SparseletConfig(score_batches=2), [3, 3, 3, *range(40, 60)]
+    whole = draw_rows(50, shares(1, 0, 12, 1), config, 7, rows)
+    assert [[len(part) for part in parts] for parts in whole] == [[12], [12]]
+    assert {row for (part,) in whole for row in part} <= set(rows)
+    size = 12 // processes // accumulation
+    drawn = [draw_rows(50, shares(processes, rank, size, accumulation), config, 7, rows) for rank in range(processes)]
+    for i, (expected,) in enumerate(whole):
+        assert all([len(part) for part in own[i]] == [size] * accumulation for own in drawn)
+        assert sorted(row for own in drawn for part in own[i] for row in part) == sorted(expected)
+
+
+def test_processes_score_as_many_micro_batches_where_rows_are_few():
+    drawn = [draw_rows(5, shares(2, rank, 1, 4), SparseletConfig(), 0, None)[0] for rank in (0, 1)]
+    assert len(drawn[0]) == len(drawn[1])
+    assert all(part for own in drawn for part in own)
+    assert sorted(row for own in drawn for part in own for row in part) == list(range(5))
+
+
+def shares(processes, rank, size, accumulation):
+    """What a Trainer's arguments say of how a step is divided."""
+    return SimpleNamespace(
+        world_size=processes,
+        process_index=rank,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+    )

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from runs import QUIET
 from tiny import make_model
 from torch.utils.data import Dataset, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from sparselet import MaskSchedule, SparseletConfig, freeze_masks, reselect, to_adapter
 from sparselet.errors import SelectionError
@@ -361,24 +361,93 @@ def test_a_selection_is_that_of_reselect_at_the_trained_values(fit):
 # Trainers of other kinds
 
 
-def test_a_loss_of_ones_own_chooses_the_masks(fit):
-    calls = []
+def last_token_loss(model, batch):
+    logits = model(input_ids=batch["input_ids"]).logits[:, -2]
+    return torch.nn.functional.cross_entropy(logits, batch["input_ids"][:, -1])
 
-    def only_the_last_token(model, batch):
-        calls.append(len(batch["input_ids"]))
-        logits = model(input_ids=batch["input_ids"]).logits[:, -2]
-        return torch.nn.functional.cross_entropy(logits, batch["input_ids"][:, -1])
 
-    class OwnLoss(Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-            return only_the_last_token(model, inputs)
+class LastToken(Trainer):
+    """Its loss takes the labels out of the batch, as transformers' own does for a `compute_loss_func`."""
 
-    own, watch = fit({"reselect_every": 0}, MaskSchedule(only_the_last_token), OwnLoss)
-    scored = len(calls) - own.state.global_step
-    assert scored == 1
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.__dict__.setdefault("losses", []).append(num_items_in_batch)
+        inputs.pop("labels")
+        return last_token_loss(model, inputs)
+
+
+class FromLists(LastToken):
+    """A collator that gives a list of rows, which become a batch in the loss."""
+
+    def __init__(self, **kwargs):
+        super().__init__(data_collator=list, **kwargs)
+
+    def compute_loss(self, model, inputs, **kwargs):
+        return super().compute_loss(model, default_data_collator(inputs), **kwargs)
+
+
+class FunctionOfOutputs(Trainer):
+    def __init__(self, **kwargs):
+        super().__init__(compute_loss_func=self.of_outputs, **kwargs)
+
+    @staticmethod
+    def of_outputs(outputs, labels, num_items_in_batch):
+        return torch.nn.functional.cross_entropy(outputs.logits[:, -2], labels[:, -1])
+
+
+@pytest.mark.parametrize("mask", ["dense", "gradient"])
+@pytest.mark.parametrize("trainer_class", [LastToken, FromLists, FunctionOfOutputs])
+def test_the_loss_of_the_trainer_chooses_the_masks(fit, trainer_class, mask):
+    adapter = {"reselect_every": 0} if mask == "dense" else {"initial_mask": mask, "score": "mcs"}
+    (own, watch), (_, by_hand) = (fit(adapter, MaskSchedule(loss), trainer_class) for loss in (None, on_rows))
+    assert all(torch.equal(by_hand.masks[12][name], mask) for name, mask in watch.masks[12].items())
     assert_whole(own)
-    _, default = fit({"reselect_every": 0}, MaskSchedule(), OwnLoss)
-    assert any(not torch.equal(watch.masks[12][name], mask) for name, mask in default.masks[12].items())
+    _, of_the_model = fit(adapter)
+    assert any(not torch.equal(of_the_model.masks[12][name], mask) for name, mask in watch.masks[12].items())
+
+
+def on_rows(model, batch):
+    return last_token_loss(model, default_data_collator(batch) if isinstance(batch, list) else batch)
+
+
+class Makes(LastToken):
+    """Makes what its loss takes in the training step, from rows that are none of it."""
+
+    def _prepare_inputs(self, inputs):
+        return {"input_ids": (inputs["input_ids"] + 1) % 258, "labels": None}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("mask", ["dense", "gradient"])
+def test_a_trainer_that_makes_its_batches_is_scored_on_those_of_its_last_step(fit, accumulation, mask):
+    adapter = {"initial_mask": mask, "selection_epochs": 0.5, "reselect_every": 0 if mask == "dense" else 3}
+    dividing = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
+    trainer, watch = fit(adapter, trainer_class=Makes, **dividing)
+    assert watch.selected_at == ([3] if mask == "dense" else [1, 2, 3])
+    scored = len(trainer.losses) - 12 * accumulation
+    assert scored == (accumulation if mask == "dense" else 3 * accumulation + 1)
+    assert "compute_loss" not in vars(trainer)
+    assert_whole(trainer)
+
+
+@pytest.mark.parametrize("score_batches", [1, 2])
+def test_masks_are_the_same_however_a_step_is_accumulated(fit, score_batches):
+    class Unlike(Tokens):
+        """Rows of which unlike numbers of labels are counted."""
+
+        def __getitem__(self, row):
+            labels = self.ids[row].clone()
+            labels[: row % 5] = -100
+            return {"input_ids": self.ids[row], "labels": labels}
+
+    adapter = {"initial_mask": "gradient", "score": "mcs", "score_batches": score_batches}
+    masks = [
+        fit(adapter, data=Unlike(), max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)[
+            1
+        ].masks
+        for size in (8, 4, 1)
+    ]
+    for divided in masks[1:]:
+        assert all(torch.equal(divided[0][name], mask) for name, mask in masks[0][0].items())
 
 
 def test_gradient_checkpointing_selects_and_trains_the_same(fit):

@@ -26,7 +26,6 @@ from sparselet.errors import ArgumentError, ConfigError, NoTargets
 from sparselet.files import atomic_write, write_json
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.resident import add
-from sparselet.training.prefix import loss_of
 from sparselet.training.sampling import balanced_rows
 from sparselet.training.schedule import MaskSchedule
 from sparselet.training.settings import TrainSettings
@@ -71,7 +70,7 @@ class Ready:
 @contextlib.contextmanager
 def sparse(job: Job) -> Iterator[Ready]:
     """A sparse expert. In a second stage the entries of the first are trained on, with no selection."""
-    schedule = MaskSchedule(loss_of, rows=_balanced(job) if len(job.sizes) > 1 else None)
+    schedule = MaskSchedule(rows=_balanced(job) if len(job.sizes) > 1 else None)
     wrapped = _wrapped(job.model, sparse_config(job))
     try:
         if job.start is not None:

@@ -1,21 +1,16 @@
-"""Several processes in `MaskSchedule`: what is refused, and a loss that counts their shares of a batch rightly."""
+"""Several processes: what is refused."""
 
-import inspect
 import os
 
 import torch
-import torch.distributed as dist
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainingArguments
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from sparselet.errors import ConfigError, SelectionError
-from sparselet.tuner.adapted import base_model
 from sparselet.tuner.distributed import wrappers
 from sparselet.tuner.layer import is_sharded
-from sparselet.tuner.selection import Batch, own_loss
 
 ELSEWHERE = {
     DistributedType.FSDP: "FSDP",
@@ -74,36 +69,3 @@ def selected_on(args: TrainingArguments, model: nn.Module) -> list[nn.Module]:
             "masks can be selected over several. Start the Trainer with torchrun, without another kind of parallelism."
         )
     return list(found)
-
-
-def shared_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's loss on this process's share of a batch; its mean over the processes is the loss of the whole batch.
-
-    As a Trainer does it with `average_tokens_across_devices`: the sum over the share's labels, divided by the number of all
-    labels and multiplied by the number of processes. A model whose loss takes no number of items is a mean over the share,
-    and all shares count alike.
-    """
-    base = base_model(model)
-    items = _items(base, batch)
-    if items is None or not _takes_number(base):
-        return own_loss(model, batch)
-    dist.all_reduce(items)
-    return own_loss(model, {**batch, "num_items_in_batch": items}) * dist.get_world_size()
-
-
-def _items(base: nn.Module, batch: Batch) -> Tensor | None:
-    """How many labels the loss of a batch is about; a causal loss leaves out the first of each row."""
-    labels = batch.get("shift_labels", batch.get("labels"))
-    if not isinstance(labels, Tensor):
-        return None
-    causal = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
-    shifts = causal and "shift_labels" not in batch and not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    return (labels[..., 1:] if shifts else labels).ne(-100).sum()
-
-
-def _takes_number(base: nn.Module) -> bool:
-    """Whether a model's loss takes `num_items_in_batch`, by the rule of transformers' Trainer."""
-    told = getattr(base, "accepts_loss_kwargs", None)
-    if told is not None:
-        return bool(told)
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values())

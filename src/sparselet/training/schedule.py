@@ -1,22 +1,30 @@
 """`MaskSchedule`: the selection phase inside any transformers `Trainer`."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from sparselet.errors import SelectionError
-from sparselet.training.processes import refuse_sharding, selected_on, shared_loss
+from sparselet.training.processes import refuse_sharding, selected_on
+from sparselet.training.scoring import (
+    LossInputs,
+    StepInputs,
+    collated,
+    draw_rows,
+    makes_batches,
+    trainer_loss,
+    trainer_of,
+    with_items,
+)
 from sparselet.tuner import SparseletConfig, freeze_masks, reselect
 from sparselet.tuner.adapted import active_adapters, adapter_config, sparselet_layers
 from sparselet.tuner.distributed import group_of, rebuild, require_same_start
-from sparselet.tuner.layer import SparseletLayer, seeded
+from sparselet.tuner.layer import SparseletLayer
 from sparselet.tuner.selection import Loss
 
 logger = logging.getLogger("sparselet")
@@ -34,13 +42,15 @@ class MaskSchedule(TrainerCallback):
     that ends without a selection selects once, at its end; `reselect_every=0` always does so. The log says so.
 
     Each selection scores on `score_batches` batches drawn from the training data by the adapter's seed and the step, so
-    the order of the training data stays as it is, and a resumed run scores on the same rows.
+    the order of the training data stays as it is, and a resumed run scores on the same rows. A scoring batch has as many rows
+    as an optimizer step takes over all accumulation steps and processes (DistributedDataParallel), of which each process
+    scores its share, and all get the same masks. The loss is the Trainer's own `compute_loss`, whatever it is.
 
-    Over several processes (DistributedDataParallel) each scores on its share of such a batch, which then has as many rows as
-    all processes take at a time, and all get the same masks.
+    A Trainer that makes its batches in the training step, as those that generate do (GRPO, RLOO), is scored on what its
+    last `score_batches` steps were trained on; `initial_mask="gradient"` on the first micro-batch.
 
-    loss: a function of model and batch, for a Trainer with a loss of its own; by default the model's own. Over several
-        processes it sees a share of the batch, and all shares count alike.
+    loss: a function of model and collated batch, to score by another loss than the Trainer's. It sees one micro-batch of one
+        process at a time, and all count alike.
     rows: the numbers of the training rows that a step's scoring batches are drawn from; by default all.
     """
 
@@ -50,6 +60,9 @@ class MaskSchedule(TrainerCallback):
         self.phase = 0
         self.interval = 0
         self.models: list[nn.Module] = []
+        self.trainer: Trainer | None = None
+        self.scoring_loss: Callable[[nn.Module, Any], Tensor] | None = None
+        self.step_inputs: StepInputs | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse, before a model is taken apart for it, what `on_train_begin` would refuse."""
@@ -62,6 +75,7 @@ class MaskSchedule(TrainerCallback):
         and training data that cannot be indexed.
         """
         self.phase = 0
+        self._forget()
         refuse_sharding(args, kwargs["model"])
         adapter = _selecting(kwargs["model"])
         if adapter is None:
@@ -85,7 +99,13 @@ class MaskSchedule(TrainerCallback):
                 self.interval,
                 config.interval,
             )
-        if config.initial_mask == "gradient" and not _selections(layers, kwargs["model"]):
+        self.trainer = None if self.loss is not None else trainer_of(state)
+        self.scoring_loss = self.loss if self.trainer is None else trainer_loss(self.trainer)
+        unselected = config.initial_mask == "gradient" and not _selections(layers, kwargs["model"])
+        if self.trainer is not None and makes_batches(self.trainer):
+            before_first = (lambda inputs: self._select(args, state, kwargs, [inputs])) if unselected else None
+            self.step_inputs = StepInputs(self.trainer, config.score_batches, before_first)
+        elif unselected:
             self._select(args, state, kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -101,7 +121,12 @@ class MaskSchedule(TrainerCallback):
         """A phase cut short by the end of training ends here."""
         if self.phase and _selecting(kwargs["model"]) is not None:
             self._end(args, state, kwargs)
-        self.models = []
+        self._forget()
+
+    def _forget(self) -> None:
+        if self.step_inputs is not None:
+            self.step_inputs.remove()
+        self.models, self.trainer, self.scoring_loss, self.step_inputs = [], None, None, None
 
     def _end(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
         adapter = _selecting(kwargs["model"])
@@ -113,13 +138,15 @@ class MaskSchedule(TrainerCallback):
         freeze_masks(kwargs["model"])
         logger.info("step %d: masks are frozen.", state.global_step)
 
-    def _select(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
-        adapter = _selecting(kwargs["model"])
-        assert adapter is not None
-        rows = None if self.rows is None else self.rows(state.global_step)
-        batches = _scoring_batches(kwargs["train_dataloader"], adapter[0], state.global_step, args, rows)
-        loss = shared_loss if self.loss is None and args.world_size > 1 else self.loss
-        done = reselect(self.models[0], batches, kwargs["optimizer"], loss=loss)
+    def _select(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        kwargs: Mapping[str, Any],
+        inputs: Iterable[LossInputs] | None = None,
+    ) -> None:
+        batches = self._scoring_batches(args, state, kwargs) if inputs is None else inputs
+        done = reselect(self.models[0], batches, kwargs["optimizer"], loss=self.scoring_loss)
         for model in self.models[1:]:
             assert isinstance(model, DistributedDataParallel)
             rebuild(model)
@@ -131,22 +158,15 @@ class MaskSchedule(TrainerCallback):
             100 * done.changed,
         )
 
-
-def _scoring_batches(
-    loader: DataLoader[Any], config: SparseletConfig, step: int, args: TrainingArguments, rows: Sequence[int] | None
-) -> Iterator[dict[str, Any]]:
-    """This process's share of each scoring batch. Raises SelectionError if there is no row for each process."""
-    dataset: Any = loader.dataset
-    size = args.per_device_train_batch_size * args.world_size
-    pool = range(len(dataset)) if rows is None else rows
-    if len(pool) < args.world_size:
-        raise SelectionError(f"{len(pool)} training rows cannot be shared by {args.world_size} processes; start fewer.")
-    order = [pool[i] for i in torch.randperm(len(pool), generator=seeded(config.seed, "scoring", step)).tolist()]
-    assert loader.collate_fn is not None
-    for i in range(config.score_batches):
-        drawn = [order[(i * size + j) % len(order)] for j in range(min(size, len(order)))]
-        batch = loader.collate_fn([dataset[row] for row in drawn[args.process_index :: args.world_size]])
-        yield {key: value.to(args.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    def _scoring_batches(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> Iterable[Any]:
+        """What the scoring loss takes, for each micro-batch of this process."""
+        if self.step_inputs is not None:
+            return list(self.step_inputs.last)
+        adapter, loader = _selecting(kwargs["model"]), kwargs["train_dataloader"]
+        assert adapter is not None
+        rows = None if self.rows is None else self.rows(state.global_step)
+        batches = collated(loader, draw_rows(len(loader.dataset), args, adapter[0], state.global_step, rows), args)
+        return [part for parts in batches for part in parts] if self.trainer is None else with_items(self.trainer, batches)
 
 
 def _selecting(model: Any) -> tuple[SparseletConfig, dict[str, SparseletLayer]] | None:

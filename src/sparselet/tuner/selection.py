@@ -19,8 +19,7 @@ from sparselet.tuner.config import SparseletConfig
 from sparselet.tuner.distributed import anywhere, average, first_masks, group_of, rebuild
 from sparselet.tuner.layer import SparseletLayer, seeded
 
-Batch = Mapping[str, Any]
-Loss = Callable[[nn.Module, Batch], Tensor]
+Loss = Callable[[nn.Module, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Selection:
 
 def reselect(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     optimizer: torch.optim.Optimizer | None = None,
     *,
     loss: Loss | None = None,
@@ -202,7 +201,7 @@ class _Scorer:
         return {target: chosen.get(target, nothing) for target in self.layers}
 
 
-def _backward(model: nn.Module, batches: Iterable[Batch], loss: Loss | None, scorer: _Scorer) -> None:
+def _backward(model: nn.Module, batches: Iterable[Any], loss: Loss | None, scorer: _Scorer) -> None:
     """Forward and backward at W + Ŵ on each batch, with the scorer listening and all other gradients untouched."""
     # Reading one batch ahead tells which is the last.
     upcoming = iter(batches)
@@ -238,8 +237,12 @@ def _backward(model: nn.Module, batches: Iterable[Batch], loss: Loss | None, sco
                 layer.refresh()
 
 
-def own_loss(model: nn.Module, batch: Batch) -> Tensor:
+def own_loss(model: nn.Module, batch: Any) -> Tensor:
     """The loss that a model returns for a batch. Raises SelectionError if there is none."""
+    if not isinstance(batch, Mapping):
+        raise SelectionError(
+            f"a scoring batch is a {type(batch).__name__}, not keyword arguments of the model; pass loss=, a function of both."
+        )
     output = model(**batch)
     value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if value is None:
