@@ -15,7 +15,7 @@ SOURCE = Path(sparselet.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ROOT = "sparselet"
 
-GROUND = {"errors", "printable", "temporaries", "files", "kernels"}
+GROUND = {"errors", "printable", "patterns", "temporaries", "files", "kernels"}
 UNITS = {"fingerprint", "delta", "scores", "masks", "container"}
 CORE = GROUND | UNITS | {"adapter", "adapter_stream", "resident"}
 VERBS = {"merging", "export", "analysis", "serving"}
@@ -27,6 +27,7 @@ LIBRARY = CORE | VERBS | INPUTS | {"tuner", "training", "evaluation", "report", 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "printable": set(),
+    "patterns": {"errors"},
     "temporaries": set(),
     "files": {"errors", "printable", "temporaries"},
     "kernels": {"errors"},

@@ -176,7 +176,10 @@ def test_wrong_tensors_of_a_lora_are_named(lora, spoil, error, match):
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"alpha_pattern": {"(": 3}}, "alpha_pattern: '\\(' is not a regular expression"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern: .* is not a regular expression"),
+        ({"rank_pattern": {"(.|..)+$[x-z]": 3}}, "rank_pattern: .* takes too long to match"),
+        ({"alpha_pattern": {"(a|aa)+": 10**400}}, "alpha_pattern is .*expected an object of numbers"),
+        ({"lora_alpha": 10**400}, "lora_alpha is .*expected a number"),
         ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern is .*expected an object of numbers"),
         ({"alpha_pattern": [1]}, "alpha_pattern is .*expected an object of numbers"),
         ({"lora_alpha": "8"}, "lora_alpha is '8'; expected a number"),

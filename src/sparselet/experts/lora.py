@@ -1,8 +1,8 @@
 """LoRA adapters of PEFT: ΔW = s · B A (Hu et al. 2021), s = α/r, or α/√r where rank-stabilised (Kalajdzievski 2023)."""
 
 import math
-import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 from sparselet.adapter import CONFIG_FILE, PREFIX, check_target_name, require_finite
 from sparselet.container import TensorFile
 from sparselet.delta import SparseDelta, check_shape
-from sparselet.errors import BadConfig, BadDtype, BadShape, MissingTensor, UnknownTensor, UnsupportedExpert
+from sparselet.errors import BadConfig, BadDtype, BadShape, ConfigError, MissingTensor, UnknownTensor, UnsupportedExpert
 from sparselet.experts.expert import ExpertFile, full_delta
 from sparselet.experts.model_files import OUTPUT_LAYERS, ModelFiles
 from sparselet.experts.reading import FLOATS, describe, open_weights, refuse_fields, target_of
+from sparselet.patterns import first_matches
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 
@@ -73,7 +74,10 @@ class LoraFile(ExpertFile):
         self._transposed = bool(config.get("fan_in_fan_out"))
         self._tensors = open_weights(path)
         names = _names(self._tensors)
-        self._factors = {name: _factors(self._tensors, config, file, name) for name in names}
+        ranks = pattern_values(file, config, "rank_pattern", names, config.get("r", 8))
+        alphas = pattern_values(file, config, "alpha_pattern", names, config.get("lora_alpha", 8))
+        root = bool(config.get("use_rslora"))
+        self._factors = {name: _factors(self._tensors, file, name, ranks[name], alphas[name], root) for name in names}
         shapes = {name: self._shape(factors) for name, factors in self._factors.items()}
         super().__init__(path, shapes, describe(config))
 
@@ -112,13 +116,21 @@ class LoraFile(ExpertFile):
         return check_shape((columns, rows) if self._transposed else (rows, columns))
 
 
-def pattern_value(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's name, as PEFT's rank_pattern and alpha_pattern do:
-    a regular expression for the whole name, or for what follows some dot in it."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return otherwise
+def pattern_values(file: Path, config: Mapping[str, Any], field: str, names: Iterable[str], otherwise: Any) -> dict[str, Any]:
+    """For each module's name the value of the first pattern in a field that matches its end, as PEFT's rank_pattern and
+    alpha_pattern do: a regular expression for the whole name, or for what follows some dot in it.
+
+    Raises BadConfig (no regular expression, or it takes too long), MissingExtra.
+    """
+    patterns = config.get(field)
+    if not patterns:
+        return dict.fromkeys(names, otherwise)
+    try:
+        places = first_matches([rf"(.*\.)?({pattern})$" for pattern in patterns], names)
+    except ConfigError as error:
+        raise BadConfig(f"{file}: {field}: {error}") from error
+    values = list(patterns.values())
+    return {name: otherwise if place is None else values[place] for name, place in places.items()}
 
 
 def _check_config(file: Path, config: Mapping[str, Any]) -> None:
@@ -134,18 +146,13 @@ def _check_config(file: Path, config: Mapping[str, Any]) -> None:
         patterns = config.get(field) or {}
         if not isinstance(patterns, dict) or not all(_is_number(value) for value in patterns.values()):
             raise BadConfig(f"{file}: {field} is {patterns!r:.60}; expected an object of numbers.")
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise BadConfig(f"{file}: {field}: {pattern!r} is not a regular expression: {error}.") from error
     for field in ("r", "lora_alpha"):
         if not _is_number(config.get(field, 8)):
             raise BadConfig(f"{file}: {field} is {config[field]!r:.60}; expected a number.")
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _names(tensors: TensorFile) -> list[str]:
@@ -173,7 +180,8 @@ def _names(tensors: TensorFile) -> list[str]:
     return sorted(names)
 
 
-def _factors(tensors: TensorFile, config: Mapping[str, Any], file: Path, name: str) -> _Factors:
+def _factors(tensors: TensorFile, file: Path, name: str, said: float, alpha: float, root: bool) -> _Factors:
+    """A and B of a target. said, alpha: its rank and α by the configuration. root: whether α is divided by √r."""
     a, b = PREFIX + name + A, PREFIX + name + B
     for tensor, other in ((a, b), (b, a)):
         if tensor not in tensors.shapes:
@@ -188,8 +196,6 @@ def _factors(tensors: TensorFile, config: Mapping[str, Any], file: Path, name: s
     rank, other = tensors.shapes[a][0], tensors.shapes[b][1]
     if rank != other:
         raise BadShape(f"{tensors.path}: {name}: A has rank {rank}, B has rank {other}.")
-    said = pattern_value(config.get("rank_pattern") or {}, name, config.get("r", 8))
     if said != rank:
         raise BadShape(f"{tensors.path}: {name} has rank {rank}, but {file.name} says {said}.")
-    alpha = pattern_value(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
-    return _Factors(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    return _Factors(a, b, alpha / (math.sqrt(rank) if root else rank))

@@ -1,6 +1,7 @@
 """Refusing a method's parameter that is out of range, by name."""
 
 import math
+import sys
 from collections.abc import Sequence
 
 from sparselet.errors import ArgumentError
@@ -8,7 +9,7 @@ from sparselet.errors import ArgumentError
 
 def require_finite_number(name: str, value: float) -> None:
     """Raise ArgumentError unless `value` is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise ArgumentError(f"{name} must be a finite number, got {value!r}.")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sparselet.patterns import groups
 from sparselet.study.claims import Claim, Place
 from sparselet.study.numbers import Interval, Number, bootstrap
 from sparselet.study.table import Table
@@ -128,8 +129,7 @@ def _rows(place: Place, tables: Mapping[str, Table]) -> list[tuple[str, str | No
     if place.table not in tables or place.column not in tables[place.table].columns:
         return []
     pattern = re.escape(place.row).replace(re.escape("*"), ".*").replace(re.escape("{}"), "(.+)")
-    found = ((row, re.fullmatch(pattern, row)) for row in tables[place.table].rows)
-    return [(row, match.group(1) if match.re.groups else None) for row, match in found if match]
+    return [(row, same[0] if same else None) for row, same in groups(pattern, tables[place.table].rows).items()]
 
 
 def _number(spot: _Spot, tables: Mapping[str, Table], numbers: Numbers) -> Number | None:
