@@ -42,7 +42,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     Raises WriteFailed (disk full, no permission); the temporary file is removed then.
     """
     path = Path(path)
-    with naming_failure(path), _parents(path), temporary_file(path) as temporary:
+    with naming_failure(path), parents_of(path), temporary_file(path) as temporary:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -114,6 +114,20 @@ def naming_failure(path: str | Path, left: str = "Nothing was changed.") -> Iter
         if reason is None:
             raise
         raise WriteFailed(f"cannot write {path}: {reason}. {left}") from error
+
+
+@contextlib.contextmanager
+def parents_of(path: Path) -> Iterator[None]:
+    """Make the directories above `path`; those made here are removed again after an error, if nothing is in them."""
+    missing = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
+        raise
 
 
 def check_output(path: str | Path, directory: bool = True) -> None:
@@ -231,25 +245,11 @@ def _stays_inside(link: Path, directory: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _parents(path: Path) -> Iterator[None]:
-    """Make the directories above `path`; those made here are removed again after an error, if nothing else is in them."""
-    missing = [parent for parent in path.parents if not parent.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            for parent in missing:
-                parent.rmdir()
-        raise
-
-
-@contextlib.contextmanager
 def _written_beside(path: str | Path, place: Path) -> Iterator[Path]:
     """A temporary directory beside `place`; failures of what is written into it name `path`."""
     temporary = None
     try:
-        with naming_failure(path), _parents(place), temporary_directory(place) as temporary:
+        with naming_failure(path), parents_of(place), temporary_directory(place) as temporary:
             yield temporary
     except WriteFailed as error:
         if temporary is None:

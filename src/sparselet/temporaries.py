@@ -37,7 +37,7 @@ def temporary_directory(path: Path) -> Iterator[Path]:
         yield temporary
     finally:
         if temporary != path:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
         _unlock(lock)
 
 
@@ -112,7 +112,7 @@ def fitting_name(parent: Path, name: str, ending: str) -> str:
 
 def name_limit(directory: Path) -> int:
     """The bytes that a file's name may have in a directory, which need not be there yet."""
-    there = next(parent for parent in (directory, *directory.absolute().parents) if parent.is_dir())
+    there = next(parent for parent in (directory, *directory.absolute().parents) if os.path.isdir(parent))
     try:
         return os.pathconf(there, "PC_NAME_MAX")
     except (OSError, ValueError):
@@ -185,6 +185,16 @@ def _lock(path: Path, needed: bool = False) -> int | None:
         raise
     os.close(descriptor)
     return None
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory, if it is there."""
+    try:
+        os.rmdir(directory)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _unlock(lock: int | None) -> None:

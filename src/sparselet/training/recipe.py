@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,12 +17,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 
-from sparselet.adapter import WEIGHTS_FILE, AdapterFile, SparseAdapter
+from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, SparseAdapter
 from sparselet.errors import ConfigError, OutputExists
-from sparselet.files import atomic_directory, check_output, naming_failure, write_json
+from sparselet.files import atomic_directory, check_output, naming_failure, parents_of, read_object, write_json
 from sparselet.models import load_model, load_tokenizer
 from sparselet.resident import target_weights
 from sparselet.tasks import Task, load_task
+from sparselet.temporaries import fitting_name, held, remove_directory, remove_left
 from sparselet.training.collate import Encoded, collator, encode
 from sparselet.training.methods import METHODS, Job, Ready
 from sparselet.training.processes import refuse_several
@@ -64,45 +66,64 @@ def train(
     """
     refuse_several()
     output = Path(output)
-    check_output(output)
+    finished = os.path.isfile(output / RUN_FILE) and os.path.isdir(work_directory(output))
+    if not finished:
+        check_output(output)
+        _check_work(work_directory(output), resume)
     work = work_directory(output)
-    if work.exists() and not resume:
-        raise OutputExists(f"{work} holds an unfinished run. Go on with --resume, or remove it first.")
-    if resume and not work.exists():
-        logger.warning("there is nothing to resume at %s; training starts from the beginning.", work)
     tasks = _load_tasks(settings)
     start = None if settings.init_from is None else _load_start(Path(settings.init_from))
     known = _described(settings, tasks)
-    checkpoint = _prepare(work, known)
+    if finished:  # by a run that was killed before it had removed its checkpoints
+        return _finish(output, work, known)
+    with parents_of(work), _claimed(work, known, resume) as checkpoint:
+        try:
+            trained = _train(settings, output, work, tasks, start, known, checkpoint, base, callbacks)
+        except BaseException:
+            if _keep_whole(work) is None:
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        remove_directory(work)
+    return trained
+
+
+def _train(
+    settings: TrainSettings,
+    output: Path,
+    work: Path,
+    tasks: Sequence[Task],
+    start: SparseAdapter | None,
+    known: Mapping[str, Any],
+    checkpoint: Path | None,
+    base: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None,
+    callbacks: Sequence[TrainerCallback],
+) -> SparseAdapter | Trained:
+    """Train in the work directory, from the checkpoint if there is one, and write the output."""
     started = time.time()
-    try:
-        model, tokenizer = base or (load_model(settings.model, settings.dtype), load_tokenizer(settings.model))
-        if start is not None:
-            target_weights(model, start)  # raises where it does not fit
-        set_seed(settings.seed)
-        rows = _rows(tasks, settings, model, tokenizer)
-        sizes = [len(own) for own in rows["train"].values()]
-        job = Job(model, tokenizer, settings, start, sizes, known[DATA], keep=base is not None)
-        with _given_back(model), METHODS[settings.method](job) as ready:
-            state = _fit(job, ready, rows, work, checkpoint, callbacks)
-            metadata = _metadata(tasks, settings, state, start)
-            run = {"settings": asdict(settings), "versions": versions(), "seconds": time.time() - started}
-            run |= {"started": started, "resumed": bool(checkpoint), "history": state.log_history, DATA: known[DATA]}
-            run |= {key: metadata[key] for key in ("task", "metrics")}
-            with atomic_directory(output) as directory:
-                adapter = ready.write(directory, metadata)
-                write_json(directory / RUN_FILE, run)
-    except BaseException:
-        if _keep_whole(work) is None:
-            shutil.rmtree(work, ignore_errors=True)
-        raise
-    shutil.rmtree(work, ignore_errors=True)
+    model, tokenizer = base or (load_model(settings.model, settings.dtype), load_tokenizer(settings.model))
+    if start is not None:
+        target_weights(model, start)  # raises where it does not fit
+    set_seed(settings.seed)
+    rows = _rows(tasks, settings, model, tokenizer)
+    sizes = [len(own) for own in rows["train"].values()]
+    job = Job(model, tokenizer, settings, start, sizes, known[DATA], keep=base is not None)
+    with _given_back(model), METHODS[settings.method](job) as ready:
+        state = _fit(job, ready, rows, work, checkpoint, callbacks)
+        metadata = _metadata(tasks, settings, state, start)
+        run = {"settings": asdict(settings), "versions": versions(), "seconds": time.time() - started}
+        run |= {"started": started, "resumed": bool(checkpoint), "history": state.log_history, DATA: known[DATA]}
+        run |= {key: metadata[key] for key in ("task", "metrics")}
+        with atomic_directory(output) as directory:
+            adapter = ready.write(directory, metadata)
+            write_json(directory / RUN_FILE, run)
     return Trained(output, settings.method, metadata["metrics"]) if adapter is None else adapter
 
 
 def work_directory(output: Path) -> Path:
     """Where a run keeps its checkpoints until it has finished."""
-    return output.with_name(output.name + ".partial")
+    if output.name in ("", ".."):
+        output = Path(os.path.realpath(output))
+    return output.with_name(fitting_name(output.parent, output.name, ".partial"))
 
 
 def _load_tasks(settings: TrainSettings) -> list[Task]:
@@ -167,7 +188,8 @@ def _fit(
         collate = collator(job.model, job.tokenizer, share=not job.settings.gradient_checkpointing)
         every = [*ready.callbacks, *callbacks]
         trainer = make_trainer(ready.module, collate, rows, job.settings, work, every, ready.autocast)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with naming_failure(work, "Checkpoints that are whole are kept for --resume."):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.state
 
 
@@ -220,17 +242,44 @@ def _metadata(
     return {**metadata, "training": training}
 
 
-def _prepare(work: Path, described: Mapping[str, Any]) -> Path | None:
-    """Make the work directory, or find the checkpoint to go on from. Raises ConfigError, WriteFailed."""
+def _check_work(work: Path, resume: bool) -> None:
+    """Raise OutputExists for a work directory that this run must not use."""
+    if os.path.lexists(work) and not work.is_dir():
+        raise OutputExists(f"{work}, where checkpoints are kept, is there and no directory. Choose another output.")
+    if not resume and any(work.glob(f"checkpoint-*/{COMPLETE}")):
+        raise OutputExists(f"{work} holds an unfinished run. Go on with --resume, or remove it first.")
+    if resume and not work.exists():
+        logger.warning("there is nothing to resume at %s; training starts from the beginning.", work)
+
+
+@contextlib.contextmanager
+def _claimed(work: Path, described: Mapping[str, Any], resume: bool) -> Iterator[Path | None]:
+    """Within the block the work directory is this run's alone. Yields the checkpoint to go on from, None to start.
+
+    Without `resume` only a run that has saved no checkpoint is gone on with, which is to start it again.
+    Raises OutputExists, ConfigError, WriteFailed.
+    """
+    remove_left(work)
+    if work.exists() and _is_nothing(work):
+        remove_directory(work)
     if not work.exists():
-        with naming_failure(work):
-            work.mkdir(parents=True)
-        try:
-            write_json(work / RUN_FILE, described)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-        return None
+        with atomic_directory(work) as directory:
+            write_json(directory / RUN_FILE, described)
+    with held(work) as alone:
+        if not alone:
+            raise OutputExists(f"another process trains in {work}. Wait for it, or choose another output.")
+        _check_work(work, resume)
+        _check_described(work, described)
+        yield _keep_whole(work)
+
+
+def _is_nothing(work: Path) -> bool:
+    """Whether a work directory is that of a run that was killed before its record was written."""
+    return all(name.startswith(f".{RUN_FILE}.") and name.endswith(".tmp") for name in os.listdir(work))
+
+
+def _check_described(work: Path, described: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless the run in the work directory is the one described."""
     before = _read_run(work)
     changed = sorted(key for key in described if before.get(key) != described[key])
     other = {DATA: f"other rows in {described['task']}", START: f"another adapter at {described['init_from']}"}
@@ -241,7 +290,21 @@ def _prepare(work: Path, described: Mapping[str, Any]) -> Path | None:
             f"the run at {work} was started with {changed[0]} = {before.get(changed[0])!r}, not {described[changed[0]]!r}. "
             "Resume with the settings it was started with, or remove it first."
         )
-    return _keep_whole(work)
+
+
+def _finish(output: Path, work: Path, described: Mapping[str, Any]) -> SparseAdapter | Trained:
+    """What a run has written that was killed before it had removed its work directory. Raises OutputExists for another run."""
+    run = read_object(output / RUN_FILE)
+    same = {key: value for key, value in described.items() if key not in (DATA, START)}
+    if run.get(DATA) != described[DATA] or run.get("settings") != same:
+        raise OutputExists(f"{output} exists already. Choose another output, or remove it first.")
+    with held(work) as alone:
+        if alone:
+            remove_directory(work)
+    logger.info("%s was written by a run that was killed after that; it is whole.", output)
+    if (output / CONFIG_FILE).is_file() and run["settings"]["method"] != "lora":
+        return SparseAdapter.load(output)
+    return Trained(output, run["settings"]["method"], run["metrics"])
 
 
 def _keep_whole(work: Path) -> Path | None:
