@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -108,12 +108,12 @@ def naming_failure(path: str | Path, left: str = "Nothing was changed.") -> Iter
     except SparseletError:
         raise
     except OSError as error:
-        raise WriteFailed(f"cannot write {path}: {error.strerror or error}. {left}") from error
+        raise WriteFailed(_cannot_write(path, error.strerror or str(error), left)) from error
     except Exception as error:
         reason = _failed_write(error, Path(path))
         if reason is None:
             raise
-        raise WriteFailed(f"cannot write {path}: {reason}. {left}") from error
+        raise WriteFailed(_cannot_write(path, reason, left)) from error
 
 
 @contextlib.contextmanager
@@ -151,13 +151,6 @@ def check_output(path: str | Path, directory: bool = True) -> None:
         parent = next(parent for parent in place.parents if parent.exists())
         with temporary_directory(parent / place.name):  # no other way tells for sure that it may be written
             pass
-
-
-def refuse_inside(path: str | Path, inputs: Iterable[str | Path]) -> None:
-    """Raise ConfigError if an output would lie in the directory of an input."""
-    for directory in inputs:
-        if Path(os.path.realpath(directory)) in Path(os.path.realpath(path)).parents:
-            raise ConfigError(f"{path} would lie in {directory}, which is read; choose an output outside of it.")
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -317,6 +310,11 @@ def _mount_points() -> set[Path]:
         return set()
     names = (re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), line.split(b" ")[4]) for line in lines)
     return {Path(os.fsdecode(name)) for name in names}
+
+
+def _cannot_write(path: str | Path, reason: str, left: str) -> str:
+    hint = " Make room on the disk, and run again." if reason == os.strerror(errno.ENOSPC) else ""
+    return f"cannot write {path}: {reason}. {left}{hint}"
 
 
 def _failed_write(error: BaseException, path: Path) -> str | None:

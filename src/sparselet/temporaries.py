@@ -62,8 +62,13 @@ def temporary_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def scratch_directory(name: str) -> Iterator[Path]:
     """A directory below the system's temporary directory; those of the same name that killed processes left are removed."""
-    with temporary_directory(Path(tempfile.gettempdir()).absolute() / f"{name}-{os.getuid()}") as directory:
+    with temporary_directory(_scratch(name)) as directory:
         yield directory
+
+
+def remove_scratch(name: str) -> None:
+    """Remove the scratch directories of this name that killed processes left."""
+    remove_left(_scratch(name))
 
 
 @contextlib.contextmanager
@@ -141,6 +146,10 @@ def exchange(one: Path, other: Path) -> None:
         os.rename(aside, other)
         raise
     os.rename(aside, one)
+
+
+def _scratch(name: str) -> Path:
+    return Path(tempfile.gettempdir()).absolute() / f"{name}-{os.getuid()}"
 
 
 def _find(directory: Path, pattern: re.Pattern[str]) -> list[Path]:

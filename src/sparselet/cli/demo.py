@@ -16,6 +16,7 @@ from sparselet.models import PACKAGED, load_model, load_tokenizer, packaged_mode
 from sparselet.report.pictures import draw_demo
 from sparselet.report.summary import layer_table
 from sparselet.tasks import BUILTIN_PREFIX, load_task
+from sparselet.temporaries import remove_left
 from sparselet.training import TrainSettings, train
 from sparselet.training.recipe import work_directory
 from sparselet.tuner.model import versions
@@ -77,6 +78,7 @@ def _claim(out: Path) -> None:
     mark = {"settings": asdict(SETTINGS), "tasks": list(TASKS)}
     if out.exists() and not out.is_dir():
         raise OutputExists(f"{out} is a file. Choose another output.")
+    remove_left(out / MARK)
     if out.is_dir() and any(out.iterdir()):
         try:
             same = json_library.loads((out / MARK).read_text()) == json_library.loads(json_library.dumps(mark))
@@ -89,7 +91,7 @@ def _claim(out: Path) -> None:
 
 def _expert(out: Path, task: str, base: tuple[Any, Any]) -> SparseAdapter:
     path = out / "experts" / task
-    if path.is_dir():
+    if path.is_dir() and not work_directory(path).exists():
         note(f"{task}: trained already, taken from {path}")
         return SparseAdapter.load(path)
     bar, stopped = TrainingProgress(task), work_directory(path).exists()

@@ -76,7 +76,7 @@ def eval_(
     """
     quiet_libraries()
     if predictions is not None:
-        check_output(predictions)
+        check_output(predictions, directory=False)
     asked = EvalSettings(rows, True, max_input_length, max_new_tokens, batch_size)
     names = adapter or []
     adapters = {name: _checked(expert) for name, expert in zip(names, open_experts(names, model), strict=True)}

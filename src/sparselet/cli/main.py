@@ -1,8 +1,10 @@
 """The command `sparselet`: verbs, one error line instead of a traceback, exit codes."""
 
+import contextlib
 import errno
 import inspect
 import keyword
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,13 +84,23 @@ def _description(text: str) -> str:
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 an error, 2 wrong usage, 130 interrupted, 143 terminated."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments:
         arguments = ["--help"]
+    with contextlib.suppress(ValueError):  # of a thread that may not listen to signals
+        signal.signal(signal.SIGTERM, _terminate)
     with lenient_streams():
         code = _run(arguments, "--debug" in arguments)
     sys.exit(code)
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM); what it was writing is removed on the way."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -100,6 +112,8 @@ def _run(arguments: list[str], debug: bool) -> int:
         return _fail(f"{reason(error)} See `sparselet --help`.", 2, debug)
     except SparseletError as error:
         return _fail(str(error), 1, debug)
+    except Terminated:
+        return _fail("terminated. A training run that has saved a checkpoint goes on with --resume.", 143, debug)
     except KeyboardInterrupt:
         return _fail("interrupted. A training run that has saved a checkpoint goes on with --resume.", 130, debug)
     except OSError as error:

@@ -22,6 +22,7 @@ from sparselet.merging import (
     PER_TASK,
     Recipe,
     change_merge,
+    is_per_task,
     merge_per_task,
     merge_to,
     merge_with_counts,
@@ -148,12 +149,13 @@ def merge_(
             raise ConfigError("--as checkpoint needs the base model; give --model.")
     opened = open_experts(asked.experts, asked.model)
     _refuse_inside(out, opened)
+    again = False
     if per_task is not None:
-        _check_per_task(per_task, out, asked.method, opened)
+        again = _check_per_task(per_task, out, asked.method, opened)
     found = None if searching is None else _searched(asked, opened, searching, validation or ValidationSettings())
     asked = found.recipe if found else asked
     loaded = (load_model(asked.model, dtype or "float32"), load_tokenizer(asked.model)) if checkpoint and asked.model else None
-    parts = [] if per_task is None else _per_task(asked, opened, per_task, workers)
+    parts = [] if per_task is None else _per_task(asked, opened, per_task, workers, again)
     with atomic_directory(out) as directory:
         if loaded:
             with tempfile.TemporaryDirectory(prefix=".", dir=directory) as scratch:
@@ -186,15 +188,15 @@ def _merge(recipe: Recipe, experts: Sequence[Expert], adapter: Path, workers: in
     return AdapterFile(adapter)
 
 
-def _per_task(recipe: Recipe, experts: Sequence[Expert], directory: Path, workers: int | None) -> list[Path]:
-    """Write what the merge leaves of each expert."""
+def _per_task(recipe: Recipe, experts: Sequence[Expert], directory: Path, workers: int | None, again: bool) -> list[Path]:
+    """Write what the merge leaves of each expert. again: they may be there, and must then be the same."""
     with progress(_targets(experts), "masking") as advance:
 
         def told(name: str) -> None:
             advance(1)
 
         how = (recipe.method, recipe.weights, recipe.parameters)
-        return merge_per_task(directory, experts, *how, workers=workers, progress=told)
+        return merge_per_task(directory, experts, *how, workers=workers, progress=told, keep_equal=again)
 
 
 def _change(
@@ -272,15 +274,21 @@ def _refuse_inside(output: Path, experts: Sequence[Expert]) -> None:
             raise ConfigError(f"{output} would lie in the expert {expert.path}; choose an output outside of it.")
 
 
-def _check_per_task(directory: Path, out: Path, method: str, experts: Sequence[Expert]) -> None:
-    """Refuse what cannot be written there, before any work is done."""
-    check_output(directory)
+def _check_per_task(directory: Path, out: Path, method: str, experts: Sequence[Expert]) -> bool:
+    """Refuse what cannot be written there, before any work is done.
+
+    True where such adapters are there, by a run that was killed before it had written the merge.
+    """
     _refuse_inside(directory, experts)
     if method not in PER_TASK:
         raise ConfigError(f"--per-task goes with method {' or '.join(PER_TASK)}, not with {method}.")
     here, there = directory.resolve(), out.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ConfigError(f"--per-task {directory} and --out {out} must be apart from each other.")
+    again = is_per_task(directory, experts, method)
+    if not again:
+        check_output(directory)
+    return again
 
 
 def _result(

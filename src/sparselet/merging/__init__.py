@@ -3,7 +3,7 @@
 from sparselet.merging.average import overlap, uniform
 from sparselet.merging.counts import change_merge, merge_with_counts
 from sparselet.merging.methods import METHODS, PER_TASK
-from sparselet.merging.per_task import merge_per_task
+from sparselet.merging.per_task import is_per_task, merge_per_task
 from sparselet.merging.recipe import Recipe, read_recipe, recipe_text
 from sparselet.merging.stream import merge, merge_to
 
@@ -12,6 +12,7 @@ __all__ = [
     "PER_TASK",
     "Recipe",
     "change_merge",
+    "is_per_task",
     "merge",
     "merge_per_task",
     "merge_to",

@@ -2,10 +2,12 @@
 
 import contextlib
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparselet.adapter import AdapterFile
 from sparselet.adapter_stream import adapter_stream
 from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError, SparseletError
@@ -14,6 +16,7 @@ from sparselet.merging.methods import PER_TASK, PER_TASK_SURVEYS
 from sparselet.merging.parallel import in_order
 from sparselet.merging.plan import Expert, Plan, Weight, metadata_of
 from sparselet.merging.record import Digests, merged_metadata
+from sparselet.temporaries import fitting_name
 
 
 def merge_per_task(
@@ -26,15 +29,18 @@ def merge_per_task(
     base: str | Path | None = None,
     workers: int | None = None,
     progress: Callable[[str], None] | None = None,
+    keep_equal: bool = False,
 ) -> list[Path]:
     """Write one adapter an expert into the directory `output`: the merged delta under the expert's mask (EMR, TALL masks).
 
     Each is called as its expert's task, or as its directory, with a number where names are equal.
+    keep_equal: the directory may be there already with the very same adapters, and then stays as it is.
     Raises ArgumentError for a method that leaves nothing of single experts, and what `merge_to` raises.
     """
     if method not in PER_TASK:
         raise ArgumentError(f"{method} makes one merged adapter only; one a task come from {', '.join(PER_TASK)}.")
-    check_output(output)
+    if not keep_equal:
+        check_output(output)
     plan = Plan(experts, method, weights, parameters, base)
     plan.check_values()
     plan.survey(PER_TASK_SURVEYS)
@@ -51,7 +57,7 @@ def merge_per_task(
             raise type(error)(f"{name}: {error}") from error
 
     names = _names(plan.experts)
-    with atomic_directory(output) as directory:
+    with atomic_directory(output, keep_equal) as directory:
         for name in names:
             (directory / name).mkdir()
         with contextlib.ExitStack() as stack:
@@ -69,13 +75,28 @@ def merge_per_task(
     return [Path(output) / name for name in names]
 
 
+def is_per_task(output: str | Path, experts: Sequence[Expert], method: str) -> bool:
+    """Whether `output` holds what `merge_per_task` calls its adapters of these experts, by the same method.
+
+    A run leaves that which is killed before it has written what comes after them.
+    """
+    names = _names(experts)
+    try:
+        merges = [AdapterFile(Path(output) / name).metadata.get("merge") for name in names]
+    except (SparseletError, OSError):
+        return False
+    return {*names} == {*os.listdir(output)} and all(isinstance(m, dict) and m.get("method") == method for m in merges)
+
+
 def _names(experts: Sequence[Expert]) -> list[str]:
     """A directory name for each expert: its task, or its own directory's; numbered where two are equal."""
     names: list[str] = []
     for i, expert in enumerate(experts, 1):
         task, path = metadata_of(expert).get("task"), getattr(expert, "path", None)
-        name = str(task or (Path(path).name if path else f"expert-{i}")).replace("/", "-").strip(". ") or f"expert-{i}"
+        called = str(task or (Path(path).name if path else f"expert-{i}"))
+        plain = "".join("-" if character == "/" or not character.isprintable() else character for character in called)
+        name = fitting_name(Path(), plain.strip(". ") or f"expert-{i}", "")
         while name in names:
-            name = f"{name}-{i}"
+            name = fitting_name(Path(), name, f"-{i}")
         names.append(name)
     return names

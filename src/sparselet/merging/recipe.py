@@ -21,12 +21,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from sparselet.errors import ConfigError, MissingExtra, SparseletError
 from sparselet.files import read_toml
 from sparselet.merging.methods import complete_parameters
 from sparselet.merging.plan import Weight, check_weights
 
+_FILE = "file://"
 _KINDS = {str: "text", bool: "true or false", dict: "a table", list: "a list of tables"}
 
 
@@ -125,13 +127,17 @@ def _take(content: dict[str, Any], key: str, kind: type, default: Any) -> Any:
 
 
 def _seen_from(directory: str | Path, name: str) -> str:
-    """A path as seen from `directory`; a name that is not on the disk as it is."""
-    return os.path.relpath(os.path.realpath(name), os.path.realpath(directory)) if os.path.exists(name) else name
+    """A path as seen from `directory`, or as a file URI where its bytes are not UTF-8, which TOML must be; a name that is not
+    on the disk as it is."""
+    if not os.path.exists(name):
+        return name
+    path = os.path.relpath(os.path.realpath(name), os.path.realpath(directory))
+    return path if path.isprintable() else Path(os.path.realpath(name)).as_uri()
 
 
 def _found_from(directory: Path, name: str) -> str:
     """What `_seen_from` gave, as seen from here: a path that starts with a dot is never one of the hub."""
-    there = directory / name
+    there = Path(os.fsdecode(unquote_to_bytes(name.removeprefix(_FILE)))) if name.startswith(_FILE) else directory / name
     if there.exists():
         return os.path.realpath(there)
-    return str(there) if name.startswith(".") else name
+    return str(there) if name.startswith((".", _FILE)) else name

@@ -24,7 +24,6 @@ def write_report(out: Path, results: Mapping[str, Any], cost: Mapping[str, Any])
     bytes with the same version of matplotlib. Raises UnsafePath (a table's name is no file name), WriteFailed.
     """
     figures = out / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
     tables = results["tables"]
     ranges = charts.scales(tables.values())
     shared = charts.styles([(table, chart) for table in tables.values() for chart in table["charts"]])

@@ -15,7 +15,8 @@ from typing import Any, Literal, Protocol
 from sparselet.errors import WorkerFailed
 from sparselet.study.jobs import Job
 from sparselet.study.perform import Places
-from sparselet.study.store import Store
+from sparselet.study.store import SCRATCH, Store
+from sparselet.temporaries import remove_scratch
 
 ATTEMPTS = 3  # at a job whose worker dies
 TAIL = 20  # lines of a worker's standard error that are kept
@@ -94,6 +95,7 @@ class LocalExecutor:
         for worker in self._workers:
             worker.process.wait()
         self._workers.clear()
+        remove_scratch(SCRATCH)
 
     def _new(self) -> _Worker:
         share = str(self._threads)

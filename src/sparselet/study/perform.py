@@ -113,7 +113,7 @@ class Performer:
 
     def _train(self, unit: Unit, output: Path, tell: Tell) -> dict[str, Any]:
         base = self._base(unit)
-        if not output.exists():
+        if not output.exists() or work_directory(output).exists():
             steps = _Steps(lambda fraction: tell(Report("progress", unit.key, fraction)))
             _train_or_resume(self._train_settings(unit), output, base, steps)
         return trained_result(output, base[0])

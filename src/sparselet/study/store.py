@@ -8,10 +8,11 @@
 <out>/failed/<key>.json          why the last attempt failed
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
-import tempfile
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ import fsspec
 from sparselet.errors import BadConfig, ConfigError, MissingExtra
 from sparselet.files import atomic_directory, atomic_write, cache_directory, json_bytes, naming_failure, write_json
 from sparselet.study.unit import Unit
+from sparselet.temporaries import remove_all_left, scratch_directory
 
 UNIT, RESULT, COST = "unit.json", "result.json", "cost.json"
 EXPERT, ANSWERS = "expert", "answers.jsonl"
+SCRATCH = "sparselet-study"  # the name of the temporary directories for what goes to a URL
 
 
 class Store:
@@ -46,8 +49,9 @@ class Store:
             raise MissingExtra(f"{self.out} cannot be reached: {error}.") from error
         except ValueError as error:
             raise ConfigError(f"out: {self.out} cannot be reached: {error}.") from error
-        self._scratch = tempfile.TemporaryDirectory(prefix="sparselet-study-")
-        self.path = Path(self._scratch.name)
+        scratch = contextlib.ExitStack()
+        self.path = scratch.enter_context(scratch_directory(SCRATCH))
+        weakref.finalize(self, scratch.close)
 
     @property
     def is_remote(self) -> bool:
@@ -126,6 +130,7 @@ class Store:
 
     def forgive(self, keys: Iterable[str]) -> None:
         """Forget the failures of units that are tried again. Raises WriteFailed."""
+        remove_all_left(self.path / "failed")
         names = self._names("failed/*.json")
         for name in (f"failed/{key}.json" for key in keys):
             if name in names:
