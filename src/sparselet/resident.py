@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from sparselet import kernels
 from sparselet.delta import SparseDelta
-from sparselet.errors import ShapeMismatch, UnknownTarget, UnsupportedExpert
+from sparselet.errors import ShapeMismatch, UnsupportedExpert
 from sparselet.fingerprint import fingerprint_weight, require_same_base
+from sparselet.names import Names, as_rows, refuse_shared
 
 
 @contextlib.contextmanager
@@ -48,10 +49,10 @@ def absorb(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> None:
 
 
 def target_weights(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> dict[str, Tensor]:
-    """The model's weight of each of the adapter's targets, once all fit. A 1-D weight [n], as norms have, is given as [1, n].
+    """The model's weight of each of the adapter's targets, once all fit, as the target's two sides (`names.as_rows`).
 
-    Raises UnknownTarget (also where two targets are one shared weight), UnsupportedExpert (modules trained in full, which only
-    PEFT puts in place), ShapeMismatch, WrongBase.
+    Raises UnknownTarget, UnsupportedExpert (modules trained in full, which only PEFT puts in place; a weight that is shared,
+    see `names.refuse_shared`, or quantised), ShapeMismatch, WrongBase.
     """
     trained = getattr(adapter, "metadata", {}).get("modules_to_save") or sorted(getattr(adapter, "modules", {}))
     if trained:
@@ -59,21 +60,23 @@ def target_weights(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> dict
             f"the adapter also trained {', '.join(trained)} in full (modules_to_save), which only PEFT loads; use "
             "PeftModel.from_pretrained."
         )
-    weights: dict[str, Tensor] = {}
-    modules = dict(model.named_modules())
     shapes = getattr(adapter, "shapes", None) or {name: delta.shape for name, delta in adapter.items()}
-    owners: dict[int, str] = {}
-    for name in adapter:
-        weight = getattr(modules.get(name), "weight", None)
-        if not isinstance(weight, Tensor):
-            raise UnknownTarget(f"the model has no target {name}, which the adapter changes.")
-        other = owners.setdefault(id(weight), name)
-        if other != name:
-            raise UnknownTarget(f"{name} and {other} are one weight in this model, but the adapter changes each.")
-        weight = weight.detach().unsqueeze(0) if weight.ndim == 1 else weight.detach()
-        if tuple(weight.shape) != shapes[name]:
-            raise ShapeMismatch(f"{name}: the adapter has shape {list(shapes[name])}, the model {list(weight.shape)}.")
-        weights[name] = weight
+    names = Names(model)
+    targets = names.find(adapter)
+    refuse_shared(names, targets.values())
+    weights: dict[str, Tensor] = {}
+    for name, target in targets.items():
+        weight = names.layers[target].parameter.detach()
+        if not weight.is_floating_point():
+            raise UnsupportedExpert(
+                f"{target} is {weight.dtype} in the model, which is quantised; load it in a floating dtype."
+            )
+        rows = as_rows(weight)
+        if tuple(rows.shape) != shapes[name]:
+            raise ShapeMismatch(f"{name}: the adapter has shape {list(shapes[name])}, the model {list(rows.shape)}.")
+        if not weight.is_contiguous():
+            raise UnsupportedExpert(f"{target} does not lie in one piece in memory, so it cannot be changed in place.")
+        weights[name] = rows
     fingerprints = getattr(adapter, "fingerprints", {})
     require_same_base(fingerprints, {name: fingerprint_weight(w) for name, w in weights.items()}, "adapter and model")
     return weights

@@ -7,17 +7,17 @@ from pathlib import Path
 from sparselet.cli.terminal import note
 from sparselet.delta import SparseDelta
 from sparselet.errors import ConfigError
-from sparselet.experts import CheckpointFile, Expert, open_expert
+from sparselet.experts import BaseModel, CheckpointFile, Expert, open_expert
 from sparselet.models import local_path
 
 
 def open_experts(names: Sequence[str], model: str | None) -> list[Expert]:
-    """Open experts. model: the base model; one on the hub is fetched only where an expert cannot be read without its files.
+    """Open experts. model: the base model; of one on the hub the weights are fetched only where an expert needs them.
 
     A full checkpoint's base model is called as it was asked for, or by its whole path, so that it means the same elsewhere.
     Raises ModelError for a base model that is not there, and what `open_expert` raises.
     """
-    base = None if model is None else local_path(model)
+    base = None if model is None else BaseModel(local_path(model))
     opened = [open_expert(name, base) for name in names]
     for expert in opened:
         if model is not None and isinstance(expert, CheckpointFile):

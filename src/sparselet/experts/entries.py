@@ -10,7 +10,7 @@ model's files.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,13 @@ from sparselet.errors import (
     ConfigError,
     FormatError,
     IndexOutOfBounds,
-    MissingTensor,
     SparseletError,
     UnknownTensor,
     UnsupportedExpert,
-    WrongBase,
 )
+from sparselet.experts.base_model import BaseModel
 from sparselet.experts.expert import ExpertFile
-from sparselet.experts.model_files import ModelFiles
-from sparselet.experts.reading import FLOATS, describe, open_weights, refuse_fields, target_of
+from sparselet.experts.reading import FLOATS, describe, open_weights, refuse_fields, target_of, tensors_of_targets
 from sparselet.fingerprint import require_same_base
 
 NOTE = "sparselet.targets"  # in the file's header: {target: {"shape", "nnz", "fingerprint"}} of what was exported
@@ -83,7 +81,7 @@ class EntriesFile(ExpertFile):
     UnknownTensor, MissingTensor, BadDtype, BadShape, WrongBase, UnsafePath.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], layout: Layout, base: ModelFiles | None) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], layout: Layout, base: BaseModel | None) -> None:
         file = path / CONFIG_FILE
         refuse_fields(file, config, layout.known.split(), layout.refused)
         if config.get("save_precomputed_indices") is False:
@@ -93,11 +91,14 @@ class EntriesFile(ExpertFile):
             )
         self._layout = layout
         self._tensors = open_weights(path)
-        names = _names(self._tensors, layout)
-        self._noted = _read_note(self._tensors, layout, names)
-        shapes = {name: self._shape(name, base) for name in names}
-        for name, shape in shapes.items():
-            _check_count(self._tensors, config, layout, name, shape)
+        pairs = _pairs(self._tensors, layout)
+        noted = _read_note(self._tensors, layout, pairs)
+        targets = {name: name for name in pairs} if base is None else base.targets(pairs, str(path))
+        self._pairs = {target: pairs[name] for name, target in targets.items()}
+        self._noted = {target: noted[name] for name, target in targets.items()} if noted else {}
+        shapes = {target: self._shape(target, base) for target in self._pairs}
+        for target, shape in shapes.items():
+            _check_count(self._tensors, config, layout, self._pairs[target][0], target, shape)
         super().__init__(path, shapes, describe(config))
 
     @property
@@ -108,7 +109,7 @@ class EntriesFile(ExpertFile):
     def __getitem__(self, name: str) -> SparseDelta:
         shape = self.shapes[name]
         where = f"{self._tensors.path}: {name}"
-        values = self._tensors.read(PREFIX + name + self._layout.values).float()
+        values = self._tensors.read(self._pairs[name][0]).float()
         positions = self._positions(name, shape)
         if self._noted and not values[self._noted[name]["nnz"] :].any():
             values, positions = values[: self._noted[name]["nnz"]], positions[: self._noted[name]["nnz"]]
@@ -125,17 +126,16 @@ class EntriesFile(ExpertFile):
         """Selected entries of all targets, by the file's header; one that is stored twice counts twice."""
         if self._noted:
             return sum(self._noted[name]["nnz"] for name in self.shapes)
-        return sum(self._tensors.shapes[PREFIX + name + self._layout.values][0] for name in self.shapes)
+        return sum(self._tensors.shapes[values][0] for values, _ in self._pairs.values())
 
     def check_values(self) -> None:
         """Read every value once. Raises NonFiniteValue, naming file and tensor, if one is NaN or infinite."""
-        for name in self.shapes:
-            tensor = PREFIX + name + self._layout.values
-            require_finite(self._tensors.read(tensor), f"{self._tensors.path}: {tensor}")
+        for values, _ in self._pairs.values():
+            require_finite(self._tensors.read(values), f"{self._tensors.path}: {values}")
 
     def _positions(self, name: str, shape: tuple[int, int]) -> Tensor:
         """Where each value goes, flat and row-major, int64 [K]. Raises IndexOutOfBounds, BadDtype."""
-        tensor = PREFIX + name + self._layout.indices
+        tensor = self._pairs[name][1]
         stored = self._tensors.read(tensor)
         indices = stored.to(torch.int64)
         if not torch.equal(indices.to(stored.dtype), stored):  # float32 where PEFT saved it on Windows
@@ -148,7 +148,7 @@ class EntriesFile(ExpertFile):
                 raise IndexOutOfBounds(f"{self._tensors.path}: {tensor}: {wrong} lies outside a target of {list(shape)}.")
         return indices[0] * shape[1] + indices[1]
 
-    def _shape(self, name: str, base: ModelFiles | None) -> tuple[int, int]:
+    def _shape(self, name: str, base: BaseModel | None) -> tuple[int, int]:
         noted = check_shape(tuple(self._noted[name]["shape"])) if self._noted else None
         if base is None:
             if noted is None:
@@ -157,27 +157,26 @@ class EntriesFile(ExpertFile):
                     "--model (in Python: base)."
                 )
             return noted
-        found = base.weight_shape(name)
-        if found is None or len(found) != 2 or (noted is not None and found != noted):
-            expected = f"a weight of shape {list(noted)}" if noted else "a 2-D weight"
-            has = "no such weight" if found is None else f"shape {list(found)}"
-            raise WrongBase(f"{self._tensors.path}: {name}: expected {expected}, but {base.path} has {has}.")
-        return check_shape(found)
+        layer = base.names.layers[name]
+        if not layer.linear or layer.transposed:
+            kind = type(layer.module).__name__
+            raise UnsupportedExpert(f"{self._tensors.path}: {name} is a {kind} in {base.name}; PEFT changes nn.Linear only.")
+        if noted is not None:
+            base.check_shapes({name: noted}, str(self._tensors.path))
+        return base.shape(name)
 
 
-def _names(tensors: TensorFile, layout: Layout) -> list[str]:
+def _pairs(tensors: TensorFile, layout: Layout) -> dict[str, tuple[str, str]]:
+    """The tensors of values and of indices of each target."""
     names = set()
     for tensor in tensors.shapes:
         suffix = next((suffix for suffix in (layout.values, layout.indices) if tensor.endswith(suffix)), None)
         if suffix is None or not tensor.startswith(PREFIX):
             raise UnknownTensor(f"{tensors.path}: {tensor} is not {PREFIX}<target>{layout.values} or {layout.indices}.")
         names.add(target_of(tensor, suffix))
-    for name in names:
-        check_target_name(name)
-        values, indices = (PREFIX + name + suffix for suffix in (layout.values, layout.indices))
-        for tensor in (values, indices):
-            if tensor not in tensors.shapes:
-                raise MissingTensor(f"{tensors.path}: {tensor} is missing.")
+        check_target_name(target_of(tensor, suffix))
+    pairs = tensors_of_targets(tensors, (layout.values, layout.indices), sorted(names))
+    for name, (values, indices) in pairs.items():
         count, shape = tensors.shapes[values], tensors.shapes[indices]
         if len(count) != 1 or shape != ((2, *count) if layout is SHIRA else count):
             expected = "[K] and [2, K]" if layout is SHIRA else "[K] and [K]"
@@ -187,10 +186,10 @@ def _names(tensors: TensorFile, layout: Layout) -> list[str]:
                 f"{tensors.path}: {name}: values are {tensors.dtypes[values]} and indices {tensors.dtypes[indices]}; "
                 f"expected one of {', '.join(FLOATS)}, and integers."
             )
-    return sorted(names)
+    return pairs
 
 
-def _read_note(tensors: TensorFile, layout: Layout, names: Iterable[str]) -> dict[str, Any]:
+def _read_note(tensors: TensorFile, layout: Layout, pairs: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     """What sparselet noted of each target when it wrote the file; empty if it did not, or not of these targets."""
     if NOTE not in tensors.notes:
         return {}
@@ -202,15 +201,17 @@ def _read_note(tensors: TensorFile, layout: Layout, names: Iterable[str]) -> dic
                 raise ValueError(f"nnz of {name} is {note[name]['nnz']}")
             if note[name]["fingerprint"] is not None:
                 require_same_base({name: note[name]["fingerprint"]}, {name: note[name]["fingerprint"]}, NOTE)
-        known = note.keys() == set(names)
+        known = note.keys() == pairs.keys()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, FormatError) as error:
         raise BadConfig(f"{tensors.path}: {NOTE} in the header is damaged: {error}.") from error
     return note if known else {}
 
 
-def _check_count(tensors: TensorFile, config: Mapping[str, Any], layout: Layout, name: str, shape: tuple[int, int]) -> None:
+def _check_count(
+    tensors: TensorFile, config: Mapping[str, Any], layout: Layout, values: str, name: str, shape: tuple[int, int]
+) -> None:
     """PEFT knows how many entries a target has; another number means another base model. Raises BadConfig, BadShape."""
-    count = tensors.shapes[PREFIX + name + layout.values][0]
+    count = tensors.shapes[values][0]
     field, default = ("r", 32) if layout is SHIRA else ("sparsity", 0.99)
     value = config.get(field, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)):

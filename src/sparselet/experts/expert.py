@@ -1,14 +1,17 @@
 """`ExpertFile`: an expert in another format than ours, read target by target."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparselet.adapter import require_finite
 from sparselet.delta import SparseDelta, index_dtype
+from sparselet.errors import ArgumentError
 
 
 class ExpertFile(Mapping[str, SparseDelta]):
@@ -47,6 +50,54 @@ class ExpertFile(Mapping[str, SparseDelta]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+class SomeTargets(ExpertFile):
+    """Targets of another expert, some or all, under names of their own.
+
+    expert: an `ExpertFile`, an `AdapterFile` or a `SparseAdapter`. names: of each target, what the expert calls it.
+    """
+
+    def __init__(self, expert: Any, names: Mapping[str, str]) -> None:
+        shapes = getattr(expert, "shapes", None) or {name: delta.shape for name, delta in expert.items()}
+        super().__init__(getattr(expert, "path", Path()), {name: shapes[own] for name, own in names.items()}, expert.metadata)
+        self._expert, self._names = expert, dict(names)
+
+    @property
+    def fingerprints(self) -> dict[str, dict[str, str] | None]:
+        """The base model's, by target."""
+        known = self._expert.fingerprints
+        return {name: known[self._names[name]] for name in self.shapes}
+
+    def __getitem__(self, name: str) -> SparseDelta:
+        return self._expert[self._names[name]]
+
+    @property
+    def nnz(self) -> int:
+        """Selected entries of these targets. They are read for it where some were left out."""
+        return self._expert.nnz if len(self) == len(self._expert) else sum(self[name].nnz for name in self)
+
+    def check_values(self) -> None:
+        """Read every value of these targets once. Raises NonFiniteValue."""
+        for name in self:
+            require_finite(self[name].values, f"{self.path}: {name}")
+
+
+def without(expert: Any, patterns: Iterable[str]) -> tuple[Any, list[str]]:
+    """An expert without the targets that a pattern of names (`*.v_proj`) matches, and their names.
+
+    Raises ArgumentError for a pattern that matches none, and where nothing would be left.
+    """
+    left_out = set()
+    for pattern in patterns:
+        matching = {name for name in expert if fnmatchcase(name, pattern)}
+        if not matching:
+            raise ArgumentError(f"no target matches {pattern!r}; one is called {next(iter(expert), None)}.")
+        left_out |= matching
+    if left_out and len(left_out) == len(expert):
+        raise ArgumentError(f"all {len(expert)} targets would be left out.")
+    rest = SomeTargets(expert, {name: name for name in expert if name not in left_out}) if left_out else expert
+    return rest, sorted(left_out)
 
 
 def full_delta(dense: Tensor) -> SparseDelta:

@@ -10,13 +10,16 @@ from typing import Any
 from sparselet.adapter import CONFIG_FILE, PREFIX, check_target_name, require_finite
 from sparselet.container import TensorFile
 from sparselet.delta import SparseDelta, check_shape
-from sparselet.errors import BadConfig, BadDtype, BadShape, ConfigError, MissingTensor, UnknownTensor, UnsupportedExpert
+from sparselet.errors import BadConfig, BadDtype, BadShape, ConfigError, UnknownTensor, UnsupportedExpert
+from sparselet.experts.base_model import BaseModel
 from sparselet.experts.expert import ExpertFile, full_delta
-from sparselet.experts.model_files import OUTPUT_LAYERS, ModelFiles
-from sparselet.experts.reading import FLOATS, describe, open_weights, refuse_fields, target_of
+from sparselet.experts.reading import FLOATS, describe, open_weights, refuse_fields, target_of, tensors_of_targets
 from sparselet.patterns import first_matches
 
 A, B = ".lora_A.weight", ".lora_B.weight"
+
+# What transformers' models with Conv1D call such layers; others have linear layers of these names.
+CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc", "c_mlp")
 
 # Fields of LoraConfig that are read here, or that change nothing once A, B and α are known.
 _KNOWN = (
@@ -60,31 +63,49 @@ class _Factors:
 
 class LoraFile(ExpertFile):
     """A PEFT LoRA directory. ΔW = s · B A in float32, every entry selected; transposed where the base model stores its
-    weights [in, out] (`fan_in_fan_out`, GPT-2's Conv1D).
+    weights [in, out] (GPT-2's Conv1D).
 
-    A and B are multiplied as PEFT does, so that ΔW is its `get_delta_weight` to the last bit.
+    A and B are multiplied as PEFT does, so that ΔW is its `get_delta_weight` to the last bit. How a weight lies the base
+    model's layer tells. PEFT has one `fan_in_fan_out` for all, which it corrects layer by layer and then saves as the last one
+    had it: without the base model it is believed only where it cannot be of two minds.
 
-    Raises, at opening, UnsupportedExpert (DoRA, trained biases or modules, starts that changed the base model, and the
-    like), BadConfig, MissingFile, BadContainer, UnknownTensor, MissingTensor, BadDtype, BadShape, UnsafePath.
+    base: the base model, whose names the targets then have.
+
+    Raises, at opening, ConfigError (the base model is needed), UnknownTarget, WrongBase (other shapes), UnsupportedExpert
+    (DoRA, trained biases or modules, starts that changed the base model, and the like), BadConfig, MissingFile, BadContainer,
+    UnknownTensor, MissingTensor, BadDtype, BadShape, UnsafePath.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], base: BaseModel | None = None) -> None:
         file = path / CONFIG_FILE
         _check_config(file, config)
-        self._transposed = bool(config.get("fan_in_fan_out"))
         self._tensors = open_weights(path)
-        names = _names(self._tensors)
-        ranks = pattern_values(file, config, "rank_pattern", names, config.get("r", 8))
-        alphas = pattern_values(file, config, "alpha_pattern", names, config.get("lora_alpha", 8))
+        pairs = tensors_of_targets(self._tensors, (A, B), _names(self._tensors))
+        modules = {name: a.removeprefix(PREFIX).removesuffix(A) for name, (a, _) in pairs.items()}
+        ranks = pattern_values(file, config, "rank_pattern", modules.values(), config.get("r", 8))
+        alphas = pattern_values(file, config, "alpha_pattern", modules.values(), config.get("lora_alpha", 8))
         root = bool(config.get("use_rslora"))
-        self._factors = {name: _factors(self._tensors, file, name, ranks[name], alphas[name], root) for name in names}
-        shapes = {name: self._shape(factors) for name, factors in self._factors.items()}
+        factors = {
+            name: _factors(self._tensors, file, name, pair, ranks[modules[name]], alphas[modules[name]], root)
+            for name, pair in pairs.items()
+        }
+        targets = {name: name for name in pairs} if base is None else base.targets(pairs, str(path))
+        self._factors = {targets[name]: factors[name] for name in pairs}
+        if base is None:
+            transposed = dict.fromkeys(pairs, _is_transposed(file, config, pairs))
+        else:
+            transposed = {target: base.names.layers[target].transposed for target in self._factors}
+            _refuse_other_layers(base, self._factors, path)
+        self._transposed = {name for name, value in transposed.items() if value}
+        shapes = {name: self._shape(name) for name in self._factors}
+        if base is not None:
+            base.check_shapes(shapes, str(path))
         super().__init__(path, shapes, describe(config))
 
     def __getitem__(self, name: str) -> SparseDelta:
         factors = self._factors[name]
         product = self._tensors.read(factors.b).float() @ self._tensors.read(factors.a).float()
-        dense = (product.t() if self._transposed else product) * factors.scaling
+        dense = (product.t() if name in self._transposed else product) * factors.scaling
         require_finite(dense, f"{self._tensors.path}: {name}")
         return full_delta(dense.contiguous())
 
@@ -98,22 +119,31 @@ class LoraFile(ExpertFile):
         for tensor in self._tensors.shapes:
             require_finite(self._tensors.read(tensor), f"{self._tensors.path}: {tensor}")
 
-    @property
-    def on_output_layer(self) -> str | None:
-        """The target that makes logits, if it is one."""
-        return next((name for name in self.shapes if name.rpartition(".")[2] in OUTPUT_LAYERS), None)
-
-    def refuse_tied(self, base: ModelFiles) -> None:
-        """Raise UnsupportedExpert if a target shares its weight with the embeddings in this base model."""
-        if self.on_output_layer and base.tied:
-            raise UnsupportedExpert(
-                f"{self.path}: {self.on_output_layer} shares its weight with the embeddings in {base.path}; PEFT changes one "
-                "of the two, which no ΔW of the shared weight does."
-            )
-
-    def _shape(self, factors: _Factors) -> tuple[int, int]:
+    def _shape(self, name: str) -> tuple[int, int]:
+        factors = self._factors[name]
         rows, columns = self._tensors.shapes[factors.b][0], self._tensors.shapes[factors.a][1]
-        return check_shape((columns, rows) if self._transposed else (rows, columns))
+        return check_shape((columns, rows) if name in self._transposed else (rows, columns))
+
+
+def _is_transposed(file: Path, config: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether all targets are Conv1D, without the base model. Raises ConfigError where its layers must tell."""
+    said = bool(config.get("fan_in_fan_out"))
+    usual = {name.rpartition(".")[2] in CONV1D for name in names}
+    if usual <= {True} or (usual == {False} and not said):
+        return said
+    known = config.get("base_model_name_or_path")
+    raise ConfigError(
+        f"{file}: fan_in_fan_out is {str(said).lower()}, but PEFT has one for all layers, and these may lie in two ways. "
+        f"Give the base model with --model{f' {known}' if known else ''} (in Python: base)."
+    )
+
+
+def _refuse_other_layers(base: BaseModel, targets: Iterable[str], path: Path) -> None:
+    """Raise UnsupportedExpert for a target that is not linear in the base model, such as an embedding."""
+    for target in targets:
+        if not base.names.layers[target].linear:
+            kind = type(base.names.layers[target].module).__name__
+            raise UnsupportedExpert(f"{path}: {target} is a {kind} in {base.name}; B A changes linear layers only.")
 
 
 def pattern_values(file: Path, config: Mapping[str, Any], field: str, names: Iterable[str], otherwise: Any) -> dict[str, Any]:
@@ -180,12 +210,12 @@ def _names(tensors: TensorFile) -> list[str]:
     return sorted(names)
 
 
-def _factors(tensors: TensorFile, file: Path, name: str, said: float, alpha: float, root: bool) -> _Factors:
-    """A and B of a target. said, alpha: its rank and α by the configuration. root: whether α is divided by √r."""
-    a, b = PREFIX + name + A, PREFIX + name + B
-    for tensor, other in ((a, b), (b, a)):
-        if tensor not in tensors.shapes:
-            raise MissingTensor(f"{tensors.path}: {tensor} is missing, but {other} is there.")
+def _factors(
+    tensors: TensorFile, file: Path, name: str, pair: tuple[str, str], said: float, alpha: float, root: bool
+) -> _Factors:
+    """A and B of a target. pair: their tensors. said, alpha: its rank and α by the configuration. root: α is divided by √r."""
+    a, b = pair
+    for tensor in pair:
         shape = tensors.shapes[tensor]
         if len(shape) > 2:
             raise UnsupportedExpert(f"{tensors.path}: {tensor} has shape {list(shape)}; convolutions are not read.")

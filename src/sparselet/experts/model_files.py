@@ -10,11 +10,6 @@ from sparselet.files import read_object
 
 MODEL_CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-WEIGHT = ".weight"
-
-# How transformers' models call the layer that makes logits, and their input embeddings.
-OUTPUT_LAYERS = ("lm_head", "embed_out")
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
 
 
 class ModelFiles:
@@ -45,39 +40,6 @@ class ModelFiles:
         """A tensor and its file, for messages."""
         return f"{self._file_of[name].path}: {name}"
 
-    def weight_shape(self, module: str) -> tuple[int, ...] | None:
-        """The shape of a module's weight; None if there is none. Of the oldest models on the hub, such as gpt2, the files
-        lack the first part of each name."""
-        for name in (module + WEIGHT, module.partition(".")[2] + WEIGHT):
-            if name in self.shapes:
-                return self.shapes[name]
-        return None
-
-    @property
-    def tied(self) -> bool:
-        """Whether the output layer shares the embeddings' weight: what config.json says, or else whether it is absent."""
-        for config in (self.config, self.config.get("text_config")):
-            if isinstance(config, dict) and isinstance(config.get("tie_word_embeddings"), bool):
-                return config["tie_word_embeddings"]
-        return not any(_is_output(name) for name in self.shapes)
-
-    @property
-    def embeddings(self) -> str | None:
-        """The tensor of the input embeddings, by its usual names; where a model has two, the one they share."""
-        found = sorted(name for name in self.shapes if _last_part(name) in EMBEDDINGS and name.endswith(WEIGHT))
-        return next((name for name in found if _last_part(name) == "shared"), found[0] if found else None)
-
-
-def copies_of_embeddings(files: ModelFiles, tied: bool) -> set[str]:
-    """The tensors that repeat the embeddings under another name: T5's `encoder.embed_tokens` beside `shared`, and, where
-    the base model ties it, the output layer. Their values are not looked at."""
-    embeddings = files.embeddings
-    if embeddings is None:
-        return set()
-    alike = {name for name, shape in files.shapes.items() if shape == files.shapes[embeddings] and name != embeddings}
-    shared = _last_part(embeddings) == "shared"
-    return {n for n in alike if (tied and _is_output(n)) or (shared and _last_part(n) == "embed_tokens")}
-
 
 def _weight_files(path: Path) -> dict[str, set[str]]:
     """The safetensors files of a model, each with the tensors that the index puts there."""
@@ -102,11 +64,3 @@ def _weight_files(path: Path) -> dict[str, set[str]]:
         if not (path / file).is_file():
             raise MissingFile(f"{path / file} is missing, which {INDEX} names.")
     return files
-
-
-def _last_part(tensor: str) -> str:
-    return tensor.removesuffix(WEIGHT).rpartition(".")[2]
-
-
-def _is_output(tensor: str) -> bool:
-    return _last_part(tensor) in OUTPUT_LAYERS and tensor.endswith(WEIGHT)

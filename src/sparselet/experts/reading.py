@@ -6,8 +6,9 @@ from typing import Any
 
 from sparselet.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from sparselet.container import TensorFile
-from sparselet.errors import MissingFile, UnsupportedExpert
+from sparselet.errors import MissingFile, MissingTensor, UnknownTensor, UnsupportedExpert
 from sparselet.files import check_inside
+from sparselet.names import unwrapped
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -42,11 +43,38 @@ def refuse_fields(file: Path, config: Mapping[str, Any], known: Iterable[str], r
             )
 
 
+def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
+    """Raise UnsupportedExpert if a model's configuration says that its weights are quantised."""
+    for part in (config, config.get("text_config")):
+        settings = part.get("quantization_config") if isinstance(part, dict) else None
+        if settings:
+            method = settings.get("quant_method", "an unknown method") if isinstance(settings, dict) else settings
+            raise UnsupportedExpert(
+                f"{where}: the weights are quantised by {method!s:.40} (quantization_config in config.json), so they cannot be "
+                "compared. Give the model it was quantised from, or load it with transformers, dequantize() it, and save it."
+            )
+
+
 def describe(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the configuration of a PEFT adapter tells of base model and task."""
     return {key: config[key] for key in ("base_model_name_or_path", "task_type") if isinstance(config.get(key), str)}
 
 
 def target_of(tensor: str, suffix: str) -> str:
-    """The target's name in the name of one of its tensors."""
-    return tensor.removeprefix(PREFIX).removesuffix(suffix)
+    """The target's name in the name of one of its tensors, without what torch.compile and the like add to it."""
+    return unwrapped(tensor.removesuffix(suffix).removeprefix(PREFIX))
+
+
+def tensors_of_targets(tensors: TensorFile, suffixes: tuple[str, str], names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The two tensors of each target. Raises MissingTensor for one of two, UnknownTensor for two of a kind."""
+    found: dict[str, dict[str, str]] = {name: {} for name in names}
+    for tensor in tensors.shapes:
+        suffix = next(suffix for suffix in suffixes if tensor.endswith(suffix))
+        other = found[target_of(tensor, suffix)].setdefault(suffix, tensor)
+        if other != tensor:
+            raise UnknownTensor(f"{tensors.path}: {other} and {tensor} are both {suffix} of {target_of(tensor, suffix)}.")
+    for name, pair in found.items():
+        for suffix, other in (suffixes, suffixes[::-1]):
+            if suffix not in pair:
+                raise MissingTensor(f"{tensors.path}: {PREFIX}{name}{suffix} is missing, but {pair[other]} is there.")
+    return {name: (pair[suffixes[0]], pair[suffixes[1]]) for name, pair in found.items()}

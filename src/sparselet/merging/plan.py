@@ -8,7 +8,7 @@ from typing import Any
 from sparselet.adapter import require_finite
 from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError, ShapeMismatch
-from sparselet.experts import open_expert
+from sparselet.experts import BaseModel, open_expert
 from sparselet.fingerprint import require_same_base
 from sparselet.merging.bands import cut, join
 from sparselet.merging.entries import common_units
@@ -40,7 +40,8 @@ class Plan:
         self.method = method
         self.parameters = complete_parameters(method, parameters or {})
         self.weights = check_weights(weights, len(experts))
-        self.experts = [open_expert(e, base) if isinstance(e, (str, Path)) else e for e in experts]
+        model = None if base is None else BaseModel(base)
+        self.experts = [open_expert(e, model) if isinstance(e, (str, Path)) else e for e in experts]
         for i, expert in enumerate(self.experts):
             if getattr(expert, "modules", None) or metadata_of(expert).get("modules_to_save"):
                 raise ArgumentError(f"{label(expert, i)} trained modules in full (modules_to_save), which cannot be merged.")
@@ -158,7 +159,23 @@ def _common_shapes(experts: Sequence[Expert]) -> dict[str, tuple[int, int]]:
         for name, shape in _shapes(expert).items():
             if shapes.setdefault(name, shape) != shape:
                 raise ShapeMismatch(f"{name}: {label(expert, i)} has shape {list(shape)}, an earlier one {list(shapes[name])}.")
+    _refuse_other_names(experts)
     return dict(sorted(shapes.items()))
+
+
+def _refuse_other_names(experts: Sequence[Expert]) -> None:
+    """Raise ArgumentError where a target of one expert seems to be another's under a longer name, as of a model with its head
+    and one without; what a base model that was given does not have was refused before."""
+    names = [set(_shapes(expert)) for expert in experts]
+    for i, own in enumerate(names):
+        for name in sorted(set().union(*names) - own):
+            shorter = name
+            while shorter := shorter.partition(".")[2]:
+                if shorter in own and not any({name, shorter} <= other for other in names):
+                    raise ArgumentError(
+                        f"{label(experts[i], i)} changes {shorter}, another expert {name}. If they are one weight, made over a "
+                        "model without and with its head, give the base model with --model (in Python: base), which tells."
+                    )
 
 
 def _common_fingerprints(experts: Sequence[Expert]) -> dict[str, Mapping[str, str] | None]:

@@ -1,0 +1,163 @@
+"""The targets of a model, and which of them a name from elsewhere means.
+
+A target is a parameter of a model. It is called like its module where it is the module's `weight`, and otherwise by its whole
+name, as a bias is: `model.norm`, `model.layers.0.self_attn.q_proj`, `model.layers.0.self_attn.q_proj.bias`.
+
+Other sources have other names for it: modules that wrap a model put a part of their own into every name (`torch.compile`
+`_orig_mod`, DDP `module`), a model without its head lacks the first part, and files that were written for another class or
+version of transformers hold names which that library rewrites as it loads them. `Names` knows a model's rules.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparselet.errors import UnknownTarget, UnsupportedExpert
+
+WEIGHT = ".weight"
+
+# Parts that modules around a model or a layer add to the names below them.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_DATA_PARALLEL = "module."
+
+
+def unwrapped(name: str) -> str:
+    """A name without what torch.compile, DDP, FSDP and checkpointing add to it."""
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return name.removeprefix(_DATA_PARALLEL)
+
+
+def target_name(parameter: str) -> str:
+    """What the target is called whose tensor is `parameter`."""
+    return parameter.removesuffix(WEIGHT)
+
+
+def as_rows(weight: Tensor) -> Tensor:
+    """A parameter as the target's two sides: [n] as [1, n]; more sides are joined but for the last, as [rows, columns]."""
+    return weight.reshape(1, -1) if weight.ndim < 2 else weight.reshape(-1, weight.shape[-1])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The module that a target belongs to."""
+
+    module: nn.Module
+    parameter: nn.Parameter
+    is_weight: bool
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored [in, out], as GPT-2's `Conv1D` does."""
+        return self.is_weight and type(self.module).__name__ == "Conv1D"  # transformers', which need not be installed
+
+    @property
+    def linear(self) -> bool:
+        """Whether the target is the weight of an `nn.Linear` or a `Conv1D`."""
+        return self.is_weight and (isinstance(self.module, nn.Linear) or self.transposed)
+
+
+class Names:
+    """The targets of a model, which may lie on the meta device and holds no adapters.
+
+    model: without what torch.compile and DDP put around it. layers: by target, in the model's order. shared: all targets that
+    are one parameter, in the model's order, by each of them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = _bare(model)
+        self.layers: dict[str, Layer] = {}
+        groups: dict[int, list[str]] = {}
+        for prefix, module in self.model.named_modules(remove_duplicate=False):
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                target = target_name(unwrapped(f"{prefix}.{name}" if prefix else name))
+                self.layers[target] = Layer(module, parameter, name == "weight")
+                groups.setdefault(id(parameter), []).append(target)
+        self.shared = {name: tuple(group) for group in groups.values() for name in group}
+
+    def find(self, names: Iterable[str], where: str = "the adapter") -> dict[str, str]:
+        """The target that each name means, be it a module's or a parameter's.
+
+        Raises UnknownTarget, also where two names mean one target.
+        """
+        found: dict[str, str] = {}
+        owners: dict[str, str] = {}
+        for name in names:
+            target = next((n for n in (name, unwrapped(name)) if n in self.layers), None)
+            if target is None:
+                placed = {tensor: to for tensor, (to, _) in self.place([name + WEIGHT, name]).items()}
+                target = next((n for n in (target_name(placed[name + WEIGHT]), placed[name]) if n in self.layers), None)
+            if target is None:
+                raise UnknownTarget(f"{where}: the model has no target {name}, which the adapter changes.")
+            other = owners.setdefault(target, name)
+            if other != name:
+                raise UnknownTarget(f"{where}: {other} and {name} are both {target} in the model; only one can be meant.")
+            found[name] = target
+        return found
+
+    def place(self, tensors: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+        """Where transformers puts the tensors of a checkpoint: the name in the model's state dict, whether or not it has it,
+        and the pattern of the conversion that makes one parameter of several tensors or the reverse, if there is one."""
+        state = self.model.state_dict()
+        renamed = _renaming(self.model, self.rules(), state)
+        placed: dict[str, tuple[str, str | None]] = {}
+        for tensor in sorted(tensors, key=_natural):
+            tries = [renamed(name) for name in dict.fromkeys((tensor, unwrapped(tensor)))]
+            placed[tensor] = next((one for one in tries if one[0] in state), tries[-1])
+        return placed
+
+    def rules(self) -> list[Any]:
+        """transformers' renamings and conversions for the model; none for other models."""
+        transformers = sys.modules.get("transformers")  # a model of that library has imported it
+        if transformers is None or not isinstance(self.model, transformers.PreTrainedModel):
+            return []
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        return get_model_conversion_mapping(self.model)
+
+
+def refuse_shared(names: Names, targets: Iterable[str], where: str = "the adapter") -> None:
+    """Raise UnsupportedExpert if a target shares its weight with another layer, so that a change of it alone has no place.
+
+    An embedding that comes first in the model stands for all that share its weight: its change is one of the shared weight,
+    as a full checkpoint's is. That of an output layer tied to it is not: PEFT changes one of the two.
+    """
+    for target in targets:
+        group = names.shared[target]
+        if len(group) > 1 and (target != group[0] or names.layers[target].linear):
+            other = next(name for name in group if name != target)
+            raise UnsupportedExpert(
+                f"{where}: {target} shares its weight with {other} in the base model; PEFT changes one of the two, which no ΔW "
+                "of the shared weight does. Leave the target out, or give its owner an untied base (tie_word_embeddings false)."
+            )
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model in what wraps it as a whole."""
+    while (inner := model._modules.get("_orig_mod") or model._modules.get("module")) and len(model._modules) == 1:
+        model = inner
+    return model
+
+
+def _renaming(model: Any, rules: list[Any], state: dict[str, Tensor]) -> Callable[[str], tuple[str, str | None]]:
+    """How transformers names a tensor as it loads it. A name that the model itself has stays, as it does there."""
+    if not rules:
+        return lambda tensor: (tensor, None)
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+    def renamed(tensor: str) -> tuple[str, str | None]:
+        placed = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
+        return (tensor, None) if placed[0] not in state and tensor in state else placed
+
+    return renamed
+
+
+def _natural(name: str) -> list[tuple[Any, ...]]:
+    """The order in which transformers reads tensors: numbers in a name by value."""
+    parts = [(part.rstrip("0123456789"), part) for part in name.split(".")]
+    return [(0, int(part)) if part.isdigit() else (1, text, int(part[len(text) :] or -1)) for text, part in parts]
