@@ -6,7 +6,7 @@ import torch
 
 from sparselet.delta import SparseDelta
 from sparselet.kernels import selected
-from sparselet.merging.entries import common_units, mask_count, weighted_sum
+from sparselet.merging.entries import common_units, compact, mask_count, weighted_sum
 from sparselet.merging.ranges import require_finite_number
 
 
@@ -19,9 +19,9 @@ def arithmetic(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale
     Returns a delta on the union of the masks, of tiles when all have the same. Raises ShapeMismatch, ArgumentError.
     """
     require_finite_number("scale", scale)
-    deltas = common_units(deltas)
+    deltas, places = compact(common_units(deltas))
     total, units = weighted_sum(deltas, weights), selected(mask_count(deltas))
-    return SparseDelta(deltas[0].shape, units, total.index_select(0, units) * scale, deltas[0].block_size)
+    return places.delta(units, total.index_select(0, units) * scale)
 
 
 def magmax(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale: float = 1.0) -> SparseDelta:
@@ -33,7 +33,7 @@ def magmax(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale: fl
     Returns a delta on the union of the masks, of tiles when all have the same. Raises ShapeMismatch, ArgumentError.
     """
     require_finite_number("scale", scale)
-    deltas = common_units(deltas)
+    deltas, places = compact(common_units(deltas))
     first = deltas[0].values
     largest, smallest = (torch.zeros(deltas[0].units, *first.shape[1:], device=first.device) for _ in range(2))
     for delta, weight in zip(deltas, weights, strict=True):
@@ -42,4 +42,4 @@ def magmax(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale: fl
         smallest.index_copy_(0, at, torch.minimum(smallest.index_select(0, at), values))
     units = selected(mask_count(deltas))
     high, low = largest.index_select(0, units), smallest.index_select(0, units)
-    return SparseDelta(deltas[0].shape, units, torch.where(high >= -low, high, low) * scale, deltas[0].block_size)
+    return places.delta(units, torch.where(high >= -low, high, low) * scale)

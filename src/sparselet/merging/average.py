@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from sparselet.delta import SparseDelta
 from sparselet.kernels import selected
-from sparselet.merging.entries import common_units, mask_count, per_unit, weighted_sum
+from sparselet.merging.entries import common_units, compact, mask_count, per_unit, weighted_sum
 from sparselet.merging.ranges import require_sum
 
 
@@ -18,12 +18,12 @@ def overlap(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDe
     deltas: N of one target, shape (rows, columns) each. weights: N. Sums are float32, in the order given.
     Returns a delta on the union of the masks, of tiles when all have the same. Raises ShapeMismatch.
     """
-    deltas = common_units(deltas)
+    deltas, places = compact(common_units(deltas))
     total, count = weighted_sum(deltas, weights), mask_count(deltas)
     units = selected(count)
     values = total.index_select(0, units)
     values /= per_unit(count.index_select(0, units), values)
-    return SparseDelta(deltas[0].shape, units, values, deltas[0].block_size)
+    return places.delta(units, values)
 
 
 def uniform(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDelta:
@@ -34,6 +34,6 @@ def uniform(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDe
     Raises ShapeMismatch, ArgumentError if the weights sum to 0.
     """
     whole = require_sum("uniform", weights)
-    deltas = common_units(deltas)
+    deltas, places = compact(common_units(deltas))
     total, units = weighted_sum(deltas, weights), selected(mask_count(deltas))
-    return SparseDelta(deltas[0].shape, units, total.index_select(0, units) / whole, deltas[0].block_size)
+    return places.delta(units, total.index_select(0, units) / whole)

@@ -8,7 +8,7 @@ from torch import Tensor
 from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError
 from sparselet.kernels import selected
-from sparselet.merging.entries import common_units
+from sparselet.merging.entries import common_units, compact
 from sparselet.merging.ranges import require_finite_number
 from sparselet.merging.sums import sum_in_double
 
@@ -35,13 +35,13 @@ def consensus(
     experts).
     """
     factors = _factors(deltas, k, mask_lambda, scale)
-    deltas = [delta.expand() for delta in common_units(deltas)]
+    deltas, places = compact([delta.expand() for delta in common_units(deltas)])
     together = sum_in_double(deltas, weights)
     count = torch.zeros(len(together), dtype=torch.int32, device=together.device)
     for delta, weight, factor in zip(deltas, weights, factors, strict=True):
         count.index_add_(0, delta.indices, _tall(delta, weight, factor, together).int())
     units = selected(count >= k)
-    return SparseDelta(deltas[0].shape, units, (together.index_select(0, units) * scale).float())
+    return places.delta(units, (together.index_select(0, units) * scale).float())
 
 
 def consensus_experts(
@@ -56,12 +56,13 @@ def consensus_experts(
     Returns a delta an expert, on the expert's own mask, with 0 where Mᵢ is 0. Raises ShapeMismatch, ArgumentError.
     """
     factors = _factors(deltas, 1, mask_lambda, scale)
-    deltas = common_units(deltas)
+    whole = common_units(deltas)
+    deltas, _ = compact(whole)
     together = sum_in_double(deltas, weights)
     experts = []
-    for delta, weight, factor in zip(deltas, weights, factors, strict=True):
+    for own, delta, weight, factor in zip(whole, deltas, weights, factors, strict=True):
         values = together.index_select(0, delta.indices) * (_tall(delta, weight, factor, together) * scale)
-        experts.append(SparseDelta(delta.shape, delta.indices, values.float(), delta.block_size))
+        experts.append(SparseDelta(own.shape, own.indices, values.float(), own.block_size))
     return experts
 
 

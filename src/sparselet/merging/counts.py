@@ -37,7 +37,7 @@ from sparselet.errors import (
 from sparselet.experts import open_expert
 from sparselet.files import atomic_directory, atomic_write, check_inside, check_output
 from sparselet.kernels import selected
-from sparselet.merging.entries import per_unit
+from sparselet.merging.entries import common_units, compact, per_unit
 from sparselet.merging.parallel import in_order
 from sparselet.merging.plan import Expert, Plan, Weight, check_patterns, check_weights, label, metadata_of, weight_of
 from sparselet.merging.record import Digests, expert_digest, expert_record, metadata_of_merge
@@ -179,11 +179,14 @@ def total(
         sizes = " and ".join("single entries" if block == 1 else f"tiles of {block}×{block}" for block in sorted(blocks))
         raise ArgumentError(f"{name}: counts are kept for masks of one kind; these experts have {sizes}.")
     block = blocks.pop() if blocks else 1
-    sums = torch.zeros(shape[0] * shape[1] // block**2, *((block, block) if block > 1 else ()), dtype=torch.int64)
+    tile = (block, block) if block > 1 else ()
+    before = SparseDelta.empty(shape) if kept is None else kept.delta()
+    (before, *deltas), places = compact(common_units([before, *deltas]))
+    sums = torch.zeros(before.units, *tile, dtype=torch.int64)
     counts = torch.zeros(len(sums), dtype=torch.int32)
     largest = 0.0
     if kept and len(kept.units):
-        sums[kept.units], counts[kept.units] = kept.sums, kept.counts
+        sums[before.indices], counts[before.indices] = kept.sums, kept.counts
         largest = float(kept.sums.abs().max()) * GRID
     for delta, weight, sign in zip(deltas, weights, signs or [1] * len(deltas), strict=True):
         if not delta.nnz:
@@ -198,7 +201,7 @@ def total(
     if signs and -1 in signs and ((counts < 0).any() or sums[counts == 0].any()):
         raise ArgumentError(f"{name}: an expert to remove is not as it was when it was merged; it must be the same to the bit.")
     units = selected(counts)
-    return Kept(shape, units, sums.index_select(0, units), counts.index_select(0, units))
+    return Kept(shape, places.of(units), sums.index_select(0, units), counts.index_select(0, units))
 
 
 class CountsFile:

@@ -67,11 +67,10 @@ def keep_probabilities(delta: SparseDelta, density: float, epsilon: float, densi
     m = 1 the probability is `density`.
     delta: an element mask without zeros.
     """
-    rows, columns = delta.shape
-    edges = torch.arange(rows + 1, dtype=delta.indices.dtype, device=delta.indices.device) * columns
-    starts = torch.searchsorted(delta.indices, edges)
-    in_row = starts.diff()
-    row = torch.repeat_interleave(torch.arange(rows, device=in_row.device), in_row)
+    columns = delta.shape[1]
+    # Rows without entries are not counted, so that a target's size alone takes no memory.
+    _, row, in_row = torch.unique_consecutive(delta.indices // columns, return_inverse=True, return_counts=True)
+    starts = in_row.cumsum(0) - in_row
     keys, order = (row << 31 | delta.values.float().abs().view(torch.int32)).sort()
     _, group, count = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
     twice = 2 * count.cumsum(0) - count - 1  # twice the mean place in `keys` of equal magnitudes, so that it is an integer

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparselet.delta import SparseDelta
 from sparselet.kernels import selected
-from sparselet.merging.entries import common_units, mask_count
+from sparselet.merging.entries import common_units, compact, mask_count
 from sparselet.merging.ranges import require_choice
 
 
@@ -37,7 +37,7 @@ def disjoint_mean(
     deltas: N of one target, element masks. weights: N. Other sums are float32, in the order given.
     Returns an element mask, the union of the deltas'. Raises ShapeMismatch.
     """
-    deltas = common_units(deltas)
+    deltas, places = compact(common_units(deltas))
     elected = _elected_signs(deltas, weights, elect)
     total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
     for delta, weight in zip(deltas, weights, strict=True):
@@ -49,7 +49,7 @@ def disjoint_mean(
     values, divisor = (dense.index_select(0, units) for dense in (total.mul_(elected), divisor))
     negligible = 1e-5 * max(map(abs, weights)) if mean == "weights" else 0.0
     values.div_(divisor).masked_fill_(divisor.abs() <= negligible, 0.0)
-    return SparseDelta(deltas[0].shape, units, values.mul_(scale))
+    return places.delta(units, values.mul_(scale))
 
 
 def _elected_signs(deltas: Sequence[SparseDelta], weights: Sequence[float], elect: str) -> Tensor:

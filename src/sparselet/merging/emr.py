@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparselet.delta import SparseDelta
 from sparselet.kernels import selected
-from sparselet.merging.entries import common_units, mask_count
+from sparselet.merging.entries import common_units, compact, mask_count
 from sparselet.merging.sums import sum_in_double, total
 from sparselet.merging.trim import Targets
 
@@ -23,10 +23,9 @@ def emr(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDelta:
     deltas: N of one target. weights: N.
     Returns a delta on the union of the masks, of tiles when all have the same. Raises ShapeMismatch.
     """
-    deltas = common_units(deltas)
+    deltas, places = compact(common_units(deltas))
     units = selected(mask_count(deltas))
-    values = _unified(deltas, weights).index_select(0, units)
-    return SparseDelta(deltas[0].shape, units, values, deltas[0].block_size)
+    return places.delta(units, _unified(deltas, weights).index_select(0, units))
 
 
 def emr_experts(
@@ -39,13 +38,14 @@ def emr_experts(
         one.) For an expert whose mask is empty λᵢ is 0.
     Returns a delta an expert, on the expert's own mask, with 0 where Mᵢ is 0. Raises ShapeMismatch.
     """
-    deltas = common_units(deltas)
+    whole = common_units(deltas)
+    deltas, _ = compact(whole)
     unified = _unified(deltas, weights)
     if rescalers is None:
         rescalers = [_rescaler(*_magnitudes(*one, unified)) for one in zip(deltas, weights, strict=True)]
     return [
-        SparseDelta(delta.shape, delta.indices, _masked(delta, weight, unified) * rescaler, delta.block_size)
-        for delta, weight, rescaler in zip(deltas, weights, rescalers, strict=True)
+        SparseDelta(own.shape, own.indices, _masked(delta, weight, unified) * rescaler, own.block_size)
+        for own, delta, weight, rescaler in zip(whole, deltas, weights, rescalers, strict=True)
     ]
 
 
@@ -53,7 +53,7 @@ def survey_emr(targets: Targets, parameters: Mapping[str, Any]) -> dict[str, Any
     """The rescalers of `emr_experts` over all targets."""
     sums = torch.zeros(1, 2, dtype=torch.float64)
     for deltas, weights in targets():
-        deltas = common_units(deltas)
+        deltas, _ = compact(common_units(deltas))
         unified = _unified(deltas, weights)
         sums = sums + torch.tensor([_magnitudes(*one, unified) for one in zip(deltas, weights, strict=True)])
     return {"rescalers": [_rescaler(*both) for both in sums.tolist()]}

@@ -4,12 +4,17 @@ All sums are float32 whatever the deltas' dtype, and are added in the order give
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparselet.delta import SparseDelta
 from sparselet.errors import ShapeMismatch
+
+WHOLE = 2**20  # units of a target that are never too many to be spelt out
+CROWD = 16  # units of a target for each that is selected, up to which they are spelt out
+LINE = 2**20  # units of a row of a compact target
 
 
 def common_units(deltas: Sequence[SparseDelta]) -> list[SparseDelta]:
@@ -28,6 +33,43 @@ def common_units(deltas: Sequence[SparseDelta]) -> list[SparseDelta]:
     return [
         d if d.block_size == block else SparseDelta(d.shape, d.indices, d.values.new_empty(0, *tile), block) for d in deltas
     ]
+
+
+def is_thin(deltas: Sequence[SparseDelta]) -> bool:
+    """Whether the target has so many more units than the deltas select that sums over all of them would be for nothing."""
+    return deltas[0].units > max(WHOLE, CROWD * sum(len(delta.indices) for delta in deltas))
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the units of compact deltas lie in their target: unit i is unit `units`[i] there, or i without them."""
+
+    shape: tuple[int, int]
+    block_size: int
+    units: Tensor | None
+
+    def of(self, chosen: Tensor) -> Tensor:
+        """The places [n] of the chosen units, int64 [n]."""
+        return chosen if self.units is None else self.units.index_select(0, chosen).long()
+
+    def delta(self, chosen: Tensor, values: Tensor) -> SparseDelta:
+        """The target's delta on the chosen units, int64 [n] ascending. values: [n], or [n, B, B]."""
+        return SparseDelta(self.shape, self.of(chosen), values, self.block_size)
+
+
+def compact(deltas: Sequence[SparseDelta]) -> tuple[list[SparseDelta], Places]:
+    """The deltas as if their target had no more units than they select together, where it has many more; else as they are.
+
+    Sums over all units then take the memory of the entries, whatever size the target is said to have. The compact deltas' own
+    shape means nothing. deltas: on common units.
+    """
+    (shape, block), units = (deltas[0].shape, deltas[0].block_size), None
+    if is_thin(deltas):
+        units = torch.unique(torch.cat([delta.indices for delta in deltas]))
+        columns = max(1, min(len(units), LINE))
+        small = (-(-max(1, len(units)) // columns) * block, columns * block)
+        deltas = [SparseDelta(small, torch.searchsorted(units, d.indices), d.values, block) for d in deltas]
+    return list(deltas), Places(shape, block, units)
 
 
 def weighted_sum(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> Tensor:

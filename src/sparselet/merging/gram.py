@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparselet.delta import SparseDelta
-from sparselet.merging.entries import common_units
+from sparselet.merging.entries import common_units, compact
 from sparselet.merging.sums import total
 
 
@@ -15,7 +15,7 @@ def gram(deltas: Sequence[SparseDelta]) -> Tensor:
 
     One delta at a time is spelt out over all units, the others are gathered from it. Raises ShapeMismatch.
     """
-    deltas = common_units(deltas)
+    deltas, _ = compact(common_units(deltas))
     first = deltas[0].values
     products = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
     spread = torch.zeros(deltas[0].units, *first.shape[1:], device=first.device)

@@ -6,7 +6,7 @@ import torch
 
 from sparselet.delta import SparseDelta
 from sparselet.kernels import selected
-from sparselet.merging.entries import common_units, mask_count, weighted_sum
+from sparselet.merging.entries import common_units, compact, mask_count, weighted_sum
 from sparselet.merging.gram import cosines, gram
 
 _SINGULAR = 1e-6
@@ -25,9 +25,10 @@ def model_stock(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> Spar
     """
     deltas = common_units(deltas)
     step = _step(deltas, weights)
+    deltas, places = compact(deltas)
     units = selected(mask_count(deltas))
     values = weighted_sum(deltas, [step * weight / len(deltas) for weight in weights]).index_select(0, units)
-    return SparseDelta(deltas[0].shape, units, values, deltas[0].block_size)
+    return places.delta(units, values)
 
 
 def _step(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> float:

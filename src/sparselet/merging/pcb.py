@@ -8,7 +8,7 @@ from torch import Tensor
 from sparselet.delta import SparseDelta
 from sparselet.kernels import selected
 from sparselet.masks import check_density, units_to_keep
-from sparselet.merging.entries import common_units
+from sparselet.merging.entries import common_units, compact
 from sparselet.merging.ranges import require_finite_number, require_fraction
 from sparselet.merging.sums import sum_in_double
 from sparselet.merging.trim import entries_of, kth_largest, require_trim
@@ -47,21 +47,22 @@ def pcb(
     require_trim(density_of)
     require_fraction("clip", clip, zero=True, one=False)
     require_finite_number("scale", scale)
-    deltas = [delta.expand() for delta in common_units(deltas)]
+    whole = [delta.expand() for delta in common_units(deltas)]
+    deltas, places = compact(whole)
     together = sum_in_double(deltas, [1.0] * len(deltas))
     above, below = torch.zeros_like(together), torch.zeros_like(together)
-    for delta, weight in zip(deltas, weights, strict=True):
+    for own, delta, weight in zip(whole, deltas, weights, strict=True):
         if delta.nnz == 0:
             continue
         clipped = _clip(delta.values.float(), int(clip * entries_of(delta, "nonzeros"))).double()
         agreement = torch.tanh(delta.values.double() * together.index_select(0, delta.indices))
-        kept = units_to_keep(density, entries_of(delta, density_of))
+        kept = units_to_keep(density, entries_of(own, density_of))
         share = _share(_importance(clipped, len(deltas)) * agreement, kept)
         above.index_add_(0, delta.indices, share * clipped * weight)
         below.index_add_(0, delta.indices, share)
     units = selected(below > 0)
     values = (above.index_select(0, units) / below.index_select(0, units) * scale).float()
-    return SparseDelta(deltas[0].shape, units, values)
+    return places.delta(units, values)
 
 
 def _clip(values: Tensor, count: int) -> Tensor:

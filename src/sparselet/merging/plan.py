@@ -11,7 +11,7 @@ from sparselet.errors import ArgumentError, ShapeMismatch
 from sparselet.experts import BaseModel, open_expert
 from sparselet.fingerprint import require_same_base
 from sparselet.merging.bands import cut, join
-from sparselet.merging.entries import common_units
+from sparselet.merging.entries import common_units, is_thin
 from sparselet.merging.methods import BY_ENTRY, METHODS, SURVEYED, SURVEYS, Survey, complete_parameters
 from sparselet.merging.parallel import MEMORY, in_order
 from sparselet.merging.ranges import require_finite_number
@@ -87,6 +87,8 @@ class Plan:
         if self.method not in BY_ENTRY:
             return self.merge(name, deltas)
         deltas, weights = common_units(deltas), self.weights_of(name)
+        if is_thin(deltas):
+            return self.merge(name, deltas)
         surveyed = self.surveyed
         if self.parameters.get("trim") == "target":
             surveyed = SURVEYS[self.method](lambda: [(deltas, weights)], {**self.parameters, "trim": "global"})

@@ -8,7 +8,7 @@ from torch import Tensor
 from sparselet.delta import SparseDelta
 from sparselet.kernels import selected
 from sparselet.masks import check_density, units_to_keep
-from sparselet.merging.entries import common_units, mask_count
+from sparselet.merging.entries import common_units, compact, mask_count
 from sparselet.merging.ranges import require_choice
 from sparselet.merging.sums import sum_in_double, total
 from sparselet.merging.trim import kth_largest
@@ -44,16 +44,19 @@ def sce(
     deltas = common_units(deltas)
     if density < 1:
         deltas = [delta.expand() for delta in deltas]
+    size = deltas[0].size
+    deltas, places = compact(deltas)
     votes = sum_in_double(deltas, weights)
-    varied = _most_varied(deltas, weights, votes, density, density_of) if density < 1 else deltas
+    varied = _most_varied(deltas, weights, votes, density, size if density_of == "size" else None) if density < 1 else deltas
     shares = _shares(varied, weights)
-    return _majority(varied if select == "entries" else deltas, weights, shares, votes.sign().float())
+    return places.delta(*_majority(varied if select == "entries" else deltas, weights, shares, votes.sign().float()))
 
 
 def _most_varied(
-    deltas: list[SparseDelta], weights: Sequence[float], votes: Tensor, density: float, density_of: str
+    deltas: list[SparseDelta], weights: Sequence[float], votes: Tensor, density: float, size: int | None
 ) -> list[SparseDelta]:
-    """The deltas at the entries whose variance is highest. votes: Σ τᵢ."""
+    """The deltas at the entries whose variance is highest. votes: Σ τᵢ. size: what density is a fraction of, if not of the
+    entries that vary."""
     squares = torch.zeros_like(votes)
     for delta, weight in zip(deltas, weights, strict=True):
         squares.index_add_(0, delta.indices, (delta.values.float() * weight).double().square_())
@@ -61,7 +64,7 @@ def _most_varied(
     varying = int(deviation.count_nonzero())
     if varying == 0:
         return deltas
-    k = units_to_keep(density, varying if density_of == "nonzeros" else len(deviation))
+    k = units_to_keep(density, varying if size is None else size)
     keep = (deviation.reshape(-1) >= kth_largest(deviation.reshape(-1), k)) & (deviation.reshape(-1) > 0)
     kept = []
     for delta in deltas:
@@ -76,8 +79,10 @@ def _shares(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> list[flo
     return [square / sum(squares) if square else 0.0 for square in squares]
 
 
-def _majority(deltas: Sequence[SparseDelta], weights: Sequence[float], shares: Sequence[float], sign: Tensor) -> SparseDelta:
-    """The mean with the given shares of those τᵢ whose sign is the elected one; 0 where there is none."""
+def _majority(
+    deltas: Sequence[SparseDelta], weights: Sequence[float], shares: Sequence[float], sign: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The mean with the given shares of those τᵢ whose sign is the elected one, 0 where there is none: its units and values."""
     above, below = torch.zeros_like(sign), torch.zeros_like(sign)
     for delta, weight, share in zip(deltas, weights, shares, strict=True):
         own = delta.values.float() * weight
@@ -86,5 +91,4 @@ def _majority(deltas: Sequence[SparseDelta], weights: Sequence[float], shares: S
         below.index_add_(0, delta.indices, counted)
     units = selected(mask_count(deltas))
     above, below = above.index_select(0, units), below.index_select(0, units)
-    values = torch.where(below > 0, above / below, torch.zeros_like(above))
-    return SparseDelta(deltas[0].shape, units, values, deltas[0].block_size)
+    return units, torch.where(below > 0, above / below, torch.zeros_like(above))

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError
 from sparselet.kernels import selected
-from sparselet.merging.entries import common_units, mask_count, weighted_sum
+from sparselet.merging.entries import common_units, compact, mask_count, weighted_sum
 from sparselet.merging.gram import cosines, gram
 from sparselet.merging.ranges import require_finite_number, require_sum
 
@@ -116,6 +116,7 @@ def _along(deltas: Sequence[SparseDelta], products: Tensor, alphas: Tensor, dire
     norms = products.diagonal().sqrt()
     scaled = alphas if direction is None else (alphas @ norms) * direction / norms
     coefficients = torch.where(norms > 0, scaled, torch.zeros_like(scaled)).tolist()
+    deltas, places = compact(deltas)
     units = selected(mask_count(deltas))
     values = weighted_sum(deltas, coefficients).index_select(0, units)
-    return SparseDelta(deltas[0].shape, units, values, deltas[0].block_size)
+    return places.delta(units, values)
