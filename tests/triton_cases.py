@@ -333,10 +333,10 @@ def test_a_layer_writes_by_the_kernel_what_it_writes_by_the_reference(dtype, blo
         layer.set_adapter("one")
         with torch.no_grad():
             layer.sparse_values["one"].normal_(std=0.01)
-        layer.refresh()
+        layer.merge()
         written[kernel] = layer.base_weight.detach().clone()
         assert not torch.equal(written[kernel], base)
-        layer.restore()
+        layer.unmerge()
         assert torch.equal(layer.base_weight, base)
     assert torch.equal(written["dense"], written["triton"])
     assert called

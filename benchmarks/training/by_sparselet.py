@@ -102,7 +102,7 @@ def part(job: dict[str, Any]) -> Callable[[], Any]:
 
     def write_back() -> None:
         for layer in layers:
-            layer.refresh(force=True)
+            layer.effective_weight()
 
     assert training.optimizer is not None
     parts = {"product": product, "gather": gather, "gradient": gradient, "write-back": write_back}

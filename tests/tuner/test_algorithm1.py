@@ -125,7 +125,7 @@ def run(base, batches, *, steps, phase, every, density, block_size, score, make_
     for name, layer in sparselet_layers(model).items():
         delta, expected = layer.delta("default"), oracle.hats[name].detach() * oracle.masks[name]
         assert torch.allclose(delta.to_dense(), expected, rtol=0, atol=1e-5)
-        assert torch.allclose(layer.weight, oracle.weights[name] + expected, rtol=0, atol=1e-5)
+        assert torch.allclose(layer.effective_weight(), oracle.weights[name] + expected, rtol=0, atol=1e-5)
         state = optimizer.state[layer.sparse_values["default"]]
         dense_state = oracle.optimizer.state[oracle.hats[name]]
         assert state["step"] == dense_state["step"] == steps

@@ -654,7 +654,7 @@ def test_adapters_on_different_targets_are_switched(make_llama, batch):
         model.base_model.set_adapter(names)
         results[tuple(names)] = logits(model, batch)
         for target, layer in layers(model).items():
-            touched = not torch.equal(layer.get_base_layer().weight, base.get_submodule(target).weight)
+            touched = not torch.equal(layer.effective_weight(), base.get_submodule(target).weight)
             assert touched == any(f"{name[0]}_proj" in target for name in names)
     assert to_adapter(model, "query").keys() & to_adapter(model, "value").keys() == set()
     model.delete_adapter("value")

@@ -106,7 +106,7 @@ def test_layer_drop_leaves_layers_below_the_threshold_out(make_llama, make_batch
     sparselet.freeze_masks(model)
     for name, layer in layers(model).items():
         if ".1." in name:
-            assert torch.equal(layer.weight, base.get_submodule(name).weight)
+            assert torch.equal(layer.effective_weight(), base.get_submodule(name).weight)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert torch.equal(loaded(**batches[0]).logits, model(**batches[0]).logits)
@@ -546,7 +546,8 @@ def test_selection_keeps_training_mode_and_weights(make_llama, make_batches):
         for name, layer in layers(model).items():
             weight = base.get_submodule(name).weight.detach()
             delta = layer.delta("default")
-            assert torch.equal(layer.get_base_layer().weight, torch.where(delta.mask(), weight + delta.to_dense(), weight))
+            assert torch.equal(layer.weight, weight)
+            assert torch.equal(layer.effective_weight(), torch.where(delta.mask(), weight + delta.to_dense(), weight))
 
 
 def test_scoring_sees_values_outside_the_mask(make_llama, make_batches):
@@ -559,7 +560,7 @@ def test_scoring_sees_values_outside_the_mask(make_llama, make_batches):
 
     def look(model, batch):
         output = model(**batch)
-        seen.update({n: layer.get_base_layer().weight.detach().clone() for n, layer in layers(model).items()})
+        seen.update({n: layer.effective_weight() for n, layer in layers(model).items()})
         return output.loss
 
     sparselet.reselect(model, batches[:1], optimizer, loss=look)

@@ -3,6 +3,7 @@
 import importlib
 import math
 
+import torch
 from torch import Tensor
 
 from sparselet.kernels import reference
@@ -15,6 +16,7 @@ TRITON = "sparselet.kernels.triton"  # imported when it is used: triton may not 
 
 __all__ = [
     "add_and_write",
+    "add_at",
     "all_finite",
     "as_tiles",
     "gather",
@@ -48,3 +50,15 @@ def add_and_write(weight: Tensor, units: Tensor, displaced: Tensor, values: Tens
     """`reference.add_and_write`, in one pass where Triton was chosen (`choice.writes_in_one_pass`)."""
     version = importlib.import_module(TRITON) if writes_in_one_pass(weight.device) else reference
     version.add_and_write(weight, units, displaced, values, block_size)
+
+
+def add_at(base: Tensor, units: Tensor, values: Tensor, block_size: int = 1) -> Tensor:
+    """`base` [rows, columns] with `values` added at the units, as a new tensor: summed in the wider dtype, rounded once.
+
+    values: [n], or [n, B, B] for tiles.
+    """
+    total = base.clone(memory_format=torch.contiguous_format)
+    if block_size == 1 and base.device.type == "cpu" and base.dtype == values.dtype:
+        return total.view(-1).index_add_(0, units, values).view(base.shape)  # one pass, where reading and writing take three
+    add_and_write(total, units, reference.gather(base, units, block_size), values, block_size)
+    return total

@@ -1,6 +1,6 @@
 """The PEFT method. Importing this package registers it with PEFT."""
 
-from sparselet.tuner.adapted import refresh, sparselet_layers
+from sparselet.tuner.adapted import sparselet_layers
 from sparselet.tuner.config import SparseletConfig
 from sparselet.tuner.layer import SparseletLayer
 from sparselet.tuner.model import SparseletModel, UnselectedMaskWarning, to_adapter
@@ -13,7 +13,6 @@ __all__ = [
     "SparseletModel",
     "UnselectedMaskWarning",
     "freeze_masks",
-    "refresh",
     "reselect",
     "sparselet_layers",
     "to_adapter",

@@ -45,12 +45,6 @@ def adapter_config(model: nn.Module, adapter_name: str) -> SparseletConfig:
     return next(iter(require_layers(model, adapter_name).values())).sparse_config[adapter_name]
 
 
-def refresh(model: nn.Module, force: bool = False) -> None:
-    """Write every active adapter's values into the weights, where they have changed; see `SparseletLayer.refresh`."""
-    for layer in sparselet_layers(model).values():
-        layer.refresh(force=force and any(value.requires_grad for value in layer.sparse_values.values()))
-
-
 def base_model(model: nn.Module) -> nn.Module:
     """The module that the target names start from, however it is wrapped; `model` itself where nothing is adapted."""
     for name, module in model.named_modules():

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparselet.errors import SelectionError
-from sparselet.fingerprint import fingerprint_weight
 from sparselet.tuner.layer import SparseletLayer
 
 
@@ -92,9 +91,7 @@ def require_same_start(layers: Mapping[str, SparseletLayer], group: "dist.Proces
     """Raise SelectionError unless all processes have the same base weights, by their fingerprints, and the same masks."""
     digest = hashlib.sha256()
     for name, layer in layers.items():
-        layer.restore()  # what it displaced is this process's own, though wrapping wrote the first one's weights over the rest
-        digest.update(repr((name, fingerprint_weight(layer.base_weight))).encode())
-        layer.refresh()
+        digest.update(repr((name, layer.base_fingerprint())).encode())
         for mask in layer.sparse_indices.values():
             digest.update(mask.cpu().numpy().tobytes())
     own = int.from_bytes(digest.digest()[:7], "little")

@@ -1,13 +1,14 @@
-"""One target with its adapters: their values live in the base layer's own weight.
+"""One target with its adapters, as a PEFT layer around the base layer. `effective` has the rules of residence.
 
-The base layer's weight holds W + Ŵ·M of the active adapters, and the entries they displaced are kept, so that switching
-restores the base model bit for bit. The forward pass is the base layer's own. The backward pass yields ∂L/∂x as always
-and ∂L/∂Ŵ at the masked entries only.
+The forward pass is the base layer's own at W + Ŵ·M of the active adapters. The backward pass yields ∂L/∂x as always and ∂L/∂Ŵ
+at the masked entries only.
 """
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,11 +20,23 @@ from transformers.pytorch_utils import Conv1D
 
 from sparselet import kernels
 from sparselet.delta import SparseDelta, check_block_size, index_dtype
-from sparselet.errors import NonFiniteValue, SelectionError, ShapeMismatch
+from sparselet.errors import NonFiniteValue, SelectionError
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.masks import units_to_keep
 from sparselet.tuner.config import SparseletConfig
-from sparselet.tuner.gradient import with_masked_gradient
+from sparselet.tuner.effective import (
+    WRITING,
+    Change,
+    Lease,
+    Resident,
+    differentiable_weight,
+    displace,
+    effective_weight,
+    without,
+)
+from sparselet.tuner.linear import changed_linear, linear
+
+LEASE: ContextVar[Lease | None] = ContextVar("sparselet_lease", default=None)
 
 Recorder = Callable[["SparseletLayer", Tensor], None]
 
@@ -45,23 +58,6 @@ class MaskState:
     selections: int = 0
 
 
-@dataclass
-class Resident:
-    """The adapters whose values stand in the weight now, and what is needed to take them out.
-
-    values: their parameters, with the version that was written. units: the written units, None for all.
-    places: where each adapter's values lie in `units`, None where there is one adapter. displaced: the base's entries.
-    """
-
-    names: tuple[str, ...]
-    values: tuple[nn.Parameter, ...]
-    versions: tuple[int, ...]
-    units: Tensor | None
-    block_size: int
-    places: tuple[Tensor, ...] | None
-    displaced: Tensor
-
-
 class SparseletLayer(nn.Module, BaseTunerLayer):
     """A linear base layer with any number of sparse adapters.
 
@@ -69,7 +65,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         mask is selected. float32 over a base of 16 or 32 bits, float64 over one of 64.
     sparse_indices: the masks as unit ids, int32 [n]; empty while no mask is selected.
 
-    Input [..., in], output [..., out]. The weight is changed in place; the base layer is not copied.
+    Input [..., in], output [..., out].
     """
 
     adapter_layer_names = ("sparse_values",)
@@ -81,8 +77,6 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         self.target_name = target_name
         self.transposed = isinstance(base_layer, Conv1D)
         weight = self.base_weight
-        if not weight.is_contiguous():
-            raise ShapeMismatch(f"{target_name}: the weight is not contiguous in memory, so it cannot be changed in place.")
         self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
         self.in_features, self.out_features = self.shape if self.transposed else self.shape[::-1]
         self.sparse_values = nn.ParameterDict({})
@@ -95,11 +89,11 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self._resident: Resident | None = None
-        self._fingerprint: dict[str, str] | None = None
+        self._own_writes = 0  # of the base weight's version counter
 
     @property
     def base_weight(self) -> nn.Parameter:
-        """The base layer's weight as it stands in memory, with whatever is written into it."""
+        """The base layer's weight as it stands in memory: the base model's, but for what is merged."""
         return cast(nn.Parameter, self.get_base_layer().weight)
 
     # Adapters
@@ -113,7 +107,9 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         dense = config.initial_mask == "dense" and not loaded
         state = MaskState(1 if loaded else config.block_size, dense, selecting=not loaded)  # the file tells, once read
         units = torch.empty(0, dtype=index_dtype(weight.numel()), device=weight.device)
-        values = torch.zeros(self.shape if dense else (0,), dtype=self._values_dtype(), device=weight.device)
+        values = torch.zeros(
+            self.shape if dense else (0,), dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device
+        )
         self.sparse_mask[name] = state
         self.sparse_config[name] = config
         self.sparse_indices[name] = units
@@ -146,23 +142,21 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         if values is None:
             values = torch.zeros((len(units), *tile), dtype=parameter.dtype)
         device = self.base_weight.device
-        self.restore()
         if parameter.is_meta:  # injected with low_cpu_mem_usage
             parameter = nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=parameter.requires_grad)
             self.sparse_values[name] = parameter
         state.dense = False
-        self.sparse_indices[name] = units.to(
-            device=device, dtype=index_dtype(self.shape[0] * self.shape[1] // state.block_size**2)
-        )
-        _reshape_parameter(parameter, values.to(device=device, dtype=parameter.dtype))
+        dtype = index_dtype(self.shape[0] * self.shape[1] // state.block_size**2)
+        # New tensors, since a backward pass may still need the old ones.
+        self.sparse_indices[name] = units.to(device=device, dtype=dtype, copy=True)
+        _reshape_parameter(parameter, values.to(device=device, dtype=parameter.dtype, copy=True))
         self.refresh()
 
     def set_dense(self, name: str, values: Tensor) -> None:
         """Let an adapter train all entries, from `values` [rows, columns], as before its first selection."""
         parameter = self.sparse_values[name]
-        self.restore()
         self.sparse_mask[name].dense = True
-        self.sparse_indices[name] = torch.empty(0, dtype=torch.int32, device=parameter.device)
+        self.sparse_indices[name] = torch.empty(0, dtype=torch.int32, device=self.base_weight.device)
         _reshape_parameter(parameter, values.to(device=self.base_weight.device, dtype=parameter.dtype))
         self.refresh()
 
@@ -187,187 +181,193 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         return full
 
     def base_fingerprint(self) -> dict[str, str]:
-        """The fingerprint of the base weight, whatever is resident."""
-        if self._fingerprint is None:
-            self.restore()
-            self._fingerprint = fingerprint_weight(self.base_weight)
-            self.refresh()
-        return self._fingerprint
+        """The fingerprint of the base weight, whatever is merged."""
+        with WRITING:
+            return fingerprint_weight(without(self.base_weight.detach(), self._resident))
 
     # Residence
 
     def refresh(self, force: bool = False) -> None:
-        """Bring the weight up to date: base plus the values of the active adapters, or of the merged ones.
+        """Write what is merged into the weight anew, if its values have changed by their version counters, or by `force`."""
+        if self.merged_adapters and (force or not self._is_current(tuple(self.merged_adapters))):
+            self._make_resident(tuple(self.merged_adapters), None)
 
-        Does nothing when the parameters' version counters say that it is; `force` writes all the same, for optimizers
-        that change parameters behind autograd's back.
-        """
-        weight = self.base_weight
-        if weight.is_meta or any(self.sparse_values[name].is_meta for name in self._wanted()):
-            return
-        names = self._wanted()
-        values = tuple(self.sparse_values[name] for name in names)
-        resident = self._resident
-        current = resident is not None and resident.names == names and _same_objects(resident.values, values)
-        if not names and resident is None:
-            return
-        if not current:
-            if is_sharded(weight):
-                raise SelectionError(
-                    f"{self.target_name}: the weight is a DTensor, of which each process holds a part, so it cannot be changed "
-                    "in place. Train with DistributedDataParallel instead of FSDP2 or tensor parallelism."
-                )
-            self.restore()
-            if not names:
-                return
-            resident = self._resident = self._displace(names, values)
-        assert resident is not None
-        versions = tuple(_version(value) for value in values)
-        if versions == resident.versions and current and not force:
-            return
-        self._write(resident)
-        resident.versions = versions
+    def effective_weight(self) -> Tensor:
+        """The weight [rows, columns] that a pass would use now, as a new tensor of the base weight's dtype."""
+        return self._build(self._base_version(), self._changes(self.merged_adapters or self._active()))
 
     def restore(self) -> None:
-        """Put the displaced base entries back, bit for bit; no adapter is resident then."""
-        resident, self._resident = self._resident, None
-        if resident is None:
-            return
-        with torch.no_grad():
-            weight = self.base_weight
-            if resident.units is None:
-                weight.copy_(resident.displaced)
-            else:
-                kernels.write(weight, resident.units, resident.displaced, resident.block_size)
+        """Put displaced base entries back, bit for bit; the weight is the base model's then."""
+        with WRITING, torch.no_grad():
+            resident, self._resident = self._resident, None
+            if resident is not None:
+                weight = self.base_weight
+                self._overwrite(without(weight.detach(), resident))
 
-    def show_dense(self, name: str) -> None:
-        """Write W + Ŵ with no mask into the weight, for scoring. `restore` takes it out again."""
-        self.restore()
+    def _make_resident(self, names: tuple[str, ...], lease: Lease | None) -> None:
+        """Write these adapters into the weight, in the place of what is resident there."""
+        with WRITING, torch.no_grad():
+            base = without(self.base_weight.detach(), self._resident)
+            changes = self._changes(names)
+            versions = tuple(_version(self.sparse_values[name]) for name in names)
+            resident = Resident(names, versions, *displace(base, changes), lease=lease)
+            self._overwrite(effective_weight(base, changes))
+            self._resident = resident
+
+    def _overwrite(self, values: Tensor) -> None:
         weight = self.base_weight
-        with torch.no_grad():
-            values = nn.Parameter(self.dense_values(name), requires_grad=False)
-            self._resident = Resident((name,), (values,), (), None, 1, None, weight.detach().clone())
-            self._write(self._resident)
-            # The parameter itself, so that a forward pass finds its adapter resident and leaves the weight alone.
-            self._resident.values = (self.sparse_values[name],)
-            self._resident.versions = (_version(self.sparse_values[name]),)
+        before = _version(weight)
+        weight.copy_(values)
+        self._own_writes += _version(weight) - before
 
-    def _wanted(self) -> tuple[str, ...]:
-        if self.merged_adapters:
-            return tuple(self.merged_adapters)
+    def _is_current(self, names: tuple[str, ...]) -> bool:
+        """Whether the weight holds these adapters as they are now, as far as their version counters tell."""
+        resident = self._resident
+        if resident is None or resident.names != names:
+            return False
+        return resident.versions == tuple(_version(self.sparse_values[name]) for name in names)
+
+    def _active(self) -> tuple[str, ...]:
+        """The adapters of the next pass."""
         if self._disable_adapters:
             return ()
         return tuple(name for name in self.active_adapters if name in self.sparse_values)
 
-    def _displace(self, names: tuple[str, ...], values: tuple[nn.Parameter, ...]) -> Resident:
-        weight = self.base_weight.detach()
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint_weight(weight)
-        states = [self.sparse_mask[name] for name in names]
-        if any(state.dense for state in states):
-            return Resident(names, values, (), None, 1, None, weight.clone())
-        if len(names) == 1:
-            units, block = self.sparse_indices[names[0]], states[0].block_size
-            return Resident(names, values, (), units, block, None, kernels.gather(weight, units, block))
-        entries = [self._entries(name) for name in names]
-        union = torch.unique(torch.cat([e.reshape(-1) for e in entries]))
-        places = tuple(torch.searchsorted(union, e.reshape(-1)) for e in entries)
-        union = union.to(index_dtype(weight.numel()))
-        return Resident(names, values, (), union, 1, places, kernels.gather(weight, union))
+    def _changes(self, names: Sequence[str], learns: bool = False) -> list[Change]:
+        """What adapters change now. learns: those whose values require gradients are `trained`."""
+        changes = []
+        for name in names:
+            state, values = self.sparse_mask[name], self.sparse_values[name]
+            trained = learns and values.requires_grad
+            if state.dense:
+                changes.append(Change(None, 1, values, trained))
+                continue
+            # A target without entries, such as one that layer drop left out, keeps no activation for its gradient.
+            trained = trained and (values.numel() > 0 or self.recorder is not None)
+            off_mask = state.pending if self.recorder is not None else None
+            changes.append(Change(self.sparse_indices[name], state.block_size, values, trained, off_mask))
+        return changes
 
-    @torch.no_grad()
-    def _write(self, resident: Resident) -> None:
-        weight = self.base_weight
-        first = resident.values[0]
-        if resident.units is not None and resident.places is None:
-            kernels.add_and_write(weight, resident.units, resident.displaced, first, resident.block_size)
-            return
-        total = resident.displaced.to(torch.promote_types(weight.dtype, first.dtype), copy=True)
-        if resident.units is None:
-            for name, value in zip(resident.names, resident.values, strict=True):
-                if value.shape == total.shape:
-                    total += value
-                else:
-                    total.view(-1).index_add_(0, self._entries(name).reshape(-1), value.reshape(-1).to(total.dtype))
-            weight.copy_(total)
-            return
-        assert resident.places is not None
-        for value, place in zip(resident.values, resident.places, strict=True):
-            total.index_add_(0, place, value.reshape(-1).to(total.dtype))
-        kernels.write(weight, resident.units, total, resident.block_size)
+    def _base_version(self) -> int:
+        """Moves when others write to the base weight."""
+        return _version(self.base_weight) - self._own_writes
 
-    def _entries(self, name: str) -> Tensor:
-        block = self.sparse_mask[name].block_size
-        units = self.sparse_indices[name].long()
-        return units if block == 1 else kernels.tile_entries(units, self.shape, block)
-
-    def _values_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.base_weight.dtype, torch.float32)
+    def _build(self, version: int, changes: Sequence[Change]) -> Tensor:
+        """The effective weight of `changes`. version: of the base weight that the forward pass used."""
+        if self._base_version() != version:
+            raise SelectionError(
+                f"{self.target_name}: the base weight has been modified by an inplace operation between the forward pass and "
+                "the backward pass. Call backward first, or run the forward pass again."
+            )
+        with WRITING, torch.no_grad():
+            return effective_weight(without(self.base_weight.detach(), self._resident), changes)
 
     # What PEFT and torch call
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's own forward pass; the trained adapters' gradients are taken on the way back."""
-        if not torch.compiler.is_compiling():  # compiled code relies on the refresh after every optimizer step
-            self.refresh()
-        y = self.base_layer(x, *args, **kwargs)
-        if self.recorder is not None:
+        """The base layer's forward pass at the effective weight; the trained adapters' gradients are taken on the way back."""
+        if self._disable_adapters:
+            self.unmerge()
+        names, compiling = self._active(), torch.compiler.is_compiling()
+        if self.merged_adapters or (not names and self._resident is None) or (not compiling and self._leased(names)):
+            return self.base_layer(x, *args, **kwargs)
+        weight = self.base_weight
+        learns = torch.is_grad_enabled()
+        self._require_usable(names if learns else ())
+        if self.recorder is not None and names:
             self.calls += 1
-        if not torch.is_grad_enabled() or self._disable_adapters or self.merged_adapters:
-            return y
-        # A target without entries, such as one that layer drop left out, keeps no activation for its gradient.
-        trained = tuple(
-            name
-            for name in self._wanted()
-            if self.sparse_values[name].requires_grad and (self.sparse_values[name].numel() or self.recorder is not None)
-        )
-        if not trained:
-            return y
+        changes = self._changes(names, learns)
+        if compiling:
+            return linear(x, differentiable_weight(weight, changes), self.base_layer.bias, self.transposed)
+        if args or kwargs or self._is_watched():
+            replaced = {"weight": differentiable_weight(without(weight, self._resident), changes)}
+            return torch.func.functional_call(self.base_layer, replaced, (x, *args), kwargs)
+        recorder = None if self.recorder is None or not names else functools.partial(self.recorder, self)
+        build = functools.partial(self._build, self._base_version())
+        return changed_linear(x, weight, self.base_layer.bias, changes, build, self.transposed, recorder)
+
+    def _leased(self, names: tuple[str, ...]) -> bool:
+        """Whether a call of `generate` has these adapters in the weight; they are written when it comes by again."""
+        lease = None if torch.is_grad_enabled() else LEASE.get()
+        if lease is None or not names or self.recorder is not None or self.base_weight.is_inference():
+            return False
+        resident = self._resident
+        if resident is not None and resident.lease is not lease:
+            return False  # another thread's
+        if resident is None and id(self) not in lease.seen:
+            lease.seen.add(id(self))
+            return False
+        if not self._is_current(names):
+            self._require_usable(())
+            self._make_resident(names, lease)
+            lease.returns.append(functools.partial(self._give_back, lease))
+        return True
+
+    def _give_back(self, lease: Lease) -> None:
+        if self._resident is not None and self._resident.lease is lease:
+            self.restore()
+
+    def _require_usable(self, trained: Sequence[str]) -> None:
+        """Raise SelectionError for a base weight that is not here as a whole, or a trained adapter without a mask."""
+        weight = self.base_weight
+        if is_sharded(weight):
+            raise SelectionError(
+                f"{self.target_name}: the weight is a DTensor, of which each process holds a part. Train with "
+                "DistributedDataParallel instead of FSDP2 or tensor parallelism."
+            )
+        if weight.is_meta:
+            raise SelectionError(
+                f"{self.target_name}: the weight is not in memory (offloaded, or on the meta device), so the adapter cannot be "
+                "added to it. Load the model onto a device that holds it."
+            )
         for name in trained:
             state = self.sparse_mask[name]
-            if state.selecting and not state.dense and state.selections == 0 and self.recorder is None:
+            untouched = state.selecting and not state.dense and not state.selections and self.recorder is None
+            if untouched and self.sparse_values[name].requires_grad:
                 raise SelectionError(
                     f"{self.target_name}: the mask has not been selected. With initial_mask='gradient' call "
                     "sparselet.reselect(model, batches) before the first step, or train with sparselet.MaskSchedule()."
                 )
-        states = ((name, self.sparse_mask[name]) for name in trained)
-        masks = [(None if state.dense else self.sparse_indices[name], state.block_size) for name, state in states]
-        recorder = None if self.recorder is None else functools.partial(self.recorder, self)
-        return with_masked_gradient(y, x, masks, [self.sparse_values[name] for name in trained], self.transposed, recorder)
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones: the weight then holds the base plus the sum of their values."""
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self.refresh()
+    def _is_watched(self) -> bool:
+        """Whether the base layer does more than a linear layer: it has hooks, or a forward function of its own."""
+        layer = self.base_layer
+        hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+        plain = (nn.Linear.forward, Conv1D.forward)
+        return any(hooks) or "forward" in layer.__dict__ or type(layer).forward not in plain
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch the active adapters on, or off: off, the weight is the base's, bit for bit."""
+        """Switch the active adapters on, or off: off, the layer is the base layer, bit for bit."""
         if not enabled:
-            self.merged_adapters.clear()
+            self.unmerge()
         super().enable_adapters(enabled)
-        self.refresh()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter; if it was active, the base entries it displaced come back."""
+        """Forget an adapter; if it was merged, the base entries it displaced come back."""
+        if adapter_name in self.merged_adapters:
+            self.merged_adapters.remove(adapter_name)
         self.restore()
         super().delete_adapter(adapter_name)
         self.refresh()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Keep these adapters (default: the active ones) in the weight until `unmerge`, whichever are active.
+        """Write these adapters (default: the active ones) into the weight until `unmerge`, beside what is merged already.
 
         safe_merge: raise NonFiniteValue, and change nothing, if a value is NaN or infinite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.sparse_values]
         if safe_merge and not all(torch.isfinite(self.sparse_values[name]).all() for name in names):
             raise NonFiniteValue(f"{self.target_name}: an adapter's values are NaN or infinite; nothing was merged.")
-        self.merged_adapters.extend(names)
-        self.refresh()
+        if names:
+            self._require_usable(())
+            self.merged_adapters.extend(names)
+            self.refresh()
 
     def unmerge(self) -> None:
         """Undo `merge`, bit for bit."""
-        self.merged_adapters.clear()
-        self.refresh()
+        if self.merged_adapters:
+            self.merged_adapters.clear()
+            self.restore()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter as a dense tensor of the weight's shape, in the dtype of its values."""
@@ -377,17 +377,10 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         """The base layer, with the adapters in its weight or, when `merge` is false, as it was."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            self.refresh(force=True)
             self._resident = None
         else:
             self.restore()
         return self.get_base_layer()
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight, up to date."""
-        self.refresh()
-        return self.base_weight
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to the base layer's device. Its dtype stays: casting values to bf16 would lose them."""
@@ -396,9 +389,8 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         self.sparse_indices[adapter_name] = self.sparse_indices[adapter_name].to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseletLayer":
-        """Move or cast the module: the base weight as if no adapter were there; values are never cast to 16 bits."""
+        """Move or cast the module: the base weight as if no adapter were merged; values are never cast to 16 bits."""
         self.restore()
-        self._fingerprint = None
         before = {name: value.data for name, value in self.sparse_values.items()}
         super()._apply(fn, recurse)
         for name, value in self.sparse_values.items():
@@ -410,12 +402,40 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
-        if self._resident is not None and any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
+        """Take over the masks of a state dict, of whatever size, with their values. Raises SelectionError, a FormatError."""
+        if self.merged_adapters and any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
             raise SelectionError(
-                f"{self.target_name}: base weights cannot be loaded while an adapter is written into them. "
-                "Load them before the adapter, or inside `with model.disable_adapter():`."
+                f"{self.target_name}: base weights cannot be loaded while an adapter is merged into them; call "
+                "unmerge_adapter() first."
             )
+        for name in self.sparse_values:
+            values = state_dict.get(f"{prefix}sparse_values.{name}")
+            units = state_dict.get(f"{prefix}sparse_indices.{name}")
+            if isinstance(values, Tensor) and isinstance(units, Tensor):
+                self._take_mask(name, values.detach(), units)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _take_mask(self, name: str, values: Tensor, units: Tensor) -> None:
+        """Make room for loaded values, by a mask of their own; torch then copies them."""
+        if values.ndim == 2 and tuple(values.shape) == self.shape and not len(units):
+            self.set_dense(name, values)
+            return
+        delta = SparseDelta(self.shape, units, values, values.shape[1] if values.ndim == 3 else 1)
+        self.set_mask(name, delta.indices, delta.values, delta.block_size)
+        if delta.values.any():
+            self.sparse_mask[name].selections = max(1, self.sparse_mask[name].selections)
+
+
+@contextlib.contextmanager
+def leased() -> Iterator[None]:
+    """One call of a model: if it passes through its layers again and again without gradients, they need one write for all."""
+    lease = Lease()
+    token = LEASE.set(lease)
+    try:
+        yield
+    finally:
+        LEASE.reset(token)
+        lease.end()
 
 
 def is_sharded(weight: Tensor) -> bool:
@@ -437,10 +457,6 @@ def _reshape_parameter(parameter: nn.Parameter, data: Tensor) -> None:
         parameter.data = torch.empty(0, dtype=other, device=data.device)
     parameter.data = data
     parameter.grad = None
-
-
-def _same_objects(first: Sequence[object], second: Sequence[object]) -> bool:
-    return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
 
 
 def _version(tensor: Tensor) -> int:

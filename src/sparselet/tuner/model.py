@@ -3,7 +3,6 @@
 import contextlib
 import importlib.metadata
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,18 +12,15 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparselet.adapter import INDICES, PENDING, PREFIX, PROGRESS, VALUES, SparseAdapter, config_of_targets, require_finite
 from sparselet.delta import SparseDelta, check_block_size
 from sparselet.errors import ArgumentError, BadShape, MissingTensor, NoTargets, ShapeMismatch, SparseletError, UnknownTarget
 from sparselet.fingerprint import require_same_base
-from sparselet.tuner.adapted import adapter_config, base_model, refresh, require_layers, sparselet_layers
+from sparselet.tuner.adapted import adapter_config, base_model, require_layers, sparselet_layers
 from sparselet.tuner.config import PEFT_TYPE, SparseletConfig
-from sparselet.tuner.layer import SparseletLayer
+from sparselet.tuner.layer import SparseletLayer, leased
 from sparselet.tuner.targets import describe_linear_layers, find_qkv, is_linear
-
-_alive: "weakref.WeakSet[SparseletModel]" = weakref.WeakSet()
 
 
 class UnselectedMaskWarning(UserWarning):
@@ -34,21 +30,13 @@ class UnselectedMaskWarning(UserWarning):
 class SparseletModel(BaseTuner):
     """A base model with sparse adapters in its target layers; made by `peft.get_peft_model(model, SparseletConfig())`.
 
-    The adapters' values live in the model's own weights: forward costs nothing extra, and after every step of a torch
-    optimizer the weights are up to date.
+    A pass runs at the base weights plus the active adapters' changes, built one target at a time (`effective`); the model's own
+    weights stay the base model's.
     """
 
     prefix = "sparse_"
     tuner_layer_cls = SparseletLayer
     target_module_mapping = {}  # noqa: RUF012 (PEFT declares it so; the targets are found in the model instead)
-
-    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-        _alive.add(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        _alive.add(self)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> SparseletConfig:
         assert isinstance(peft_config, SparseletConfig)
@@ -112,19 +100,16 @@ class SparseletModel(BaseTuner):
         finally:
             del self.prefix
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        refresh(self.model)
-
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # Without this, PEFT would drop adapter_names silently.
         if kwargs.get("adapter_names") is not None:
             raise ArgumentError(
-                "adapter_names is not supported: the active adapters are written into the weights, so all rows of a "
-                "batch see the same ones. Group the rows by adapter and call set_adapter between the groups."
+                "adapter_names is not supported: all rows of a batch see the weights of the active adapters. Group the rows by "
+                "adapter and call set_adapter between the groups."
             )
-        yield
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else leased():
+            yield
 
     # Files
 
@@ -334,11 +319,4 @@ def _refuse_shared_weights(layers: Mapping[str, SparseletLayer]) -> None:
             raise ArgumentError(f"{name} and {other} share one weight, so they cannot both be targets; exclude one.")
 
 
-def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    # Fused and foreign optimizers may change parameters without touching their version counters.
-    for tuner in list(_alive):
-        refresh(tuner.model, force=True)
-
-
-register_optimizer_step_post_hook(_after_optimizer_step)
 register()

@@ -215,8 +215,6 @@ def _backward(model: nn.Module, batches: Iterable[Any], loss: Loss | None, score
             parameter.requires_grad_(False)
         for layer in scorer.layers.values():
             layer.recorder = scorer
-            if layer.sparse_mask[scorer.name].pending is not None:
-                layer.show_dense(scorer.name)
         while batch is not None:
             following = next(upcoming, None)
             scorer.last, scorer.batches = following is None, scorer.batches + 1
@@ -232,9 +230,6 @@ def _backward(model: nn.Module, batches: Iterable[Any], loss: Loss | None, score
             parameter.requires_grad_(True)
         for layer in scorer.layers.values():
             layer.recorder = None
-            if layer.sparse_mask[scorer.name].pending is not None:
-                layer.restore()
-                layer.refresh()
 
 
 def own_loss(model: nn.Module, batch: Any) -> Tensor:
