@@ -19,7 +19,7 @@ GROUND = {"errors", "printable", "patterns", "temporaries", "files", "kernels"}
 UNITS = {"fingerprint", "delta", "scores", "masks", "container", "names"}
 CORE = GROUND | UNITS | {"adapter", "adapter_stream", "resident"}
 VERBS = {"merging", "export", "analysis", "serving"}
-INPUTS = {"tasks", "builtin_tasks", "prompts", "models"}
+INPUTS = {"tasks", "rows", "row_files", "builtin_tasks", "prompts", "models"}
 NEEDS_TRITON = {"sparselet.kernels.triton"}
 LIBRARY = CORE | VERBS | INPUTS | {"tuner", "training", "evaluation", "report", "hub", "experts"}
 

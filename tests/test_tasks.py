@@ -4,7 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import datasets
 import pytest
 from datasets import Dataset
 from tiny import save_task, write_rows
@@ -14,12 +13,6 @@ from sparselet.errors import SparseletError, TaskError
 from sparselet.tasks import SPLITS, Row, Task, load_task
 
 GOOD = {"input": "a", "target": "b"}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Data sets keep what they have read in a cache; this one is thrown away."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
@@ -89,7 +82,7 @@ def test_columns_may_have_other_names(directory):
     assert load_task(directory, ("test",), {"input": "q", "target": "a"}).rows("test") == (Row("x", "y"),)
     other = {"input": "question", "target": "answer"}
     refused(directory, "line 1: no field 'answer'; the row has question, target, input", columns=other)
-    refused(directory, "line 1: 'input' is int, expected text")
+    refused(directory, "line 1: 'input' is a number, expected text")
     refused(directory, r"columns maps 'input' and 'target', got \['output'\]", columns={"output": "x"})
 
 
@@ -101,15 +94,34 @@ def test_blank_lines_and_a_missing_last_line_end_are_passed_over(directory):
 BAD = {
     "not JSON": ('{"input": "a", ', "not JSON"),
     "two on a line": ('{"input": "a", "target": "b"} {}', "not JSON"),
-    "a list": ('["a", "b"]', "expected an object, got list"),
-    "a number": ("7", "expected an object, got int"),
-    "null": ("null", "expected an object, got NoneType"),
+    "a list": ('["a", "b"]', "expected an object, got a list"),
+    "a number": ("7", "expected an object, got a number"),
+    "null": ("null", "expected an object, got null"),
     "no target": ('{"input": "a"}', "no field 'target'; the row has input"),
     "no input": ('{"target": "a"}', "no field 'input'; the row has target"),
     "nothing": ("{}", "no field 'input'; the row has none"),
-    "a number for text": ('{"input": "a", "target": 1}', "'target' is int, expected text"),
-    "a list for text": ('{"input": ["a"], "target": "b"}', "'input' is list, expected text"),
-    "null for text": ('{"input": "a", "target": null}', "'target' is NoneType, expected text"),
+    "a number for text": ('{"input": "a", "target": 1}', "'target' is a number, expected text"),
+    "true for text": ('{"input": true, "target": "b"}', "'input' is true or false, expected text"),
+    "an object for text": ('{"input": {}, "target": "b"}', "'input' is an object, expected text"),
+    "a list for text": (
+        '{"input": ["a"], "target": "b"}',
+        "'input', message 1 is text, expected an object with role and content",
+    ),
+    "an empty list": ('{"input": [], "target": "b"}', "'input' is empty, expected a list of messages"),
+    "null for text": ('{"input": "a", "target": null}', "'target' is null, expected text"),
+    "NaN for text": ('{"input": "a", "target": NaN}', "'target' is a number, expected text"),
+    "a long number": (f'{{"input": "a", "target": {"1" * 5000}}}', "'target' is a number, expected text"),
+    "a field twice": ('{"input": "a", "target": "b", "input": "c"}', "'input' occurs twice"),
+    "half an emoji": (
+        '{"input": "caf\\ud83d", "target": "b"}',
+        "'input' holds half of a surrogate pair, \\ud83d, at character 4",
+    ),
+    "the other half": (
+        '{"input": "a", "target": "\\udf89 b"}',
+        "'target' holds half of a surrogate pair, \\udf89, at character 1",
+    ),
+    "depth": (f'{{"input": "a", "target": "b", "x": {"[" * 100_000}{"]" * 100_000}}}', "nested too deeply"),
+    "half an emoji as a name": ('{"\\ud83d": "a"}', "no field 'input'; the row has \\ud83d"),
     "empty target": ('{"input": "a", "target": ""}', "'target' is empty"),
     "blank target": ('{"input": "a", "target": " \\n\\t"}', "'target' is empty"),
     "empty input": ('{"input": "", "target": "b"}', "'input' is empty"),
@@ -127,9 +139,9 @@ def test_a_bad_row_is_named_by_file_and_line(directory, kind):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"input": "a", "target": 3}, "'target' is int"),
+        ({"input": "a", "target": 3}, "'target' is a number"),
         ({"input": "a", "target": " "}, "'target' is empty"),
-        ({"input": "a", "target": None}, "'target' is NoneType"),
+        ({"input": "a", "target": None}, "'target' is null"),
         ({"input": "a"}, "no field 'target'; the row has input"),
     ],
 )
@@ -137,8 +149,8 @@ def test_a_bad_row_of_a_parquet_file_is_named_by_its_number(directory, row, mess
     first = {key: type(value)() if value is not None else "b" for key, value in row.items()}
     good = {key: value or {str: "x", int: 1}[type(value)] for key, value in first.items()}
     write_parquet(directory / "train.parquet", [{**good, "input": "ok"}, row])
-    number = 1 if "int" in message or "no field" in message else 2
-    refused(directory, f"train.parquet, row {number}: {message}")
+    place = "" if "no field" in message else f", row {1 if 'number' in message else 2}"
+    refused(directory, f"train.parquet{place}: {message}")
 
 
 @pytest.mark.parametrize("content", ["", "\n\n  \n"], ids=["empty", "blank"])
@@ -148,8 +160,11 @@ def test_a_file_without_rows_is_refused(directory, content):
 
 
 def test_a_file_that_is_not_utf_8_is_named(directory):
-    (directory / "train.jsonl").write_bytes(b'{"input": "caf\xe9", "target": "b"}\n')
-    refused(directory, r"train\.jsonl: not UTF-8")
+    good = json.dumps(GOOD).encode()
+    (directory / "train.jsonl").write_bytes(good + b'\n{"input": "caf\xe9", "target": "b"}\n')
+    refused(directory, r"train\.jsonl, line 2: not UTF-8: invalid continuation byte, b'\\xe9'")
+    (directory / "train.jsonl").write_text(json.dumps(GOOD), encoding="utf-16")
+    refused(directory, r"train\.jsonl, line 1: not UTF-8: invalid start byte")
 
 
 @pytest.mark.parametrize("content", [b"", b"no parquet", b"PAR1" * 10], ids=["empty", "text", "marks"])
@@ -159,10 +174,10 @@ def test_a_file_that_is_not_parquet_is_named(directory, content):
 
 
 def test_a_missing_split_is_named_with_what_is_there(directory):
-    refused(directory, r"task has no split 'train': expected train\.jsonl or train\.parquet, found neither")
+    refused(directory, r"task has no split 'train': expected train\.jsonl \(or \.json, .*\.parquet\), found nothing")
     write_rows(directory / "test.jsonl", [GOOD])
     (directory / "notes.txt").write_text("")
-    refused(directory, r"has no split 'train'.*, found test\.jsonl\.")
+    refused(directory, r"has no split 'train'.*, found notes\.txt, test\.jsonl\.")
 
 
 def test_a_file_is_not_a_task(directory):
@@ -182,8 +197,8 @@ def test_a_hub_name_without_a_network_is_a_task_error(name):
 
 
 def test_rows_of_a_hub_data_set_are_checked_like_others(monkeypatch):
-    table = [{"q": "a", "a": "b"}, {"q": "c", "a": ""}]
-    monkeypatch.setattr("sparselet.tasks.load_dataset", lambda name, split: table[: 1 if split == "train" else 2])
+    table = Dataset.from_list([{"q": "a", "a": "b", "n": 1}, {"q": "c", "a": "", "n": 2}])
+    monkeypatch.setattr("sparselet.tasks.load_dataset", lambda name, split: table.take(1) if split == "train" else table)
     columns = {"input": "q", "target": "a"}
     task = load_task("owner/data", ("train",), columns)
     assert (task.name, task.rows("train")) == ("data", (Row("a", "b"),))

@@ -1,27 +1,20 @@
-"""A task: prompts and targets in three splits, from a directory, a hub data set, or built in."""
+"""A task: rows in three splits, from a directory, a hub data set, or built in."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 
 from sparselet.builtin_tasks import BUILTIN
 from sparselet.errors import SparseletError, TaskError
+from sparselet.row_files import ENDINGS, Choose, Numbered, read_file, split_files
+from sparselet.rows import INPUT, TARGET, Row, choose_columns, read_row
 
 SPLITS = ("train", "validation", "test")
 BUILTIN_PREFIX = "builtin:"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One example: the whole prompt, and the text to produce."""
-
-    input: str
-    target: str
 
 
 @dataclass(frozen=True)
@@ -41,32 +34,51 @@ class Task:
         """SHA-256 of all loaded rows, 16 hex digits: equal data, equal fingerprint."""
         digest = hashlib.sha256()
         for split in sorted(self.splits):
-            digest.update(json.dumps([split, [[row.input, row.target] for row in self.splits[split]]]).encode())
+            digest.update(json.dumps([split, [_identity(row) for row in self.splits[split]]]).encode())
         return digest.hexdigest()[:16]
+
+
+def _identity(row: Row) -> list[object]:
+    if isinstance(row.input, str):
+        return [row.input, row.target]
+    return [[[message.role, message.content] for message in row.input], row.target, row.first_learned]
 
 
 def load_task(source: str | Path, splits: tuple[str, ...] = SPLITS, columns: Mapping[str, str] | None = None) -> Task:
     """Read a task.
 
-    source: a directory with `train`, `validation` and `test` as `.jsonl` or `.parquet`, each row with `input` and
-        `target`; `builtin:NAME`; or the name of a data set on the hub.
+    source: a directory with `train`, `validation` and `test` as `.jsonl`, `.json`, either of them with `.gz`, or `.parquet`;
+        `builtin:NAME`; or the name of a data set on the hub. A row has `input` and `target`, `prompt` and `completion` (each
+        a text or a list of messages), or `messages`: the first of these that a file has. Other columns are not looked at.
     splits: those to read; all must be there.
     columns: where the rows call `input` and `target` otherwise, e.g. `{"input": "question", "target": "answer"}`.
     Raises TaskError, with file and line for a bad row.
     """
-    names = {"input": "input", "target": "target", **(columns or {})}
-    unknown = set(names) - {"input", "target"}
+    names = {INPUT: INPUT, TARGET: TARGET, **(columns or {})}
+    unknown = set(names) - {INPUT, TARGET}
     if unknown:
-        raise TaskError(f"columns maps 'input' and 'target', got {sorted(unknown)}.")
+        raise TaskError(f"columns maps {INPUT!r} and {TARGET!r}, got {sorted(unknown)}.")
+
+    def choose(present: list[str], where: str) -> tuple[str, ...]:
+        return choose_columns(present, names, where)
+
     text = str(source)
     if text.startswith(BUILTIN_PREFIX):
         return _builtin(text.removeprefix(BUILTIN_PREFIX), splits)
     path = Path(source)
-    if path.is_dir():
-        return Task(path.resolve().name, {split: _read_split(path, split, names) for split in splits})
+    if _is_directory(path):
+        return Task(path.resolve().name, {split: _read_directory(path, split, choose) for split in splits})
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise TaskError(f"{path} is not a directory; a task is a directory with {', '.join(SPLITS)} as .jsonl or .parquet.")
-    return Task(text.rpartition("/")[2], {split: _read_hub(text, split, names) for split in splits})
+        raise TaskError(f"{path} is not a directory; a task is a directory with {', '.join(SPLITS)} as {', '.join(ENDINGS)}.")
+    return Task(text.rpartition("/")[2], {split: _checked(_hub_rows(text, split, choose), choose, text) for split in splits})
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        path.resolve().name.encode()  # it is written into records
+        return path.is_dir()
+    except (OSError, ValueError) as error:  # too long; a NUL; not UTF-8
+        raise TaskError(f"{str(path)!r} cannot be a task's directory: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def _builtin(name: str, splits: tuple[str, ...]) -> Task:
@@ -79,66 +91,32 @@ def _builtin(name: str, splits: tuple[str, ...]) -> Task:
     return Task(name, {split: rows[split] for split in splits})
 
 
-def _read_split(directory: Path, split: str, names: Mapping[str, str]) -> tuple[Row, ...]:
-    readers: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    for suffix, reader in readers.items():
-        file = directory / f"{split}{suffix}"
-        if file.is_file():
-            return _checked(reader(file), names, str(file))
-    present = sorted(f.name for f in directory.iterdir() if f.suffix in readers)
-    raise TaskError(
-        f"{directory} has no split {split!r}: expected {split}.jsonl or {split}.parquet, "
-        f"found {', '.join(present) or 'neither'}."
-    )
+def _read_directory(directory: Path, split: str, choose: Choose) -> tuple[Row, ...]:
+    files = split_files(directory, split)
+    return tuple(row for file in files for row in _checked(read_file(file, choose), choose, str(file)))
 
 
-def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    with open(file, encoding="utf-8") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        yield f"line {number}", json.loads(line)
-                    except ValueError as error:
-                        raise TaskError(f"{file}, line {number}: not JSON: {error}") from error
-        except UnicodeDecodeError as error:
-            raise TaskError(f"{file}: not UTF-8: {error}") from error
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        table = Dataset.from_parquet(str(file))
-    except Exception as error:  # pyarrow and datasets raise many kinds, all meaning that the file cannot be read
-        raise TaskError(f"{file}: not a Parquet file: {error}") from error
-    for number, row in enumerate(table, 1):
-        yield f"row {number}", row
-
-
-def _read_hub(name: str, split: str, names: Mapping[str, str]) -> tuple[Row, ...]:
+def _hub_rows(name: str, split: str, choose: Choose) -> Numbered:
+    where = f"{name} ({split})"
     try:
         table = load_dataset(name, split=split)
+        table = table.select_columns(list(choose(table.column_names, where)))
+        yield from ((f"{where}, row {number}", row) for number, row in enumerate(table, 1))
     except SparseletError:
         raise
     except Exception as error:  # no such directory, no such data set, no network: all mean it cannot be had
         raise TaskError(
             f"{name} is neither a directory here nor a data set on the hub with split {split!r}: {error}"
         ) from error
-    return _checked(((f"row {i}", row) for i, row in enumerate(table, 1)), names, f"{name} ({split})")
 
 
-def _checked(rows: Iterator[tuple[str, Any]], names: Mapping[str, str], where: str) -> tuple[Row, ...]:
-    checked = []
-    for place, row in rows:
-        if not isinstance(row, Mapping):
-            raise TaskError(f"{where}, {place}: expected an object, got {type(row).__name__}.")
-        for column in names.values():
-            if column not in row:
-                raise TaskError(f"{where}, {place}: no field {column!r}; the row has {', '.join(map(str, row)) or 'none'}.")
-            if not isinstance(row[column], str):
-                raise TaskError(f"{where}, {place}: {column!r} is {type(row[column]).__name__}, expected text.")
-            if not row[column].strip():
-                raise TaskError(f"{where}, {place}: {column!r} is empty.")
-        checked.append(Row(row[names["input"]], row[names["target"]]))
-    if not checked:
+def _checked(numbered: Numbered, choose: Choose, where: str) -> tuple[Row, ...]:
+    """The rows of a file; the first one's fields tell their form. Raises TaskError, also where there is none."""
+    rows, columns = [], None
+    for place, fields in numbered:
+        if columns is None and isinstance(fields, Mapping):
+            columns = choose(list(fields), place)
+        rows.append(read_row(place, fields, columns or (INPUT, TARGET)))
+    if not rows:
         raise TaskError(f"{where}: no rows.")
-    return tuple(checked)
+    return tuple(rows)
