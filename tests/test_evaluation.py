@@ -1,14 +1,20 @@
 """Scores against their library, batched answers against one prompt at a time, and the base model left as it was."""
 
+import re
 import sys
+import unicodedata
 
 import pytest
+import sacrebleu
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
+from strategies import few
 from tiny import make_adapter, make_model, make_t5, make_tokenizer
 
 from sparselet.errors import ConfigError, TaskError, WrongBase
-from sparselet.evaluation import EvalSettings, evaluate, exact_match, generate, rouge_l
+from sparselet.evaluation import EvalSettings, chrf, evaluate, exact_match, generate, rouge_l
 from sparselet.evaluation.generate import _batches
 from sparselet.resident import applied
 from sparselet.tasks import Row, Task
@@ -40,6 +46,112 @@ def test_rouge_l_is_rouge_scores_f_measure_without_stemming():
     assert single[5] == 0
 
 
+@few
+@given(*[st.text(st.characters(codec="latin-1") | st.sampled_from("aB1 éñŁ„’½"), max_size=12)] * 2)
+def test_rouge_l_of_latin_script_is_that_of_rouge_score(answer, target):
+    expected = RougeScorer(["rougeL"]).score(target, answer)["rougeL"].fmeasure
+    if all(re.search("[a-z0-9]", text.lower()) for text in (answer, target)):
+        assert rouge_l([answer], [target]) == 100 * expected
+
+
+OTHER_SCRIPTS = {
+    "Chinese": ("天地玄黄", "天地玄"),
+    "Japanese": ("ラーメンが好き", "ラーメン"),
+    "Korean": ("한국어 문장", "한국어"),
+    "Russian": ("привет мир", "мир"),
+    "Greek": ("καλημέρα κόσμε", "κόσμε"),
+    "Arabic": ("مرحبا بالعالم", "بالعالم"),
+    "Hebrew": ("שלום עולם", "שלום"),
+    "Hindi": ("नमस्ते दुनिया", "दुनिया"),
+    "Bengali": ("ওহে বিশ্ব", "বিশ্ব"),
+    "Tamil": ("வணக்கம் உலகம்", "உலகம்"),
+    "Thai": ("สวัสดีครับ", "ครับ"),
+    "Armenian": ("բարեւ աշխարհ", "աշխարհ"),
+    "Georgian": ("გამარჯობა მსოფლიო", "მსოფლიო"),
+    "Amharic": ("ሰላም ልዑል", "ልዑል"),
+    "digits": ("١٢٣ ٤٥٦", "١٢٣"),
+    "signs": ("+-", "+"),
+}
+
+
+@pytest.mark.parametrize("script", OTHER_SCRIPTS)
+def test_rouge_l_measures_all_scripts(script):
+    text, part = OTHER_SCRIPTS[script]
+    assert rouge_l([text], [text]) == 100
+    assert 0 < rouge_l([part], [text]) < 100
+    assert rouge_l(["another"], [text]) == rouge_l([""], [text]) == rouge_l(["*"], [text]) == 0
+
+
+def test_tokens_of_other_scripts():
+    # Words of one letter more or less are other words; where no spaces part words, letters count.
+    assert rouge_l(["привет миру"], ["привет мир"]) == pytest.approx(50)
+    assert rouge_l(["天地黄"], ["天地玄黄"]) == pytest.approx(100 * 2 * 3 / 7)
+    assert rouge_l(["ПРИВЕТ, «Мир»!"], ["привет мир"]) == 100
+    assert rouge_l(["GPT天 2"], ["gpt 天2"]) == 100
+    assert rouge_l([unicodedata.normalize("NFD", "한국어 ёж が")], ["한국어 ёж が"]) == 100
+
+
+@few
+@given(st.text(min_size=1).filter(str.strip))
+def test_a_text_that_equals_its_target_has_rouge_l_100(text):
+    assert rouge_l([text], [text]) == 100
+
+
+def test_chrf_is_sacrebleus():
+    answers, targets = (list(texts) for texts in zip(*[*PAIRS, ("天地玄", "天地玄黄")], strict=True))
+    assert chrf(answers, targets) == sacrebleu.corpus_chrf(answers, [targets]).score
+    assert chrf(targets, targets) == pytest.approx(100)
+    assert 0 < chrf(answers, targets) < 100
+
+
+def lengths(answers, targets):
+    return sum(map(len, answers)) / len(targets)
+
+
+def test_metrics_are_chosen_by_name_or_given_as_functions(model):
+    tasks, asked = [task("t", PROMPTS, PROMPTS)], EvalSettings(max_new_tokens=4)
+    (result,) = evaluate(model, make_tokenizer(), tasks, settings=asked, metrics=["chrf", lengths])
+    answers = [answer for _, answer in result.predictions]
+    assert dict(result.scores) == {"chrf": chrf(answers, PROMPTS), "lengths": lengths(answers, PROMPTS)}
+    (result,) = evaluate(model, make_tokenizer(), tasks, settings=asked)
+    assert dict(result.scores) == {"rougeL": rouge_l(answers, PROMPTS), "exact_match": exact_match(answers, PROMPTS)}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (["rouge"], "metric: 'rouge' is unknown; expected rougeL, exact_match, chrf or MODULE:FUNCTION"),
+        (["chrf", "chrf"], "metric: 'chrf' is there twice"),
+        ([], "metric: expected at least one of rougeL"),
+        (["no_such_module:f"], "metric: cannot import 'no_such_module:f': ModuleNotFoundError"),
+        (["math:no_such_function"], "metric: cannot import 'math:no_such_function': AttributeError"),
+        (["math:pi"], "metric: 'math:pi' is float, which cannot be called"),
+        ([":f"], "metric: ':f' is unknown"),
+    ],
+)
+def test_a_metric_that_is_none_is_refused_before_anything_is_answered(model, metrics, message, monkeypatch):
+    monkeypatch.setattr("sparselet.evaluation.harness.generate", lambda *args, **kwargs: pytest.fail("answered"))
+    with pytest.raises(ConfigError, match=message):
+        evaluate(model, make_tokenizer(), [task("t", ["a"], ["b"])], metrics=metrics)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), "is nan on task t"),
+        (float("inf"), "is inf on task t"),
+        ("x", "fails on task t: ValueError"),
+        (None, "TypeError"),
+    ],
+)
+def test_a_metric_gives_a_finite_number(model, value, message):
+    def odd(answers, targets):
+        return value
+
+    with pytest.raises(ConfigError, match=f"metric odd {message}" if value is not None else message):
+        evaluate(model, make_tokenizer(), [task("t", ["a"], ["b"])], settings=EvalSettings(max_new_tokens=1), metrics=[odd])
+
+
 def test_rouge_l_by_hand():
     # The longest common subsequence of "a b c d" and "a c e" is "a c": precision 2/4, recall 2/3.
     assert rouge_l(["a b c d"], ["a c e"]) == pytest.approx(100 * 2 * (2 / 4) * (2 / 3) / (2 / 4 + 2 / 3))
@@ -62,7 +174,7 @@ def test_exact_match_is_up_to_white_space_and_case(answer, target, same):
     assert exact_match([answer, "x"], [target, "x"]) == 50 * same + 50
 
 
-@pytest.mark.parametrize("measure", [rouge_l, exact_match])
+@pytest.mark.parametrize("measure", [rouge_l, exact_match, chrf])
 def test_answers_and_targets_must_be_as_many(measure):
     with pytest.raises(ValueError):
         measure(["a"], ["a", "b"])
@@ -175,8 +287,8 @@ def test_a_model_that_answers_as_the_targets_say_scores_100(model):
         settings=EvalSettings(max_new_tokens=6),
     )
     assert (first.task, second.task) == ("same", "other")
-    assert first.exact_match == 100
-    assert (second.rougeL, second.exact_match) == (0, 0)
+    assert first.scores["exact_match"] == 100
+    assert second.scores == {"rougeL": 0, "exact_match": 0}
     assert first.rows == len(prompts)
     assert [row.input for row, _ in first.predictions] == prompts
     assert [answer for _, answer in first.predictions] == answers

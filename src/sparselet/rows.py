@@ -46,6 +46,13 @@ class Row:
     target: str
     first_learned: int = 0
 
+    @property
+    def text(self) -> str:
+        """The prompt where it is a text. Raises TaskError for a conversation."""
+        if not isinstance(self.input, str):
+            raise TaskError("a row is a conversation, which neither training nor evaluation takes yet.")
+        return self.input
+
     def as_json(self) -> dict[str, Any]:
         """`input` and `target`, or `messages` (those before the answer) and `target`."""
         if isinstance(self.input, str):

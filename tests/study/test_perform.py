@@ -50,10 +50,10 @@ def score_of(places, adapter, task):
 
 def assert_scored(store, unit, result):
     found = store.result(unit.key)
-    assert found["rougeL"] == result.rougeL
-    assert found["exact_match"] == result.exact_match
+    assert found["rougeL"] == result.scores["rougeL"]
+    assert found["exact_match"] == result.scores["exact_match"]
     assert found["rows"] == len(found["scores"]) == result.rows
-    assert sum(found["scores"]) / len(found["scores"]) == pytest.approx(result.rougeL, abs=1e-3)
+    assert sum(found["scores"]) / len(found["scores"]) == pytest.approx(result.scores["rougeL"], abs=1e-3)
     lines = (store.path / "units" / unit.key / "answers.jsonl").read_text().splitlines()
     assert [json.loads(line)["answer"] for line in lines] == [answer for _, answer in result.predictions]
 

@@ -45,7 +45,7 @@ def scores(monkeypatch):
         assert (model, tokenizer, asked) == ("model", "tokenizer", ASKED)
         told.merged.append(adapter)
         score = told.by(adapter[Q].to_dense())
-        return [Result(task.name, score + i, 0.0, 1, ()) for i, task in enumerate(tasks)]
+        return [Result(task.name, {"rougeL": score + i}, 1, ()) for i, task in enumerate(tasks)]
 
     monkeypatch.setattr(module, "evaluate", stand_in)
     return told
@@ -240,7 +240,7 @@ def test_scores_are_those_of_the_merged_model(tmp_path, base_dir):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     for trial in result.trials:
         merged = merge(names, "overlap", [trial.chosen["scale"], 0.5 * trial.chosen["scale"]])
-        found = {r.task: r.rougeL for r in evaluate(model, tokenizer, tasks, merged, asked)}
+        found = {r.task: r.scores["rougeL"] for r in evaluate(model, tokenizer, tasks, merged, asked)}
         assert trial.tasks == found
         assert trial.score == pytest.approx(sum(found.values()) / 2)
     twins = [load_task(save_task(tmp_path / part / "same"), ("validation",)) for part in ("x", "y")]

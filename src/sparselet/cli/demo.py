@@ -57,7 +57,7 @@ def demo_(*, out: Path = Path("sparselet-demo"), json: bool = False) -> None:
     with progress(len(models) * sum(len(t.rows("test")) for t in tasks), "answering") as advance:
         for name, adapter in models.items():
             found = evaluate(model, tokenizer, tasks, adapter, asked, advance)
-            scores[name] = {result.task: result.rougeL for result in found}
+            scores[name] = {result.task: result.scores["rougeL"] for result in found}
     results = _results(scores)
     results |= {"seconds": time.time() - started, "settings": asdict(SETTINGS), "versions": versions()}
     write_json(out / "results.json", results)

@@ -1,10 +1,10 @@
 """`sparselet eval`."""
 
 import json as json_library
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
@@ -13,10 +13,13 @@ from sparselet.cli.opening import open_experts, template_of
 from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, table
 from sparselet.delta import SparseDelta
 from sparselet.evaluation import EvalSettings, Result, evaluate
+from sparselet.evaluation.metrics import DEFAULT_METRICS, choose_metrics
 from sparselet.experts import Expert
 from sparselet.files import check_output, write_text
 from sparselet.models import load_model, load_tokenizer
 from sparselet.tasks import load_task
+
+_TITLES = {"rougeL": "Rouge-L", "exact_match": "exact match", "chrf": "chrF"}
 
 
 def eval_(
@@ -25,6 +28,7 @@ def eval_(
     model: str = "packaged:smollm2-135m",
     adapter: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     base: bool | None = None,
+    metric: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     input_column: str = "input",
     target_column: str = "target",
     rows: int | None = None,
@@ -36,7 +40,7 @@ def eval_(
     predictions: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Measure models on tasks: mean Rouge-L (F1 × 100) and exact match of greedy answers to the test rows.
+    """Measure models on tasks: mean Rouge-L (F1 × 100) and exact match of greedy answers to the test rows, or other metrics.
 
     The base model is loaded once; each adapter, expert or merged, is written into it for its turn.
 
@@ -53,10 +57,13 @@ def eval_(
         Experts to measure on that model: directories or hub names of sparse adapters, PEFT adapters or full checkpoints.
     base
         Measure the model without an adapter too; by default only when no adapter is given.
+    metric
+        What is measured, the first one shown first: rougeL, exact_match, chrf (sacrebleu's chrF2), or MODULE:FUNCTION, a Python
+        function of answers and targets that returns a number. By default rougeL and exact_match.
     input_column
-        What the tasks' rows call the prompt.
+        What the tasks' rows call the prompt; by default input, prompt or messages, whichever they have.
     target_column
-        What the tasks' rows call the text to produce.
+        What the tasks' rows call the text to produce; by default target or completion, whichever they have.
     rows
         Use only the first test rows of each task.
     chat_template
@@ -78,7 +85,8 @@ def eval_(
     if predictions is not None:
         check_output(predictions, directory=False)
     asked = EvalSettings(rows, True, max_input_length, max_new_tokens, batch_size)
-    names = adapter or []
+    metrics, names = metric or DEFAULT_METRICS, adapter or []
+    choose_metrics(metrics)  # before anything is loaded
     adapters = {name: _checked(expert) for name, expert in zip(names, open_experts(names, model), strict=True)}
     asked = replace(asked, chat_template=template_of(chat_template, adapters.values()))
     tasks = [load_task(source, ("test",), {"input": input_column, "target": target_column}) for source in task]
@@ -90,15 +98,16 @@ def eval_(
     total = len(models) * sum(len(t.rows("test", rows)) for t in tasks)
     with progress(total, "answering") as advance:
         for name, one in models.items():
-            results[name] = evaluate(loaded, tokenizer, tasks, one, asked, advance)
+            results[name] = evaluate(loaded, tokenizer, tasks, one, asked, advance, metrics)
     if predictions is not None:
         write_text(predictions, _jsonl(results))
     if json:
-        print_json({name: {r.task: _numbers(r) for r in found} for name, found in results.items()})
+        print_json({name: {r.task: {**r.scores, "rows": r.rows} for r in found} for name, found in results.items()})
         return
-    columns = ["Rouge-L (exact match)", *(t.name for t in tasks), "mean"]
+    first, *others = (_TITLES.get(name, name) for name in metrics)
+    columns = [f"{first} ({', '.join(others)})" if others else first, *(t.name for t in tasks), "mean"]
     shown = [
-        [name, *(f"{r.rougeL:.1f} ({r.exact_match:.0f})" for r in found), sum(r.rougeL for r in found) / len(found)]
+        [name, *(_shown(r, metrics) for r in found), sum(r.scores[metrics[0]] for r in found) / len(found)]
         for name, found in results.items()
     ]
     table(f"{sum(r.rows for r in next(iter(results.values())))} test rows", columns, shown)
@@ -116,13 +125,14 @@ def _checked(expert: Expert) -> Mapping[str, SparseDelta]:
     return expert
 
 
-def _numbers(result: Result) -> dict[str, Any]:
-    return {"rougeL": result.rougeL, "exact_match": result.exact_match, "rows": result.rows}
+def _shown(result: Result, metrics: Sequence[str]) -> str:
+    first, *others = (result.scores[name] for name in metrics)
+    return f"{first:.1f} ({', '.join(f'{score:.0f}' for score in others)})" if others else f"{first:.1f}"
 
 
 def _jsonl(results: dict[str, list[Result]]) -> str:
     lines = [
-        {"model": name, "task": r.task, "input": row.input, "target": row.target, "answer": answer}
+        {"model": name, "task": r.task, **row.as_json(), "answer": answer}
         for name, found in results.items()
         for r in found
         for row, answer in r.predictions

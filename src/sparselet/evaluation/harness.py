@@ -9,18 +9,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparselet.delta import SparseDelta
 from sparselet.errors import ConfigError, TaskError
 from sparselet.evaluation.generate import generate
-from sparselet.evaluation.rouge import exact_match, rouge_l
+from sparselet.evaluation.metrics import DEFAULT_METRICS, Metric, choose_metrics, measure
 from sparselet.resident import applied
 from sparselet.tasks import Row, Task
 
 
 @dataclass(frozen=True)
 class Result:
-    """One model on one task: mean Rouge-L F1 and exact match, both × 100, and what was answered."""
+    """One model on one task: its scores by metric, such as `rougeL` and `exact_match` × 100, and what was answered."""
 
     task: str
-    rougeL: float
-    exact_match: float
+    scores: Mapping[str, float]
     rows: int
     predictions: tuple[tuple[Row, str], ...]
 
@@ -56,15 +55,17 @@ def evaluate(
     adapter: Mapping[str, SparseDelta] | None = None,
     settings: EvalSettings | None = None,
     progress: Callable[[int], None] | None = None,
+    metrics: Sequence[str | Metric] = DEFAULT_METRICS,
 ) -> list[Result]:
     """Greedy answers to rows of each task, scored.
 
     adapter: written into the model's weights meanwhile; the base model alone without one.
     progress: called with the number of rows answered since its last call.
-    Raises TaskError for two tasks of one name or a split that is not there, and what `resident.applied` raises for an adapter
-    that does not fit.
+    metrics: names of METRICS, `module:function`, or functions of answers and targets that return a number.
+    Raises ConfigError for a metric that is unknown or fails, TaskError for two tasks of one name or a split that is not there,
+    and what `resident.applied` raises for an adapter that does not fit.
     """
-    settings = settings or EvalSettings()
+    settings, chosen = settings or EvalSettings(), choose_metrics(metrics)
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
@@ -76,7 +77,7 @@ def evaluate(
             answers = generate(
                 model,
                 tokenizer,
-                [row.input for row in rows],
+                [row.text for row in rows],
                 chat_template=settings.chat_template,
                 max_input_length=settings.max_input_length,
                 max_new_tokens=settings.max_new_tokens,
@@ -87,8 +88,7 @@ def evaluate(
             results.append(
                 Result(
                     task=task.name,
-                    rougeL=rouge_l(answers, targets),
-                    exact_match=exact_match(answers, targets),
+                    scores=measure(chosen, answers, targets, task.name),
                     rows=len(rows),
                     predictions=tuple(zip(rows, answers, strict=True)),
                 )

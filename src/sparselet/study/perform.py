@@ -27,7 +27,7 @@ from sparselet.container import TensorFile
 from sparselet.delta import SparseDelta
 from sparselet.errors import ConfigError, ModelError, SparseletError, TaskError, WriteFailed
 from sparselet.evaluation import EvalSettings, Result, evaluate
-from sparselet.evaluation.rouge import rouge_l_of_each
+from sparselet.evaluation.metrics import rouge_l_of_each
 from sparselet.experts import open_expert
 from sparselet.experts.model_files import MODEL_CONFIG
 from sparselet.files import read_object, write_text
@@ -252,8 +252,7 @@ def scored(result: Result) -> dict[str, Any]:
     """The result of an evaluation. scores: Rouge-L × 100 of each row, to 4 decimals."""
     each = rouge_l_of_each([answer for _, answer in result.predictions], [row.target for row, _ in result.predictions])
     return {
-        "rougeL": result.rougeL,
-        "exact_match": result.exact_match,
+        **result.scores,
         "rows": result.rows,
         "scores": [round(100 * score, 4) for score in each],
     }
@@ -261,7 +260,7 @@ def scored(result: Result) -> dict[str, Any]:
 
 def answers_of(result: Result) -> str:
     """What was answered, as JSON lines."""
-    lines = [{"input": row.input, "target": row.target, "answer": answer} for row, answer in result.predictions]
+    lines = [{**row.as_json(), "answer": answer} for row, answer in result.predictions]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 

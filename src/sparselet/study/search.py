@@ -102,7 +102,7 @@ def search(
         chosen = {name: drawn.suggest_float(name, low, high) for name, (low, high) in ranges.items()}
         tried = _with(recipe, settings.search, chosen)
         merged = merge(experts, tried.method, tried.weights, tried.parameters)
-        scores = {result.task: result.rougeL for result in evaluate(model, tokenizer, tasks, merged, asked)}
+        scores = {result.task: result.scores["rougeL"] for result in evaluate(model, tokenizer, tasks, merged, asked)}
         trials.append(Trial(chosen, sum(scores.values()) / len(scores), scores))
         study.tell(drawn, trials[-1].score)
         if progress is not None:

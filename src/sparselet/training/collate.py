@@ -26,7 +26,7 @@ def encode(
     """Each row as `prompt` and `target` token ids. The prompt is cut from the left, the target kept whole."""
     return [
         {
-            "prompt": prompt_tokens(tokenizer, row.input, chat_template, max_input_length),
+            "prompt": prompt_tokens(tokenizer, row.text, chat_template, max_input_length),
             "target": target_tokens(tokenizer, row.target, chat_template, encoder_decoder),
         }
         for row in rows
