@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ROOT = "sparselet"
 
 GROUND = {"errors", "printable", "patterns", "temporaries", "files", "kernels"}
-UNITS = {"fingerprint", "delta", "scores", "masks", "container", "names"}
+UNITS = {"fingerprint", "delta", "scores", "masks", "container", "names", "adapter_format"}
 CORE = GROUND | UNITS | {"adapter", "adapter_stream", "resident"}
 VERBS = {"merging", "export", "analysis", "serving"}
 INPUTS = {"tasks", "rows", "row_files", "builtin_tasks", "prompts", "models"}

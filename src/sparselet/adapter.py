@@ -13,31 +13,30 @@ import torch
 from torch import Tensor
 
 from sparselet import kernels
+from sparselet.adapter_format import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    INDICES,
+    METHOD,
+    PENDING,
+    PREFIX,
+    PROGRESS,
+    VALUES,
+    WEIGHTS_FILE,
+    check_config,
+    check_target_name,
+    check_tensors,
+)
 from sparselet.container import TensorFile, TensorStream
-from sparselet.delta import SparseDelta, check_shape, index_dtype
+from sparselet.delta import SparseDelta
 from sparselet.errors import (
-    BadConfig,
     BadDtype,
-    BadShape,
     MissingFile,
-    MissingTensor,
     NonFiniteValue,
     SparseletError,
-    UnknownTensor,
-    UnsafePath,
-    UnsupportedVersion,
 )
 from sparselet.files import atomic_directory, atomic_write, check_inside, json_bytes, read_object, replaced_directory
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-FORMAT_VERSION = 1
-PREFIX = "base_model.model."  # PEFT's, before every name in the weights file
-VALUES, INDICES = ".sparse_values", ".sparse_indices"
-# In the files of a training checkpoint whose selection phase has not ended (docs/format.md); never needed to apply it.
-PENDING, PROGRESS = ".sparse_pending", ".sparse_progress"
-
-_VALUE_DTYPES = ("F64", "F32", "F16", "BF16")
 _STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -163,7 +162,7 @@ class AdapterFile(Mapping[str, SparseDelta]):
         self._file = TensorFile(weights)
         self._names = set(self._file.shapes)
         self.unfinished = any(name.endswith((PENDING, PROGRESS)) for name in self._names)
-        self._check_names()
+        check_tensors(str(weights), self.shapes, self._file.shapes, self._file.dtypes, self._module_names())
         if self.unfinished:
             warnings.warn(
                 f"{self.path} was saved while its mask was still being selected; train on, or take a later checkpoint.",
@@ -208,19 +207,6 @@ class AdapterFile(Mapping[str, SparseDelta]):
         """The tensors of `modules_to_save`, by their name in the base model."""
         return {name.removeprefix(PREFIX): self._file.read(name) for name in sorted(self._module_names())}
 
-    def _check_names(self) -> None:
-        for name in self.shapes:
-            for suffix in (VALUES, INDICES):
-                if PREFIX + name + suffix not in self._names:
-                    raise MissingTensor(
-                        f"{self._weights}: the configuration names {name}, but {PREFIX}{name}{suffix} is missing."
-                    )
-            self._check_header(name)
-        known = {PREFIX + name + suffix for name in self.shapes for suffix in (VALUES, INDICES, PENDING, PROGRESS)}
-        unknown = sorted(self._names - known - self._module_names())
-        if unknown:
-            raise UnknownTensor(f"{self._weights}: {unknown[0]} belongs to no target in {CONFIG_FILE} ({len(unknown)} such).")
-
     def _module_names(self) -> set[str]:
         modules = self.metadata.get("modules_to_save") or []
         return {
@@ -230,27 +216,6 @@ class AdapterFile(Mapping[str, SparseDelta]):
             and name.startswith(PREFIX)
             and any(f".{module}." in f".{name.removeprefix(PREFIX)}" for module in modules)
         }
-
-    def _check_header(self, name: str) -> None:
-        """Check dtypes and shapes from the file's header, before any tensor is read."""
-        where = f"{self._weights}: {name}"
-        rows, columns = self.shapes[name]
-        values, indices = PREFIX + name + VALUES, PREFIX + name + INDICES
-        if self._file.dtypes[values] not in _VALUE_DTYPES:
-            raise BadDtype(f"{where}{VALUES} is {self._file.dtypes[values]}; expected one of {', '.join(_VALUE_DTYPES)}.")
-        shape, count = list(self._file.shapes[values]), list(self._file.shapes[indices])
-        tiles = len(shape) == 3 and shape[1] == shape[2] > 1
-        if len(count) != 1 or not (len(shape) == 1 or tiles) or shape[0] != count[0]:
-            raise BadShape(f"{where}: values {shape} and indices {count}; expected [n] or [n, B, B], and [n].")
-        block = shape[1] if tiles else 1
-        if rows % block or columns % block:
-            raise BadShape(f"{where}: tiles of {block}×{block} do not divide a target of {rows}×{columns}.")
-        units = rows * columns // block**2
-        if count[0] > units:
-            raise BadShape(f"{where}: {count[0]} indices, but the target has only {units} units.")
-        expected = "I32" if index_dtype(units) == torch.int32 else "I64"
-        if self._file.dtypes[indices] != expected:
-            raise BadDtype(f"{where}{INDICES} is {self._file.dtypes[indices]}; expected {expected} for {units} units.")
 
     def _block_size(self, name: str) -> int:
         shape = self._file.shapes[PREFIX + name + VALUES]
@@ -276,7 +241,7 @@ def config_of_targets(
 ) -> dict[str, Any]:
     """The fields of adapter_config.json that every adapter has, whoever writes it."""
     return {
-        "peft_type": "SPARSELET",
+        "peft_type": METHOD,
         "format_version": FORMAT_VERSION,
         "targets": {
             name: {"shape": list(shape), "fingerprint": dict(fingerprints.get(name) or {}) or None}
@@ -302,13 +267,6 @@ def require_finite(values: Tensor, name: str) -> None:
         raise NonFiniteValue(f"{name}: {int((~torch.isfinite(values)).sum())} of {values.numel()} values are NaN or infinite.")
 
 
-def check_target_name(name: str) -> None:
-    """Raise UnsafePath unless `name` is a dotted module name without path parts."""
-    parts = name.split(".") if isinstance(name, str) else [""]
-    if not all(part and part.isprintable() and not set(part) & set("/\\:\0 ") for part in parts):
-        raise UnsafePath(f"{name!r} is not a module name; expected parts joined by dots, without path parts.")
-
-
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]], dict[str, dict[str, str] | None]]:
     if not path.is_dir():
         raise MissingFile(f"{path} is not a directory; an adapter is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}.")
@@ -316,36 +274,6 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]
     if not file.is_file():
         raise MissingFile(f"{file} is missing; an adapter is {CONFIG_FILE} and {WEIGHTS_FILE}.")
     config = read_object(file)
-    if config.get("peft_type") != "SPARSELET":
-        raise BadConfig(f"{file}: peft_type is {config.get('peft_type')!r}; a sparse adapter has 'SPARSELET'.")
-    version = config.get("format_version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise BadConfig(f"{file}: format_version is {version!r}; expected a positive integer.")
-    if version > FORMAT_VERSION:
-        raise UnsupportedVersion(f"{file}: format_version {version} is newer than {FORMAT_VERSION}; upgrade sparselet.")
-    targets = config.get("targets")
-    if not isinstance(targets, dict):
-        raise BadConfig(f"{file}: targets is {type(targets).__name__}; expected an object of target names.")
-    shapes: dict[str, tuple[int, int]] = {}
-    fingerprints: dict[str, dict[str, str] | None] = {}
-    for name in sorted(targets):
-        try:
-            check_target_name(name)
-            shapes[name], fingerprints[name] = _read_target(targets[name])
-        except SparseletError as error:
-            raise type(error)(f"{file}: target {name}: {error}") from error
-    modules = config.get("modules_to_save")
-    if modules is not None and not (isinstance(modules, list) and all(isinstance(m, str) and m for m in modules)):
-        raise BadConfig(f"{file}: modules_to_save is {modules!r}; expected a list of names or null.")
+    shapes, fingerprints = check_config(config, str(file))
     own = {"peft_type", "format_version", "targets"}
     return {key: value for key, value in config.items() if key not in own}, shapes, fingerprints
-
-
-def _read_target(record: Any) -> tuple[tuple[int, int], dict[str, str] | None]:
-    if not isinstance(record, dict) or not isinstance(record.get("shape"), list):
-        raise BadConfig(f"expected an object with a shape, got {record!r:.80}.")
-    found = record.get("fingerprint")
-    keys = ("dtype", "sample", "signs")
-    if found is not None and not (isinstance(found, dict) and all(isinstance(found.get(key), str) for key in keys)):
-        raise BadConfig(f"fingerprint is {found!r:.80}; expected {', '.join(keys)}, or null.")
-    return check_shape(tuple(record["shape"])), found

@@ -26,8 +26,12 @@ _DATA_PARALLEL = "module."
 
 def unwrapped(name: str) -> str:
     """A name without what torch.compile, DDP, FSDP and checkpointing add to it."""
-    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-    return name.removeprefix(_DATA_PARALLEL)
+    return base_name(name).removeprefix(_DATA_PARALLEL)
+
+
+def base_name(name: str) -> str:
+    """A name without what torch.compile, FSDP and checkpointing add to it, in a model that DDP does not wrap."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def target_name(parameter: str) -> str:

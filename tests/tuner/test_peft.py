@@ -31,6 +31,7 @@ from sparselet.errors import (
     SparseletError,
     UnknownScore,
     UnknownTarget,
+    UnknownTensor,
     UnsortedIndices,
     WrongBase,
 )
@@ -540,7 +541,7 @@ def _mid_phase(progress, pending=None):
         (lambda t: t.pop(VALUES), MissingTensor),
         (lambda t: t.pop(INDICES), MissingTensor),
         (lambda t: (t.pop(INDICES), t.pop(VALUES)), MissingTensor),
-        (lambda t: t.update({"lm_head.sparse_values": t[VALUES] + 0, "lm_head.sparse_indices": t[INDICES] + 0}), UnknownTarget),
+        (lambda t: t.update({"lm_head.sparse_values": t[VALUES] + 0, "lm_head.sparse_indices": t[INDICES] + 0}), UnknownTensor),
         (_mid_phase([1]), BadShape),
         (_mid_phase([0, 1]), BadShape),  # all entries trained, says the file, and holds a tenth of them
         (_mid_phase([1, 0], torch.ones(3)), BadShape),
@@ -561,7 +562,7 @@ def test_hostile_tensors_are_refused_by_name(saved, change, error):
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (lambda c: c["targets"].update({"model.layers.9.self_attn.k_proj": {"shape": [16, 32]}}), UnknownTarget),
+        (lambda c: c["targets"].update({"model.layers.9.self_attn.k_proj": {"shape": [16, 32]}}), MissingTensor),
         (lambda c: c["targets"][TARGET].update({"shape": [32, 16]}), ShapeMismatch),
         (lambda c: c["targets"].update({"model.embed_tokens": {"shape": [64, 32]}}), SparseletError),
         (lambda c: c["targets"].pop(TARGET), SparseletError),

@@ -57,6 +57,11 @@ class MaskState:
     pending: Tensor | None = None
     selections: int = 0
 
+    @property
+    def unread(self) -> bool:
+        """Whether the adapter was added by a saved configuration whose tensors have not been loaded."""
+        return not self.selecting and not self.selections
+
 
 class SparseletLayer(nn.Module, BaseTunerLayer):
     """A linear base layer with any number of sparse adapters.
@@ -142,9 +147,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         if values is None:
             values = torch.zeros((len(units), *tile), dtype=parameter.dtype)
         device = self.base_weight.device
-        if parameter.is_meta:  # injected with low_cpu_mem_usage
-            parameter = nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=parameter.requires_grad)
-            self.sparse_values[name] = parameter
+        parameter = self._materialized(name)
         state.dense = False
         dtype = index_dtype(self.shape[0] * self.shape[1] // state.block_size**2)
         # New tensors, since a backward pass may still need the old ones.
@@ -154,11 +157,18 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
 
     def set_dense(self, name: str, values: Tensor) -> None:
         """Let an adapter train all entries, from `values` [rows, columns], as before its first selection."""
-        parameter = self.sparse_values[name]
+        parameter = self._materialized(name)
         self.sparse_mask[name].dense = True
         self.sparse_indices[name] = torch.empty(0, dtype=torch.int32, device=self.base_weight.device)
         _reshape_parameter(parameter, values.to(device=self.base_weight.device, dtype=parameter.dtype))
         self.refresh()
+
+    def _materialized(self, name: str) -> nn.Parameter:
+        parameter = self.sparse_values[name]
+        if parameter.is_meta:  # injected with low_cpu_mem_usage
+            parameter = nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=parameter.requires_grad)
+            self.sparse_values[name] = parameter
+        return parameter
 
     def delta(self, name: str) -> SparseDelta:
         """An adapter's present change of this target, on the CPU; all entries while no mask is selected."""
@@ -399,6 +409,18 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         self.refresh()
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # Before transformers loads an adapter it looks at the names here. It would load any tensor of the file unchecked.
+        for name, state in self.sparse_mask.items():
+            if state.unread:
+                raise SelectionError(
+                    f"{self.target_name}: adapter {name!r} was added by its configuration alone, its tensors were not read. "
+                    "transformers' load_adapter, from_pretrained and pipeline load tensors without the checks of the format; "
+                    "call peft.PeftModel.from_pretrained(model, path) on the base model instead, or "
+                    f"peft.AutoPeftModelForCausalLM.from_pretrained(path). model.delete_adapter({name!r}) takes it out again."
+                )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
@@ -436,6 +458,10 @@ def leased() -> Iterator[None]:
     finally:
         LEASE.reset(token)
         lease.end()
+
+
+class SparseletLinear(SparseletLayer):
+    """A layer in a model. By the word Linear in its class's name PEFT counts it among the targets of "all-linear"."""
 
 
 def is_sharded(weight: Tensor) -> bool:

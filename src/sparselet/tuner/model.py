@@ -3,23 +3,26 @@
 import contextlib
 import importlib.metadata
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from sparselet.adapter import INDICES, PENDING, PREFIX, PROGRESS, VALUES, SparseAdapter, config_of_targets, require_finite
+from sparselet.adapter import SparseAdapter, config_of_targets, require_finite
+from sparselet.adapter_format import CONFIG_FILE, INDICES, PENDING, PREFIX, PROGRESS, VALUES, check_state
 from sparselet.delta import SparseDelta, check_block_size
-from sparselet.errors import ArgumentError, BadShape, MissingTensor, NoTargets, ShapeMismatch, SparseletError, UnknownTarget
+from sparselet.errors import ArgumentError, BadConfig, BadShape, NoTargets, ShapeMismatch, SparseletError, UnknownTarget
 from sparselet.fingerprint import require_same_base
+from sparselet.names import base_name
 from sparselet.tuner.adapted import adapter_config, base_model, require_layers, sparselet_layers
 from sparselet.tuner.config import PEFT_TYPE, SparseletConfig
-from sparselet.tuner.layer import SparseletLayer, leased
+from sparselet.tuner.layer import SparseletLayer, SparseletLinear, leased
 from sparselet.tuner.targets import describe_linear_layers, find_qkv, is_linear
 
 
@@ -42,21 +45,20 @@ class SparseletModel(BaseTuner):
         assert isinstance(peft_config, SparseletConfig)
         if peft_config.target_modules is None:
             peft_config.target_modules = find_qkv(self.model)
-        return peft_config
+        return cast(SparseletConfig, _maybe_include_all_linear_layers(peft_config, self.model))
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the model. Raises NoTargets where no layer matches, UnknownTarget for one it lacks."""
         config = cast(SparseletConfig, self.peft_config[adapter_name])
-        for name in config.targets or {}:
-            try:
-                model.get_submodule(name)
-            except AttributeError as error:
-                raise UnknownTarget(f"the model has no layer {name}, which the adapter changes.") from error
+        lacking = sorted(set(config.targets or {}) - {base_name(key) for key, _ in model.named_modules()})
+        if lacking:
+            raise UnknownTarget(f"the model has no layer {lacking[0]}, which the adapter changes ({len(lacking)} such).")
         # All targets are checked before the first is replaced, so that a refusal leaves the model as it was.
         config = self._prepare_adapter_config(config, {})
+        inner = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         for key, module in model.named_modules():
-            if self._check_target_module_exists(config, key) and not isinstance(module, SparseletLayer):
-                _check_target(key, module, config)
+            if not key.startswith(inner) and self._check_target_module_exists(config, key):
+                _check_target(key, module.get_base_layer() if isinstance(module, SparseletLayer) else module, config)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
@@ -70,7 +72,7 @@ class SparseletModel(BaseTuner):
     ) -> Any:
         assert isinstance(peft_config, SparseletConfig)
         if peft_config.targets is not None:
-            return key in peft_config.targets
+            return base_name(key) in peft_config.targets
         return super()._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -86,7 +88,7 @@ class SparseletModel(BaseTuner):
         if isinstance(target, SparseletLayer):
             target.add_adapter(adapter_name, peft_config)
             return
-        layer = SparseletLayer(target, current_key)
+        layer = SparseletLinear(target, base_name(current_key))
         layer.set_adapter(adapter_name if adapter_name in self.active_adapters else [])
         layer.add_adapter(adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
@@ -127,7 +129,8 @@ class SparseletModel(BaseTuner):
         tensors: dict[str, Tensor] = {}
         layers = _named_layers(model, adapter_name)
         unselected = [name for name, layer in layers.items() if not layer.sparse_mask[adapter_name].selections]
-        for key, layer in layers.items():
+        for name, layer in layers.items():
+            key = base_name(name)
             state, delta = layer.sparse_mask[adapter_name], layer.delta(adapter_name)
             require_finite(delta.values, layer.target_name)
             tensors[f"{key}{VALUES}.{adapter_name}"] = delta.values
@@ -153,26 +156,21 @@ class SparseletModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Give each layer the mask that the file holds, and return the values under the model's names.
 
-        Raises UnknownTarget, MissingTensor, ShapeMismatch, WrongBase, and a FormatError for wrong entries.
+        Tensors of `modules_to_save` pass, any other is refused. An adapter that was added for a file that is refused goes.
+        Raises UnknownTarget, UnknownTensor, MissingTensor, ShapeMismatch, WrongBase, and a FormatError for wrong entries.
         """
         assert isinstance(config, SparseletConfig)
-        layers = {layer.target_name: (key, layer) for key, layer in _named_layers(model, adapter_name).items()}
-        files, rest = _split_by_target(state_dict)
-        unknown = sorted(set(files) - set(layers))
-        if unknown:
-            raise UnknownTarget(f"the model has no target {unknown[0]}, which the adapter changes ({len(unknown)} such).")
-        missing = sorted(set(layers) - set(files))
-        if missing:
-            raise MissingTensor(f"the adapter holds nothing for the target {missing[0]} ({len(missing)} such).")
-        _check_targets(config, {name: layer for name, (_, layer) in layers.items()})
-        # All is checked before anything is written, so that a file that is refused leaves the model as it was.
-        read = {name: _read_target(layers[name][1], parts) for name, parts in files.items()}
-        for name, saved in read.items():
-            key, layer = layers[name]
-            _load_target(layer, adapter_name, saved)
-            rest[f"{key}{VALUES}.{adapter_name}"] = layer.sparse_values[adapter_name].detach()
-            rest[f"{key}{INDICES}.{adapter_name}"] = layer.sparse_indices[adapter_name]
-        return rest
+        try:
+            read = _read_state(model, config, adapter_name, state_dict)
+        except SparseletError:
+            _withdraw(model, adapter_name)
+            raise
+        tensors = {key: state_dict[key] for key in _module_keys(model, adapter_name) if key in state_dict}
+        for key, layer in _named_layers(model, adapter_name).items():
+            _load_target(layer, adapter_name, read[layer.target_name])
+            tensors[f"{key}{VALUES}.{adapter_name}"] = layer.sparse_values[adapter_name].detach()
+            tensors[f"{key}{INDICES}.{adapter_name}"] = layer.sparse_indices[adapter_name]
+        return tensors
 
 
 def to_adapter(model: nn.Module, adapter_name: str = "default", metadata: Mapping[str, Any] | None = None) -> SparseAdapter:
@@ -228,6 +226,52 @@ def _check_target(name: str, module: nn.Module, config: SparseletConfig) -> None
         check_block_size(config.block_size, (rows, columns), name)
 
 
+def _read_state(
+    model: nn.Module, config: SparseletConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> "dict[str, _Saved]":
+    """Check all tensors of a file against the model, and return what they hold by target."""
+    layers = sparselet_layers(model, adapter_name)
+    allowed = _module_keys(model, adapter_name)
+    own = {f"{PREFIX}{key.removeprefix(PREFIX)}": tensor for key, tensor in state_dict.items() if key not in allowed}
+    files = _by_target(own)
+    unknown = sorted(set(files) - set(layers))
+    if unknown:
+        raise UnknownTarget(f"the model has no target {unknown[0]}, which the adapter changes ({len(unknown)} such).")
+    if config.targets is None and config.inference_mode and _unread(layers.values(), adapter_name):
+        raise BadConfig(f"{CONFIG_FILE} records no targets, so it is no adapter's; expected an object of target names.")
+    check_state("the adapter", {name: layer.shape for name, layer in layers.items()}, own)
+    _check_targets(config, layers)
+    read = {name: _read_target(layers[name], parts) for name, parts in files.items()}
+    if any(saved.selections is not None for saved in read.values()):
+        config.validate()  # training goes on by them
+    return read
+
+
+def _withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take out an adapter that was never read, so that the model is as it was."""
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, SparseletModel) or not _unread(sparselet_layers(model, adapter_name).values(), adapter_name):
+        return
+    if len(tuner.peft_config) > 1:
+        tuner.delete_adapter(adapter_name)
+    else:
+        tuner.unload()
+
+
+def _unread(layers: Iterable[SparseletLayer], adapter_name: str) -> bool:
+    return any(layer.sparse_mask[adapter_name].unread for layer in layers)
+
+
+def _module_keys(model: nn.Module, adapter_name: str) -> set[str]:
+    """The names that PEFT gives the tensors of `modules_to_save` before it hands them on; see `set_peft_model_state_dict`."""
+    return {
+        f"{name.removeprefix('_fsdp_wrapped_module.')}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for key in module.adapter_state_dict_load_map(adapter_name).values()
+    }
+
+
 def _named_layers(model: nn.Module, adapter_name: str) -> dict[str, SparseletLayer]:
     return {
         key: module
@@ -236,17 +280,13 @@ def _named_layers(model: nn.Module, adapter_name: str) -> dict[str, SparseletLay
     }
 
 
-def _split_by_target(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def _by_target(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     files: dict[str, dict[str, Tensor]] = {}
-    rest: dict[str, Tensor] = {}
-    for key, tensor in state_dict.items():
-        for suffix in (VALUES, INDICES, PENDING, PROGRESS):
-            if key.endswith(suffix):
-                files.setdefault(key.removesuffix(suffix).removeprefix(PREFIX), {})[suffix] = tensor
-                break
-        else:
-            rest[key] = tensor
-    return files, rest
+    for key, tensor in tensors.items():
+        name, _, kind = key.removeprefix(PREFIX).rpartition(".")
+        if f".{kind}" in (VALUES, INDICES, PENDING, PROGRESS):
+            files.setdefault(name, {})[f".{kind}"] = tensor
+    return files
 
 
 def _check_targets(config: SparseletConfig, layers: Mapping[str, SparseletLayer]) -> None:
@@ -271,9 +311,6 @@ class _Saved:
 
 def _read_target(layer: SparseletLayer, parts: Mapping[str, Tensor]) -> _Saved:
     name = layer.target_name
-    for suffix in (VALUES, INDICES):
-        if suffix not in parts:
-            raise MissingTensor(f"{name}{suffix} is missing from the adapter.")
     values, units = parts[VALUES], parts[INDICES]
     try:
         delta = SparseDelta(layer.shape, units, values, values.shape[1] if values.ndim == 3 else 1)

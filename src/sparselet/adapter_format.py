@@ -1,0 +1,182 @@
+"""What docs/format.md says of an adapter's configuration and tensors: the names in it, and the checks that each reader makes.
+
+`SparseAdapter.load` and PEFT's loading path make the same ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparselet.container import DTYPES, TensorFile
+from sparselet.delta import check_shape, index_dtype
+from sparselet.errors import (
+    BadConfig,
+    BadDtype,
+    BadShape,
+    MissingTensor,
+    SparseletError,
+    UnknownTensor,
+    UnsafePath,
+    UnsupportedVersion,
+)
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+FORMAT_VERSION = 1
+PREFIX = "base_model.model."  # PEFT's, before every name in the weights file
+VALUES, INDICES = ".sparse_values", ".sparse_indices"
+# In the files of a training checkpoint whose selection phase has not ended (docs/format.md); never needed to apply it.
+PENDING, PROGRESS = ".sparse_pending", ".sparse_progress"
+
+METHOD = "SPARSELET"  # peft_type
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")  # PEFT's
+_NAMES = "a name, a list of names or null"
+_VALUE_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def check_config(config: Mapping[str, Any], where: str) -> tuple[dict[str, tuple[int, int]], dict[str, dict[str, str] | None]]:
+    """Check the content of adapter_config.json, as far as it decides what is read and where it goes.
+
+    where: the file, for messages. Returns shapes and fingerprints by target. Raises BadConfig, UnsupportedVersion,
+    UnsafePath, AbsurdShape.
+    """
+    if config.get("peft_type") != METHOD:
+        raise BadConfig(f"{where}: peft_type is {config.get('peft_type')!r}; a sparse adapter has {METHOD!r}.")
+    version = config.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BadConfig(f"{where}: format_version is {version!r}; expected a positive integer.")
+    if version > FORMAT_VERSION:
+        raise UnsupportedVersion(f"{where}: format_version {version} is newer than {FORMAT_VERSION}; upgrade sparselet.")
+    targets = config.get("targets")
+    if not isinstance(targets, dict):
+        raise BadConfig(f"{where}: targets is {type(targets).__name__}; expected an object of target names.")
+    shapes: dict[str, tuple[int, int]] = {}
+    fingerprints: dict[str, dict[str, str] | None] = {}
+    for name in sorted(targets):
+        try:
+            check_target_name(name)
+            shapes[name], fingerprints[name] = _read_target(targets[name])
+        except SparseletError as error:
+            raise type(error)(f"{where}: target {name}: {error}") from error
+    rules = {
+        "modules_to_save": (_is_list, "a list of names or null"),
+        "target_modules": (_is_names, _NAMES),
+        "exclude_modules": (_is_names, _NAMES),
+        "layers_pattern": (_is_names, _NAMES),
+        "base_model_name_or_path": (_is_text, "a name, a path or null"),
+        "revision": (_is_text, "a revision or null"),
+        "task_type": (TASK_TYPES.__contains__, f"null or one of {', '.join(TASK_TYPES)}"),
+        "inference_mode": (_is_flag, "true or false"),
+        "auto_mapping": (_is_mapping, "an object of names or null"),
+    }
+    for field, (holds, expected) in rules.items():
+        value = config.get(field)
+        if value is not None and not holds(value):
+            raise BadConfig(f"{where}: {field} is {value!r:.80}; expected {expected}.")
+    return shapes, fingerprints
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(isinstance(name, str) and name for name in value)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or _is_list(value)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value.values())
+
+
+def _read_target(record: Any) -> tuple[tuple[int, int], dict[str, str] | None]:
+    if not isinstance(record, dict) or not isinstance(record.get("shape"), list):
+        raise BadConfig(f"expected an object with a shape, got {record!r:.80}.")
+    found = record.get("fingerprint")
+    keys = ("dtype", "sample", "signs")
+    if found is not None and not (isinstance(found, dict) and all(isinstance(found.get(key), str) for key in keys)):
+        raise BadConfig(f"fingerprint is {found!r:.80}; expected {', '.join(keys)}, or null.")
+    return check_shape(tuple(record["shape"])), found
+
+
+def check_target_name(name: str) -> None:
+    """Raise UnsafePath unless `name` is a dotted module name without path parts."""
+    parts = name.split(".") if isinstance(name, str) else [""]
+    if not all(part and part.isprintable() and not set(part) & set("/\\:\0 ") for part in parts):
+        raise UnsafePath(f"{name!r} is not a module name; expected parts joined by dots, without path parts.")
+
+
+def check_tensors(
+    where: str,
+    targets: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, Sequence[int]],
+    dtypes: Mapping[str, str],
+    modules: set[str],
+) -> None:
+    """Check names, shapes and dtypes of an adapter's tensors, before any is read.
+
+    where: the file, for messages. targets: shapes by target name. shapes, dtypes: what there is, by tensor name. modules:
+    the names that belong to `modules_to_save`. Raises MissingTensor, UnknownTensor, BadDtype, BadShape.
+    """
+    for name, shape in targets.items():
+        for suffix in (VALUES, INDICES):
+            if PREFIX + name + suffix not in shapes:
+                raise MissingTensor(f"{where}: the configuration names {name}, but {PREFIX}{name}{suffix} is missing.")
+        _check_target(f"{where}: {name}", shape, PREFIX + name, shapes, dtypes)
+    own = {PREFIX + name + suffix for name in targets for suffix in (VALUES, INDICES, PENDING, PROGRESS)}
+    unknown = sorted(set(shapes) - own - modules)
+    if unknown:
+        raise UnknownTensor(f"{where}: {unknown[0]} belongs to no target in {CONFIG_FILE} ({len(unknown)} such).")
+
+
+def check_state(where: str, targets: Mapping[str, tuple[int, int]], tensors: Mapping[str, Tensor]) -> None:
+    """`check_tensors` of tensors in memory, such as PEFT hands on, but for those of `modules_to_save`."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    dtypes = {name: names.get(tensor.dtype, str(tensor.dtype)) for name, tensor in tensors.items()}
+    check_tensors(where, targets, shapes, dtypes, set())
+
+
+def unnamed_modules(path: Path, config: Mapping[str, Any]) -> set[str]:
+    """The modules in a directory's weights file that its configuration does not name, such as embeddings that PEFT adds."""
+    if not (path / WEIGHTS_FILE).is_file():
+        return set()
+    named = [*(config.get("modules_to_save") or []), *(config.get("targets") or [])]
+    names = (name.removeprefix(PREFIX) for name in TensorFile(path / WEIGHTS_FILE).shapes)
+    return {name.rpartition(".")[0] for name in names if not any(f".{module}." in f".{name}" for module in named)}
+
+
+def _check_target(
+    where: str,
+    target: tuple[int, int],
+    name: str,
+    shapes: Mapping[str, Sequence[int]],
+    dtypes: Mapping[str, str],
+) -> None:
+    rows, columns = target
+    values, indices = name + VALUES, name + INDICES
+    if dtypes[values] not in _VALUE_DTYPES:
+        raise BadDtype(f"{where}{VALUES} is {dtypes[values]}; expected one of {', '.join(_VALUE_DTYPES)}.")
+    shape, count = list(shapes[values]), list(shapes[indices])
+    tiles = len(shape) == 3 and shape[1] == shape[2] > 1
+    if len(count) != 1 or not (len(shape) == 1 or tiles) or shape[0] != count[0]:
+        raise BadShape(f"{where}: values {shape} and indices {count}; expected [n] or [n, B, B], and [n].")
+    block = shape[1] if tiles else 1
+    if rows % block or columns % block:
+        raise BadShape(f"{where}: tiles of {block}×{block} do not divide a target of {rows}×{columns}.")
+    units = rows * columns // block**2
+    if count[0] > units:
+        raise BadShape(f"{where}: {count[0]} indices, but the target has only {units} units.")
+    expected = "I32" if index_dtype(units) == torch.int32 else "I64"
+    if dtypes[indices] != expected:
+        raise BadDtype(f"{where}{INDICES} is {dtypes[indices]}; expected {expected} for {units} units.")
