@@ -444,7 +444,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
             return
         delta = SparseDelta(self.shape, units, values, values.shape[1] if values.ndim == 3 else 1)
         self.set_mask(name, delta.indices, delta.values, delta.block_size)
-        if delta.values.any():
+        if delta.values.any() or self.sparse_mask[name].unread:
             self.sparse_mask[name].selections = max(1, self.sparse_mask[name].selections)
 
 
