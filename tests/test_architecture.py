@@ -17,7 +17,7 @@ ROOT = "sparselet"
 
 GROUND = {"errors", "printable", "patterns", "temporaries", "files", "kernels"}
 UNITS = {"fingerprint", "delta", "scores", "masks", "container", "names", "adapter_format"}
-CORE = GROUND | UNITS | {"adapter", "adapter_stream", "resident"}
+CORE = GROUND | UNITS | {"adapter", "adapter_stream", "model_config", "resident"}
 VERBS = {"merging", "export", "analysis", "serving"}
 INPUTS = {"tasks", "rows", "row_files", "builtin_tasks", "prompts", "models"}
 NEEDS_TRITON = {"sparselet.kernels.triton"}
@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapter": GROUND | UNITS,
     "adapter_stream": GROUND | UNITS | {"adapter"},
     "resident": GROUND | UNITS | {"adapter"},
+    "model_config": {"errors", "printable"},
     **dict.fromkeys(VERBS, CORE),
     "experts": CORE | {"hub"},
     "merging": CORE | {"experts"},

@@ -1,8 +1,10 @@
 """Base models by name: what is loaded, and what is refused with which words."""
 
 import hashlib
+import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -16,7 +18,8 @@ from tiny import END, make_adapter, make_model, make_t5, save_base
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparselet import models
-from sparselet.errors import ModelError
+from sparselet.errors import AbsurdShape, ModelError
+from sparselet.experts.base_model import BaseModel
 from sparselet.models import (
     PACKAGED,
     cache_directory,
@@ -129,6 +132,11 @@ def test_an_unknown_dtype_is_refused_before_anything_is_read(dtype):
         load_model("./nothing", dtype)
 
 
+def peak_memory():
+    """MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
 def change_config(**changes):
     def damage(base):
         config = json.loads((base / "config.json").read_text())
@@ -157,7 +165,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_model_is_a_model_error_that_names_it(broken, damage):
     DAMAGE[damage](broken)
-    with pytest.raises(ModelError, match=f"cannot load the base model {broken}: "):
+    with pytest.raises(ModelError, match=f"cannot (load the base model|read the configuration of) {broken}: "):
         load_model(str(broken))
 
 
@@ -175,12 +183,71 @@ def test_pickled_weights_are_not_read(broken):
         load_model(str(broken))
 
 
-def test_code_in_a_models_directory_is_not_run(broken):
+OWN_CODE = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.T", "evil.T"]}
+
+
+@pytest.mark.parametrize("typed", ["y\n" * 20, ""], ids=["yes", "nothing"])
+@pytest.mark.parametrize("model_type", ["evil", None, 3])
+def test_code_in_a_models_directory_is_never_run_and_nobody_is_asked(broken, monkeypatch, capsys, typed, model_type):
     (broken / "evil.py").write_text(f"open({str(broken / 'ran')!r}, 'w')\n")
-    change_config(model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})(broken)
-    with pytest.raises(ModelError):
-        load_model(str(broken))
+    change_config(model_type=model_type, auto_map=OWN_CODE)(broken)
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    for door in (load_model, load_tokenizer, models.skeleton, lambda name: BaseModel(name).names):
+        with pytest.raises(
+            ModelError, match=r"code of its own \(auto_map in config\.json\), which is never run"
+        ):
+            door(str(broken))
     assert not (broken / "ran").exists()
+    assert "y/N" not in "".join(capsys.readouterr())
+
+
+def test_a_model_of_transformers_own_is_loaded_without_the_code_beside_it(broken, monkeypatch):
+    for part in (".", "custom_generate"):
+        (broken / part).mkdir(exist_ok=True)
+        for file in ("evil.py", "generate.py", "__init__.py"):
+            (broken / part / file).write_text(f"open({str(broken / 'ran')!r}, 'w')\n")
+    change_config(auto_map=OWN_CODE)(broken)
+    about = json.loads((broken / "tokenizer_config.json").read_text())
+    (broken / "tokenizer_config.json").write_text(json.dumps({**about, "auto_map": OWN_CODE}))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
+    assert isinstance(load_model(str(broken)), LlamaForCausalLM)
+    assert load_tokenizer(str(broken)).eos_token == END
+    assert not (broken / "ran").exists()
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
+def test_kernels_that_a_configuration_asks_for_are_not_fetched(broken, field):
+    change_config(**{field: "someone/flash-attention"})(broken)
+    with pytest.raises(ModelError, match=f"{field} in config.json is 'someone/flash-attention', code on the hub"):
+        load_model(str(broken))
+
+
+@pytest.mark.parametrize(
+    ("claims", "error"),
+    [
+        ({"vocab_size": 2**30}, "makes a model of .* numbers, but its files have .* bytes"),
+        ({"intermediate_size": 2**34}, "makes a model of .* numbers, but its files have .* bytes"),
+        ({"num_hidden_layers": 2000}, "makes a model of .* numbers, but its files have .* bytes"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1e.09 in config.json; the limit is 4096"),
+        ({"hidden_size": 10**30}, "cannot"),
+        ({"hidden_size": -16}, "cannot"),
+        ({"hidden_size": 0}, "cannot"),
+        ({"hidden_size": "16"}, "cannot"),
+        ({"num_attention_heads": 0}, "cannot"),
+        ({"num_attention_heads": None}, "cannot"),
+        ({"rope_parameters": []}, "cannot"),
+        ({"architectures": 3, "hidden_act": "nothing"}, "cannot"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_a_configuration_claims_is_judged_before_it_is_made(broken, claims, error):
+    change_config(**claims)(broken)
+    before = peak_memory()
+    with pytest.raises((ModelError, AbsurdShape), match=error) as caught:
+        load_model(str(broken))
+    assert str(broken) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert peak_memory() - before < 200
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"version": "9"}'], ids=["cut", "list", "empty"])

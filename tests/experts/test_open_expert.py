@@ -9,7 +9,7 @@ from foreign import FIRST, indexed, refused
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import logits, make_adapter, make_model
-from transformers import AutoConfig
+from transformers import PreTrainedConfig
 
 from sparselet import SparseAdapter
 from sparselet.adapter import AdapterFile
@@ -73,8 +73,8 @@ def test_a_hub_name_is_fetched(lora, monkeypatch, tmp_path, base_dir):
         return lora if "name" in name else Path(base_dir)
 
     monkeypatch.setattr("sparselet.hub.fetch", fetch)
-    read = AutoConfig.from_pretrained
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **k: read(base_dir if name == "org/base" else name, **k))
+    read, here = PreTrainedConfig.get_config_dict, {"org/base": base_dir}
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda name, **k: read(here.get(name, name), **k))
     assert isinstance(open_expert("org/name@v1.0", "org/base"), LoraFile)
     assert asked == ["org/name@v1.0"]  # of the base model the weights are fetched where they are needed only
     assert open_expert("org/tuned", "org/base").metadata["base_model_name_or_path"] == "org/base"

@@ -3,16 +3,13 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
 from sparselet.cli.opening import open_experts
 from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, table, word
-from sparselet.errors import ConfigError, ModelError
+from sparselet.errors import ConfigError
 from sparselet.experts import Expert
 from sparselet.export import export_checkpoint, export_gguf_checkpoint, export_lora, export_shira, export_super_tuning
 from sparselet.files import check_output
-from sparselet.models import LOADING_ERRORS, load_model, load_tokenizer, local_path
+from sparselet.models import load_model, load_tokenizer, skeleton
 
 Format = Literal["shira", "supertuning", "lora", "checkpoint", "gguf"]
 NEXT = {
@@ -72,13 +69,13 @@ def export_(
     if to in ("checkpoint", "gguf"):
         _export_model(expert, to, out, model, dtype)
     else:
-        skeleton = None if model is None else _skeleton(model)
+        bare = None if model is None else skeleton(model)
         if to == "lora":
             with progress(len(expert), "factorising") as advance:
-                errors = export_lora(expert, out, rank, max_error, skeleton, lambda _: advance(1))
+                errors = export_lora(expert, out, rank, max_error, bare, lambda _: advance(1))
             result["errors"] = errors
         else:
-            (export_shira if to == "shira" else export_super_tuning)(expert, out, skeleton)
+            (export_shira if to == "shira" else export_super_tuning)(expert, out, bare)
     if json:
         print_json(result)
         return
@@ -102,14 +99,3 @@ def _export_model(expert: Expert, to: str, out: Path, model: str | None, dtype: 
         export_gguf_checkpoint(loaded, tokenizer, expert, out, keep_base=False)
     else:
         export_checkpoint(loaded, tokenizer, expert, out, keep_base=False)
-
-
-def _skeleton(model: str) -> torch.nn.Module:
-    """The base model without its weights, which tells what kind of layer a target is. Raises ModelError."""
-    try:
-        config = AutoConfig.from_pretrained(local_path(model))
-        auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        with torch.device("meta"):
-            return auto.from_config(config)
-    except LOADING_ERRORS as error:
-        raise ModelError(f"cannot tell the layers of the base model {model}: {error}") from error

@@ -9,15 +9,13 @@ from typing import Any
 import torch
 
 from sparselet import hub
-from sparselet.errors import AbsurdShape, MissingExtra, MissingFile, ModelError, WrongBase
+from sparselet.errors import MissingFile, ModelError, SparseletError, WrongBase
 from sparselet.experts.model_files import ModelFiles
+from sparselet.model_config import read_config
 from sparselet.names import Names, as_rows, refuse_shared
+from sparselet.printable import reason
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@.+)?", re.ASCII)
-_MANY = 4096  # layers or experts: beyond any model, and each is made for the skeleton
-_COUNTED = re.compile(r"(^|_)(layers?|experts|depth)$")
-# What transformers raises for a configuration that it cannot read, or a model that it does not know.
-_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, RecursionError)
 
 
 class BaseModel:
@@ -49,8 +47,10 @@ class BaseModel:
         try:
             with torch.device("meta"):
                 return Names(_model_class(self.config)._from_config(self.config))
-        except _ERRORS as error:
-            raise ModelError(f"cannot tell the layers of the base model {self.name}: {error}") from error
+        except SparseletError:
+            raise
+        except Exception as error:  # transformers has too many kinds for what its classes cannot be made of
+            raise ModelError(f"cannot tell the layers of the base model {self.name}: {reason(error)}") from error
 
     def shape(self, target: str) -> tuple[int, int]:
         """(rows, columns) of a target."""
@@ -79,25 +79,6 @@ class BaseModel:
 def is_hub_name(name: str | Path) -> bool:
     """Whether a name that is not on the disk can be one of the hub."""
     return not Path(name).exists() and bool(_HUB_NAME.fullmatch(str(name))) and not str(name).startswith(".")
-
-
-def read_config(name: str) -> Any:
-    """The configuration of a model directory or hub name, resolved by transformers. Raises ModelError, MissingExtra."""
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise MissingExtra("reading a model's configuration needs transformers: pip install 'sparselet[train]'.") from error
-    local = Path(name).is_dir()
-    repository, _, revision = (name, "", "") if local else name.partition("@")
-    try:
-        config = transformers.AutoConfig.from_pretrained(repository, revision=revision or None, trust_remote_code=False)
-    except _ERRORS as error:
-        raise ModelError(f"cannot read the configuration of {name}: {error}") from error
-    for field, value in config.to_dict().items():
-        for key, count in value.items() if isinstance(value, dict) else [(field, value)]:
-            if _COUNTED.search(str(key)) and isinstance(count, int) and count > _MANY:
-                raise AbsurdShape(f"{name}: {key} is {count} in config.json; the limit is {_MANY}.")
-    return config
 
 
 def _model_class(config: Any) -> Any:

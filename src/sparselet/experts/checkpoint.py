@@ -11,13 +11,14 @@ from torch import Tensor
 from sparselet.adapter import check_target_name, require_finite
 from sparselet.delta import SparseDelta, check_shape
 from sparselet.errors import MissingTensor, ShapeMismatch, UnknownTensor, UnsupportedExpert
-from sparselet.experts.base_model import BaseModel, read_config
+from sparselet.experts.base_model import BaseModel
 from sparselet.experts.expert import ExpertFile, full_delta
 from sparselet.experts.meaning import require_same_meaning
 from sparselet.experts.model_files import MODEL_CONFIG, ModelFiles
 from sparselet.experts.model_weights import ModelWeights
 from sparselet.experts.reading import FLOATS, refuse_quantised
 from sparselet.fingerprint import fingerprint_weight
+from sparselet.model_config import read_config
 from sparselet.names import Names, target_name
 
 
