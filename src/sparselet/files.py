@@ -28,7 +28,7 @@ from sparselet.errors import (
     UnsafePath,
     WriteFailed,
 )
-from sparselet.temporaries import exchange, name_limit, remove_left, temporary_directory, temporary_file
+from sparselet.temporaries import exchange, is_temporary, name_limit, remove_left, temporary_directory, temporary_file
 
 _MAX_JSON_BYTES = 64 * 2**20
 _LONGEST_PATH = 4095  # bytes of a path, Linux's
@@ -56,9 +56,15 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 def atomic_directory(path: str | Path, keep_equal: bool = False) -> Iterator[Path]:
     """Yield a temporary directory that becomes `path` when the block ends without an error, and vanishes otherwise.
 
+    Within another `atomic_directory` it is that one's, which is not there before its end.
+
     keep_equal: a directory that is there may hold the very same files, and then stays as it is.
     Raises what `check_output` raises, WriteFailed if it cannot be written.
     """
+    if is_temporary(Path(path)):
+        with naming_failure(path):
+            yield Path(path)
+        return
     there = keep_equal and os.path.isdir(path) and bool(os.listdir(path))
     if not there:
         check_output(path)
@@ -145,9 +151,9 @@ def check_output(path: str | Path, directory: bool = True) -> None:
     except ValueError as error:  # of names that no system has
         raise WriteFailed(f"cannot write {path}: {error}. Choose another output.") from error
     with naming_failure(path):
+        remove_left(place)
         _refuse_existing(path, place, directory)
         _refuse_long(place)
-        remove_left(place)
         parent = next(parent for parent in place.parents if parent.exists())
         with temporary_directory(parent / place.name):  # no other way tells for sure that it may be written
             pass

@@ -21,6 +21,7 @@ from pathlib import Path
 
 logger = logging.getLogger("sparselet")
 
+_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp", re.DOTALL)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
 
 
@@ -101,7 +102,12 @@ def remove_left(path: Path) -> None:
 
 def remove_all_left(directory: Path) -> None:
     """Remove the temporaries in a directory that killed processes left, of whatever name."""
-    _remove_left(directory, re.compile(r"\..*\.[0-9a-f]{16}\.tmp", re.DOTALL))
+    _remove_left(directory, _TEMPORARY)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a path has the name of a temporary."""
+    return bool(_TEMPORARY.fullmatch(path.name))
 
 
 def fitting_name(parent: Path, name: str, ending: str) -> str:
@@ -197,13 +203,17 @@ def _lock(path: Path, needed: bool = False) -> int | None:
 
 
 def _remove(directory: Path) -> None:
-    """Remove a directory, if it is there."""
+    """Remove a directory, if it is there, to its end even where an interrupt comes in the middle."""
     try:
         os.rmdir(directory)
     except FileNotFoundError:
         pass
     except OSError:
-        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            shutil.rmtree(directory, ignore_errors=True)
+        except KeyboardInterrupt:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
 
 
 def _unlock(lock: int | None) -> None:

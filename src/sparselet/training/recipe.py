@@ -68,6 +68,7 @@ def train(
     output = Path(output)
     finished = os.path.isfile(output / RUN_FILE) and os.path.isdir(work_directory(output))
     if not finished:
+        remove_left(work_directory(output))
         check_output(output)
         _check_work(work_directory(output), resume)
     work = work_directory(output)
