@@ -19,7 +19,7 @@ GROUND = {"errors", "printable", "patterns", "temporaries", "files", "kernels"}
 UNITS = {"fingerprint", "delta", "scores", "masks", "container", "names", "adapter_format"}
 CORE = GROUND | UNITS | {"adapter", "adapter_stream", "model_config", "resident"}
 VERBS = {"merging", "export", "analysis", "serving"}
-INPUTS = {"tasks", "rows", "row_files", "builtin_tasks", "prompts", "models"}
+INPUTS = {"tasks", "rows", "row_files", "builtin_tasks", "prompts", "models", "batching"}
 NEEDS_TRITON = {"sparselet.kernels.triton"}
 LIBRARY = CORE | VERBS | INPUTS | {"tuner", "training", "evaluation", "report", "hub", "experts"}
 

@@ -6,7 +6,7 @@ from tiny import make_gpt2, make_model, make_t5
 from transformers import MistralConfig, MistralForCausalLM
 
 from sparselet.evaluation import decode as module
-from sparselet.evaluation.decode import can_decode, decode, encode_prefix, end_tokens
+from sparselet.evaluation.decode import can_decode, decode, encode_prefix
 from sparselet.prompts import shared_prefix
 
 PAD, NEW = 0, 12
@@ -107,13 +107,6 @@ def test_the_shared_prefix_leaves_every_prompt_a_token(rows, shared):
 
 def test_nothing_shared_needs_no_cache(model):
     assert encode_prefix(model, []) is None
-
-
-@pytest.mark.parametrize(("setting", "ends"), [(None, set()), (3, {3}), ([3, 5], {3, 5})])
-def test_end_tokens_are_those_of_the_generation_settings(setting, ends):
-    model = make_model()
-    model.generation_config.eos_token_id = setting
-    assert end_tokens(model) == ends
 
 
 def test_what_generate_alone_can_do_is_left_to_it():

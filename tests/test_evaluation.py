@@ -238,7 +238,7 @@ def test_an_answer_ends_at_the_end_token_and_has_no_more_tokens_than_allowed(mod
     first = int(model(input_ids=ids).logits[0, -1].argmax())
     stopping = make_model(initializer_range=0.5)
     stopping.generation_config.eos_token_id = first
-    assert generate(stopping, tokenizer, ["ant"], max_new_tokens=12) == [tokenizer.decode([first]).strip()]
+    assert generate(stopping, tokenizer, ["ant"], max_new_tokens=12) == [""]
 
 
 @pytest.mark.parametrize(

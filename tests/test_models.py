@@ -76,21 +76,13 @@ def test_an_encoder_decoder_is_loaded_as_such(tmp_path):
     assert model.config.is_encoder_decoder
 
 
-def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path, base_dir):
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(base_dir)
-    assert load_tokenizer(base_dir).pad_token_id == tokenizer.pad_token_id == 0
-    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token=END)
-    bare.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(Path(base_dir, "config.json").read_text())
-    assert load_tokenizer(str(tmp_path)).pad_token == END
-
-
-def test_a_tokenizer_without_an_end_is_refused(tmp_path, base_dir):
+def test_a_tokenizer_is_loaded_as_it_is(tmp_path, base_dir):
     bare = PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(base_dir).backend_tokenizer)
     bare.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(Path(base_dir, "config.json").read_text())
-    with pytest.raises(ModelError, match="has no end token"):
-        load_tokenizer(str(tmp_path))
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.pad_token is None
+    assert loaded.eos_token is None
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer, model_fingerprint])

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from sparselet.models import load_model, load_tokenizer
+from sparselet.prompts import prompt_format
 from sparselet.tasks import load_task
 from sparselet.training.collate import collator, encode
 from sparselet.training.prefix import loss_of
@@ -30,8 +31,9 @@ def main() -> None:
     defaults = TrainSettings(task=str(asked.task))
     tokenizer, model = load_tokenizer(asked.model), load_model(asked.model)
     rows = load_task(asked.task, ("train",)).rows("train", asked.train_rows)
-    encoded = encode(rows, tokenizer, defaults.chat_template, defaults.max_input_length, encoder_decoder=False)
-    collate = collator(model, tokenizer, share=True)
+    form = prompt_format(model, tokenizer, defaults.chat_template)
+    encoded = encode(rows, form, defaults.max_input_length, str(asked.task))
+    collate = collator(model, form, share=True)
     order = LengthGroupedSampler([length(row) for row in encoded], asked.batch, defaults.seed, [len(encoded)])
     model.requires_grad_(False)
     model.enable_input_require_grads()

@@ -113,16 +113,11 @@ def _loading(what: str) -> Iterator[None]:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model, with a padding token. Raises ModelError."""
+    """The tokenizer of a base model, as it is. Raises ModelError."""
     path = local_path(name)
     config = read_config(path)
     with _loading(f"the tokenizer of {name}"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {name} has no end token, so the model could not learn where an answer ends.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+        return AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
 
 
 def local_path(name: str) -> str:
@@ -216,6 +211,43 @@ def _fetch_gguf(scratch: Path) -> Path:
     if digest != _GGUF_SHA256:
         raise ModelError(f"{_GGUF} has SHA-256 {digest}, expected {_GGUF_SHA256}; it was changed or damaged.")
     return gguf
+
+
+def decoder_start(model: PreTrainedModel) -> int:
+    """The token that an encoder-decoder model's answers begin with in `generate`. Raises ModelError where there is none."""
+    for settings in (model.generation_config, model.config):
+        token = getattr(settings, "decoder_start_token_id", None)
+        if isinstance(token, int):
+            return token
+    token = getattr(model.generation_config, "bos_token_id", None)
+    if not isinstance(token, int):
+        raise ModelError(f"the model ({model.config.model_type}) names no decoder_start_token_id, with which answers begin.")
+    return token
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """The tokens that a model can read and write: those below this number."""
+    sides: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return min(int(side.weight.shape[0]) for side in sides if isinstance(getattr(side, "weight", None), Tensor))
+
+
+def position_limit(model: PreTrainedModel, encoder: bool = False) -> int | None:
+    """The most tokens that a row may have, where the model has a limit. encoder: of an encoder-decoder model's prompt.
+
+    Of a model whose rotary positions change with the longest row of a batch, the length up to which they do not.
+    """
+    config: Any = model.config.get_text_config(decoder=not encoder, encoder=encoder)
+    part = "max_encoder_position_embeddings" if encoder else "max_decoder_position_embeddings"
+    fields = [getattr(config, name, None) for name in (part, "max_position_embeddings", "max_seq_len")]
+    limits = [next((value for value in fields if isinstance(value, int) and value > 0), None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    limits += [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
+    for name, module in model.named_modules():
+        # RoBERTa's kind counts positions from behind the padding token.
+        if "position" in name and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min((limit for limit in limits if limit), default=None)
 
 
 def attends_to_all(model: nn.Module) -> bool:

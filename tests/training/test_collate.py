@@ -6,9 +6,12 @@ from tiny import TEMPLATE, make_model, make_t5, make_tokenizer
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sparselet.prompts import prompt_tokens, target_tokens
+from sparselet.batching import forward_parameters
+from sparselet.prompts import prompt_format
 from sparselet.tasks import Row
-from sparselet.training.collate import IGNORED, CompletionCollator, Seq2SeqCollator, collator, encode, forward_parameters
+from sparselet.training import collate
+from sparselet.training.collate import IGNORED, CompletionCollator, Seq2SeqCollator, encode
+from sparselet.training.prefix import loss_of
 
 ROWS = (
     Row("ant?", "tna"),
@@ -18,8 +21,12 @@ ROWS = (
 )
 
 
-def encoded(tokenizer, rows=ROWS, chat_template=True, length=2048, encoder_decoder=False):
-    return encode(rows, tokenizer, chat_template, length, encoder_decoder)
+def encoded(tokenizer, rows=ROWS, chat_template=True, length=2048, model=None):
+    return encode(rows, prompt_format(model or make_model(), tokenizer, chat_template), length, "rows")
+
+
+def collator(model, tokenizer):
+    return collate.collator(model, prompt_format(model, tokenizer, True))
 
 
 def row_by_row(model, rows):
@@ -47,7 +54,7 @@ def test_loss_and_gradients_are_those_of_unpadded_rows_with_full_logits(chat_tem
     batch = collator(model, tokenizer)(data)
     expected_loss = row_by_row(model, data)
     expected = gradients(model, expected_loss)
-    loss = model(**batch).loss
+    loss = loss_of(model, batch)
     torch.testing.assert_close(loss, expected_loss)
     found = gradients(model, loss)
     assert found.keys() == expected.keys()
@@ -67,7 +74,7 @@ def test_models_that_accept_less_get_less(without):
     if "logits_to_keep" in left_out:
         assert batch["labels"].shape == batch["input_ids"].shape
     if "position_ids" not in left_out:
-        torch.testing.assert_close(model(**batch).loss, row_by_row(model, data))
+        torch.testing.assert_close(loss_of(model, batch), row_by_row(model, data))
 
 
 def test_absolute_positions_count_from_a_rows_first_token():
@@ -78,9 +85,9 @@ def test_absolute_positions_count_from_a_rows_first_token():
     tokenizer = make_tokenizer()
     data = encoded(tokenizer)
     batch = collator(model, tokenizer)(data)
-    torch.testing.assert_close(model(**batch).loss, row_by_row(model, data))
+    torch.testing.assert_close(loss_of(model, batch), row_by_row(model, data))
     shifted = {**batch, "position_ids": torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])}
-    assert not torch.allclose(model(**shifted).loss, row_by_row(model, data))
+    assert not torch.allclose(loss_of(model, shifted), row_by_row(model, data))
 
 
 def test_rows_are_padded_on_the_left_and_only_targets_are_labelled():
@@ -111,7 +118,7 @@ def test_an_empty_prompt_does_not_ask_for_more_logits_than_there_are():
     model, tokenizer = make_model(), make_tokenizer()
     batch = collator(model, tokenizer)([{"prompt": [], "target": [8, 1]}, {"prompt": [], "target": [9, 10, 1]}])
     assert batch["logits_to_keep"] == 3
-    assert torch.isfinite(model(**batch).loss)
+    assert torch.isfinite(loss_of(model, batch))
 
 
 # Tokens
@@ -152,31 +159,16 @@ def test_prompts_are_cut_from_the_left_and_targets_never(chat_template, length):
         assert row["target"][-1] == tokenizer.eos_token_id
 
 
-def test_targets_get_no_special_tokens_but_the_end():
-    class Marked:
-        """A tokenizer that opens and closes every text, as some do."""
-
-        eos_token_id, chat_template = 1, None
-
-        def __call__(self, text, add_special_tokens=True):
-            ids = [10 + ord(c) for c in text]
-            return {"input_ids": [2, *ids, 3] if add_special_tokens else ids}
-
-    assert target_tokens(Marked(), "a", False, False) == [10 + 32, 10 + 97, 1]
-    assert target_tokens(Marked(), "a", False, True) == [10 + 97, 1]
-    assert prompt_tokens(Marked(), "a", False, 99) == [2, 10 + 97, 3]
-
-
 # Encoder and decoder
 
 
 def test_an_encoder_decoder_gets_prompts_to_encode_and_targets_as_labels():
     model, tokenizer = make_t5(), make_tokenizer()
-    collate = collator(model, tokenizer)
-    assert isinstance(collate, Seq2SeqCollator)
-    data = encoded(tokenizer, encoder_decoder=True)
-    batch = collate(data)
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    made = collator(model, tokenizer)
+    assert isinstance(made, Seq2SeqCollator)
+    data = encoded(tokenizer, model=model)
+    batch = made(data)
+    assert set(batch) == {"input_ids", "attention_mask", "decoder_input_ids", "labels"}
     assert batch["input_ids"][0].tolist()[:4] == data[0]["prompt"]
     assert batch["input_ids"][0].tolist()[4:] == [0] * (batch["input_ids"].shape[1] - 4)
     assert batch["attention_mask"].sum(1).tolist() == [len(row["prompt"]) for row in data]
@@ -186,14 +178,14 @@ def test_an_encoder_decoder_gets_prompts_to_encode_and_targets_as_labels():
 
 def test_the_loss_of_an_encoder_decoder_is_that_of_unpadded_rows():
     model, tokenizer = make_t5(), make_tokenizer()
-    data = encoded(tokenizer, encoder_decoder=True)
+    data = encoded(tokenizer, model=model)
     total = sum(
         model(input_ids=torch.tensor([row["prompt"]]), labels=torch.tensor([row["target"]])).loss * len(row["target"])
         for row in data
     )
     expected_loss = total / sum(len(row["target"]) for row in data)
     expected = gradients(model, expected_loss)
-    loss = model(**collator(model, tokenizer)(data)).loss
+    loss = loss_of(model, collator(model, tokenizer)(data))
     torch.testing.assert_close(loss, expected_loss)
     for name, gradient in gradients(model, loss).items():
         torch.testing.assert_close(gradient, expected[name])

@@ -9,11 +9,15 @@ from tiny import make_gpt2, make_model, make_t5, make_tokenizer
 
 import sparselet
 from sparselet import SparseletConfig
+from sparselet.prompts import prompt_format
 from sparselet.training import collate
-from sparselet.training.collate import collator
 from sparselet.training.prefix import SHARED, begun, can_share, loss_of
 
 BEGINNING = [7, 8, 9, 10, 11]
+
+
+def collator(model, tokenizer, share=False):
+    return collate.collator(model, prompt_format(model, tokenizer, False), share)
 
 
 def rows(beginning=BEGINNING, seed=0):

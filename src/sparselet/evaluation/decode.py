@@ -6,6 +6,7 @@ certain are left to it (`can_decode`).
 """
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from sparselet.models import attends_to_all, cache_of
+from sparselet.batching import continues, forward_parameters, without_router_loss
+from sparselet.models import cache_of
 from sparselet.prompts import pad
 
 LEAVE = 0.75  # the batch is made smaller when no more than this fraction of its rows goes on
@@ -82,13 +84,7 @@ def can_decode(model: PreTrainedModel) -> bool:
     """Whether `decode` says what the model's own `generate` would: a decoder with full attention in every layer, and
     generation settings without processors of logits."""
     settings = model.generation_config
-    return attends_to_all(model) and settings is not None and set(settings.to_diff_dict()) <= _PLAIN
-
-
-def end_tokens(model: PreTrainedModel) -> set[int]:
-    """The tokens that end an answer, by the model's generation settings."""
-    ends: Any = model.generation_config and model.generation_config.eos_token_id
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    return settings is not None and set(settings.to_diff_dict()) <= _PLAIN and continues(model)
 
 
 @torch.inference_mode()
@@ -112,7 +108,7 @@ def decode(
     """
     shared = 0 if prefix is None else prefix.get_seq_length()
     device = model.device
-    forward: Any = model
+    forward: Any = partial(model, **without_router_loss(forward_parameters(model)))
     own = [list(prompt[shared:]) for prompt in prompts]
     tokens = torch.tensor(pad(own, pad_token, left=True), device=device)
     present = torch.tensor(pad([[1] * len(row) for row in own], 0, left=True), device=device)

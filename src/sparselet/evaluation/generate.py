@@ -1,5 +1,6 @@
 """Greedy answers to many prompts, batched by length."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -7,8 +8,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparselet.evaluation.decode import can_decode, decode, encode_prefix, end_tokens
-from sparselet.prompts import pad, prompt_tokens, shared_prefix
+from sparselet.batching import forward_parameters, padding_side, without_router_loss
+from sparselet.errors import ConfigError, ModelError, TaskError
+from sparselet.evaluation.decode import can_decode, decode, encode_prefix
+from sparselet.prompts import (
+    PromptFormat,
+    longest_prompt,
+    pad,
+    padding_token,
+    prompt_format,
+    prompt_tokens,
+    shared_prefix,
+)
+
+logger = logging.getLogger("sparselet")
 
 TOKENS = 16384  # of a batch; 0.75 GB of keys and values of a model of 135M parameters in float32
 
@@ -27,21 +40,27 @@ def generate(
 ) -> list[str]:
     """The model's greedy continuation of each prompt, up to its end token, stripped of white space.
 
-    Prompts of like length share a batch, padded on the left, with a key-value cache. The texts are those of the model's own
-    `generate`, which is called for models that `decode` does not know to answer alike.
+    An answer ends where training teaches it to end, or with an end token of the model's generation settings; that token is
+    no part of it. Else the texts are those of the model's own `generate`, which is called for models that `decode` does not
+    know to answer alike. Prompts of like length share a batch, padded where the model does not see it, with a key-value
+    cache; those of equal length alone, where it sees its padding anywhere.
     batch_size: prompts of a batch; by default as many as hold 16,384 tokens with their answers.
     progress: called with the number of prompts just answered.
+    Raises ConfigError where the model's positions hold no answer of `max_new_tokens`, and what `prompts` raises.
     """
-    tokens = [prompt_tokens(tokenizer, prompt, chat_template, max_input_length) for prompt in prompts]
+    form = prompt_format(model, tokenizer, chat_template)
+    tokens = _prompts(form, prompts, longest_prompt(form, max_input_length, max_new_tokens - 1), max_input_length)
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     answers = [""] * len(tokens)
-    assert isinstance(tokenizer.pad_token_id, int)
-    answer = partial(_by_model, model, tokenizer.pad_token_id, max_new_tokens)
-    if tokens and can_decode(model):
+    side = padding_side(model) if tokens else None
+    padded = side == ("right" if form.encoder_decoder else "left")  # on the right there is no room for an answer
+    answer = partial(_by_model, model, form, max_new_tokens)
+    if padded and can_decode(model):
         prefix = encode_prefix(model, shared_prefix(tokens))
-        answer = partial(decode, model, prefix, tokenizer.pad_token_id, end_tokens(model), max_new_tokens)
-    for rows in _batches(order, [len(prompt) + max_new_tokens for prompt in tokens], batch_size):
-        texts = tokenizer.batch_decode(answer([tokens[i] for i in rows]), skip_special_tokens=True)
+        answer = partial(decode, model, prefix, padding_token(form), form.ends, max_new_tokens)
+    for rows in _batches(order, [len(prompt) + max_new_tokens for prompt in tokens], batch_size, padded):
+        ended = [_without_end(form, answer) for answer in answer([tokens[i] for i in rows])]
+        texts = tokenizer.batch_decode(ended, skip_special_tokens=True)
         for i, text in zip(rows, texts, strict=True):
             answers[i] = text.strip()
         if progress is not None:
@@ -49,27 +68,67 @@ def generate(
     return answers
 
 
-def _batches(order: Sequence[int], lengths: Sequence[int], size: int | None) -> Iterator[Sequence[int]]:
-    """The rows in `order`, which ascends by length, in batches of `size` rows, or of at most `TOKENS` tokens padded."""
+def _prompts(form: PromptFormat, texts: Sequence[str], longest: int, max_input_length: int) -> list[list[int]]:
+    """The prompts as tokens, cut from the left. Raises ConfigError, TaskError."""
+    if longest < 1:
+        raise ConfigError(
+            f"max_new_tokens leaves no room for a prompt: the model has {form.positions} positions"
+            f"{'' if form.encoder_decoder else ' for prompt and answer together'}. Lower it."
+        )
+    tokens, cut = [], 0
+    for number, text in enumerate(texts, 1):
+        try:
+            prompt = prompt_tokens(form, text)
+        except TaskError as error:
+            raise TaskError(f"prompt {number}: {error}") from error
+        cut += longest < min(len(prompt), max_input_length)
+        tokens.append(prompt[-longest:])
+    if cut:
+        logger.warning("%d prompts are cut from the left to leave the model positions for its answers.", cut)
+    return tokens
+
+
+def _without_end(form: PromptFormat, answer: Sequence[int]) -> list[int]:
+    """An answer up to its end token, without it."""
+    end = next((i for i, token in enumerate(answer) if token in form.ends), len(answer))
+    return list(answer[:end])
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], size: int | None, padded: bool = True) -> Iterator[Sequence[int]]:
+    """The rows in `order`, which ascends by length, in batches of `size` rows, or of at most `TOKENS` tokens padded.
+
+    padded: rows of unlike lengths may share a batch.
+    """
     start = 0
     for end in range(1, len(order) + 1):
         rows = end - start
         full = rows == size if size is not None else end < len(order) and (rows + 1) * lengths[order[end]] > TOKENS
-        if full or end == len(order):
+        unlike = not padded and end < len(order) and lengths[order[end]] != lengths[order[start]]
+        if full or unlike or end == len(order):
             yield order[start:end]
             start = end
 
 
-def _by_model(model: Any, pad_token: int, max_new_tokens: int, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+def _by_model(model: Any, form: PromptFormat, max_new_tokens: int, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """What transformers generates."""
-    ids = torch.tensor(pad(prompts, pad_token, left=True), device=model.device)
-    mask = torch.tensor(pad([[1] * len(prompt) for prompt in prompts], 0, left=True), device=model.device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=pad_token,
-    )
-    return (output if model.config.is_encoder_decoder else output[:, ids.shape[1] :]).tolist()
+    left, filler = not form.encoder_decoder, padding_token(form)
+    ids = torch.tensor(pad(prompts, filler, left), device=model.device)
+    mask = torch.tensor(pad([[1] * len(prompt) for prompt in prompts], 0, left), device=model.device)
+    try:
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            min_length=0,  # a least length would keep answers from ending
+            min_new_tokens=0,
+            do_sample=False,
+            num_beams=1,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
+            eos_token_id=sorted(form.ends) or None,
+            pad_token_id=filler,
+            **without_router_loss(forward_parameters(model)),
+        )
+    except ValueError as error:
+        raise ModelError(f"the model's generation settings allow no greedy answers of a batch: {error}") from error
+    return output[:, 1 if form.encoder_decoder else ids.shape[1] :].tolist()

@@ -1,17 +1,21 @@
 """Batches for completion-only training, with logits only where there is a target."""
 
-import inspect
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
-from sparselet.prompts import pad, prompt_tokens, shared_prefix, target_tokens
+from sparselet.batching import forward_parameters, padding_side, positions, without_router_loss
+from sparselet.errors import ModelError, TaskError
+from sparselet.models import decoder_start
+from sparselet.prompts import PromptFormat, longest_prompt, pad, padding_token, prompt_tokens, shared_prefix, target_tokens
 from sparselet.tasks import Row
 from sparselet.training.prefix import SHARED, can_share
+
+logger = logging.getLogger("sparselet")
 
 IGNORED = -100  # a label without a loss, by torch's and transformers' convention
 
@@ -20,17 +24,29 @@ LEAST_SAVED = 64  # tokens of a batch; a pass over the model for a few of them a
 Encoded = dict[str, list[int]]
 
 
-def encode(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, chat_template: bool, max_input_length: int, encoder_decoder: bool
-) -> list[Encoded]:
-    """Each row as `prompt` and `target` token ids. The prompt is cut from the left, the target kept whole."""
-    return [
-        {
-            "prompt": prompt_tokens(tokenizer, row.text, chat_template, max_input_length),
-            "target": target_tokens(tokenizer, row.target, chat_template, encoder_decoder),
-        }
-        for row in rows
-    ]
+def encode(rows: Sequence[Row], form: PromptFormat, max_input_length: int, where: str) -> list[Encoded]:
+    """Each row as `prompt` and `target` token ids. The prompt is cut from the left, the target kept whole.
+
+    A prompt is cut to `max_input_length`, and further where the model has no positions for it and the target. where: what
+    the rows are, for messages. Raises TaskError, naming the row, for a target without room, and what `prompts` raises.
+    """
+    encoded, cut = [], 0
+    for number, row in enumerate(rows, 1):
+        try:
+            prompt, target = prompt_tokens(form, row.text), target_tokens(form, row.target)
+        except TaskError as error:
+            raise TaskError(f"{where}, row {number}: {error}") from error
+        longest = longest_prompt(form, max_input_length, len(target))
+        if longest < 1:
+            raise TaskError(
+                f"{where}, row {number}: the target has {len(target)} tokens, but the model has {form.positions} positions"
+                f"{'' if form.encoder_decoder else ' for prompt and target together'}. Shorten it, or leave the row out."
+            )
+        cut += longest < min(len(prompt), max_input_length)
+        encoded.append({"prompt": prompt[-longest:], "target": target})
+    if cut:
+        logger.warning("%s: %d prompts are cut from the left to fit the model's positions.", where, cut)
+    return encoded
 
 
 @dataclass(frozen=True)
@@ -39,15 +55,16 @@ class CompletionCollator:
 
     Rows are padded on the left, so that all targets end in the last column. Where the model can (`logits_to_keep`), the
     product with the vocabulary is then made for the last columns alone; on a small model it is a fifth of a step.
-    `logits_to_keep` and the shortened `labels` go through the model's own loss.
 
     accepts: the names of the model's forward parameters (`forward_parameters`).
     shares: leave out of the rows what all prompts of a batch begin with, for `prefix.begun` to compute once.
+    left: pad on the left; otherwise on the right, for models that see their padding there (`batching.padding_side`).
     """
 
     pad_token: int
     accepts: frozenset[str]
     shares: bool = False
+    left: bool = True
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor | int]:
         """`input_ids` and `attention_mask` [batch, length], `labels` [batch, kept], and what else the model accepts.
@@ -60,15 +77,19 @@ class CompletionCollator:
         if prefix:
             rows = [{**row, "prompt": row["prompt"][len(prefix) :]} for row in rows]
         sequences = [row["prompt"] + row["target"] for row in rows]
-        ids = torch.tensor(pad(sequences, self.pad_token, left=True))
-        mask = torch.tensor(pad([[1] * len(s) for s in sequences], 0, left=True))
-        labels = torch.tensor(pad([[IGNORED] * len(row["prompt"]) + row["target"] for row in rows], IGNORED, left=True))
+        ids = torch.tensor(pad(sequences, self.pad_token, self.left))
+        mask = torch.tensor(pad([[1] * len(s) for s in sequences], 0, self.left))
+        labels = torch.tensor(pad([[IGNORED] * len(row["prompt"]) + row["target"] for row in rows], IGNORED, self.left))
         batch: dict[str, Tensor | int] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        if "position_ids" in self.accepts:
-            batch["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0) + len(prefix)
+        if not self.left and "attention_mask" not in self.accepts:
+            del batch["attention_mask"]
+        if self.left and "position_ids" in self.accepts:
+            batch["position_ids"] = positions(mask) + len(prefix)
         if "logits_to_keep" in self.accepts:
-            kept = min(ids.shape[1], max(len(row["target"]) for row in rows) + 1)
+            first = ids.shape[1] - max(len(r["target"]) for r in rows) if self.left else min(len(r["prompt"]) for r in rows)
+            kept = min(ids.shape[1], ids.shape[1] - first + 1)
             batch["labels"], batch["logits_to_keep"] = labels[:, -kept:], kept
+        batch |= without_router_loss(self.accepts)
         if prefix:
             batch["attention_mask"] = torch.cat([mask.new_ones(len(rows), len(prefix)), mask], dim=1)
             batch[SHARED] = torch.tensor([prefix])
@@ -77,28 +98,43 @@ class CompletionCollator:
 
 @dataclass(frozen=True)
 class Seq2SeqCollator:
-    """Batches for an encoder-decoder model: prompts to the encoder, targets as labels, padded on the right."""
+    """Batches for an encoder-decoder model: prompts to the encoder, targets to the decoder, padded on the right.
+
+    start: the token that the decoder begins with in `generate`; what it reads of a target is that and all but the last.
+    """
 
     pad_token: int
+    start: int
+    accepts: frozenset[str]
 
-    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask` [batch, length], `labels` [batch, target length]."""
+    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor | int]:
+        """`input_ids` and `attention_mask` [batch, length], `decoder_input_ids` and `labels` [batch, target length]."""
         prompts, targets = [row["prompt"] for row in rows], [row["target"] for row in rows]
         return {
             "input_ids": torch.tensor(pad(prompts, self.pad_token, left=False)),
             "attention_mask": torch.tensor(pad([[1] * len(p) for p in prompts], 0, left=False)),
+            "decoder_input_ids": torch.tensor(pad([[self.start, *t[:-1]] for t in targets], self.pad_token, left=False)),
             "labels": torch.tensor(pad(targets, IGNORED, left=False)),
+            **without_router_loss(self.accepts),
         }
 
 
-def forward_parameters(model: nn.Module) -> frozenset[str]:
-    """The names of the parameters of a model's forward function."""
-    return frozenset(inspect.signature(model.forward).parameters)
+def collator(model: Any, form: PromptFormat, share: bool = False) -> CompletionCollator | Seq2SeqCollator:
+    """The collator that fits a base model. share: share beginnings where the model can; its loss is then `prefix.loss_of`.
 
-
-def collator(model: Any, tokenizer: PreTrainedTokenizerBase, share: bool = False) -> CompletionCollator | Seq2SeqCollator:
-    """The collator that fits a base model. share: share beginnings where the model can; its loss is then `prefix.loss_of`."""
-    assert isinstance(tokenizer.pad_token_id, int)
-    if model.config.is_encoder_decoder:
-        return Seq2SeqCollator(tokenizer.pad_token_id)
-    return CompletionCollator(tokenizer.pad_token_id, forward_parameters(model), share and can_share(model))
+    Raises ModelError for a model whose rows cannot share a batch, or whose decoder has no token to begin with.
+    """
+    kind, side = model.config.model_type, padding_side(model)
+    if side is None:
+        raise ModelError(
+            f"the model ({kind}) sees the padding of its rows, so their losses depend on what they share a batch with."
+        )
+    if hasattr(model.config, "expert_capacity"):
+        raise ModelError(
+            f"the model ({kind}) drops tokens by how many a batch has, so the loss of a row depends on the others."
+        )
+    accepts = forward_parameters(model)
+    if form.encoder_decoder:
+        return Seq2SeqCollator(padding_token(form), decoder_start(model), accepts)
+    left = side == "left"
+    return CompletionCollator(padding_token(form), accepts, left and share and can_share(model), left)

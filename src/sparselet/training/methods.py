@@ -4,6 +4,7 @@ A method is a context manager. Within it the model is ready to be trained; after
 """
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +17,7 @@ import torch
 from peft import LoraConfig, PeftConfig, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from sparselet import kernels
@@ -25,6 +26,7 @@ from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError, ConfigError, NoTargets
 from sparselet.files import atomic_write, write_json
 from sparselet.fingerprint import fingerprint_weight
+from sparselet.prompts import PromptFormat, end_tokens
 from sparselet.resident import add
 from sparselet.training.sampling import balanced_rows
 from sparselet.training.schedule import MaskSchedule
@@ -40,12 +42,13 @@ ADAPTER = "default"  # PEFT's name for the only adapter
 class Job:
     """What a method works on.
 
-    start: the adapter that a second stage starts from; it fits the model. sizes: training rows of each task.
+    form: how the model is asked, and where its answers end. start: the adapter that a second stage starts from; it fits the
+    model. sizes: training rows of each task.
     keep: whether the model must be given back with its own weights.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    form: PromptFormat
     settings: TrainSettings
     start: SparseAdapter | None
     sizes: Sequence[int]
@@ -125,16 +128,24 @@ def lora(job: Job) -> Iterator[Ready]:
 
 @contextlib.contextmanager
 def full(job: Job) -> Iterator[Ready]:
-    """All weights, of W + ΔW in a second stage; a checkpoint, in float32."""
+    """All weights, of W + ΔW in a second stage; a checkpoint, in float32.
+
+    Its generation settings know the token that answers were taught to end with.
+    """
     weights = {name: p for name, p in job.model.named_parameters() if p.is_floating_point()}
     with _trained(job, weights, job.keep) as (_, autocast):
-        dtype = job.model.config.dtype
+        dtype, generation = job.model.config.dtype, job.model.generation_config
+        own = [] if generation is None else end_tokens(generation)
 
         def write(directory: Path, metadata: Mapping[str, Any]) -> None:
             try:
+                if generation is not None and job.form.end not in own:
+                    job.model.generation_config = copy.deepcopy(generation)
+                    job.model.generation_config.eos_token_id = sorted(job.form.ends)
                 job.model.save_pretrained(directory)
-                job.tokenizer.save_pretrained(directory)
+                job.form.tokenizer.save_pretrained(directory)
             finally:
+                job.model.generation_config = generation
                 job.model.config.dtype = dtype  # saving sets it to that of the trained weights
 
         yield Ready(job.model, write, autocast=autocast)

@@ -7,10 +7,11 @@ their gradients are summed over the rows.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
-from sparselet.models import attends_to_all, cache_of
+from sparselet.batching import continues
+from sparselet.models import cache_of
 
 SHARED = "shared_prefix"  # in a batch: the beginning's token ids [1, length]
 
@@ -23,7 +24,7 @@ def can_share(model: Any) -> bool:
     settings = model.config.to_dict()  # of functions; a rate of classification heads is none of this model
     rates = [settings[key] for key in settings if "drop" in key and not key.startswith(("summary", "classifier"))]
     rates += [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-    return attends_to_all(model) and not any(isinstance(rate, float) and rate for rate in rates)
+    return not any(isinstance(rate, float) and rate for rate in rates) and continues(model)
 
 
 def begun(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,7 +38,17 @@ def begun(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The model's own loss of a batch."""
-    loss = model(**begun(model, batch)).loss
-    assert isinstance(loss, torch.Tensor)
-    return loss
+    """The mean loss of a batch's target tokens."""
+    model_: Any = model
+    inputs = begun(model, {key: value for key, value in batch.items() if key != "labels"})
+    return token_loss(model_.config.is_encoder_decoder, model_(**inputs), batch["labels"])
+
+
+def token_loss(encoder_decoder: bool, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+    """The cross-entropy of the target's tokens, in float32: their sum over `num_items_in_batch`, by default their mean.
+
+    A model's own loss may hold more, such as a router's, which depends on what else is in the batch, or count otherwise.
+    outputs: of a model, with `logits` [batch, length, vocabulary]. labels: [batch, length], a causal model's not yet shifted.
+    """
+    loss = ForMaskedLMLoss if encoder_decoder else ForCausalLMLoss
+    return loss(outputs.logits, labels, outputs.logits.shape[-1], num_items_in_batch=num_items_in_batch)

@@ -21,6 +21,7 @@ from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, SparseAdap
 from sparselet.errors import ConfigError, OutputExists
 from sparselet.files import atomic_directory, check_output, naming_failure, parents_of, read_object, write_json
 from sparselet.models import load_model, load_tokenizer
+from sparselet.prompts import PromptFormat, prompt_format
 from sparselet.resident import target_weights
 from sparselet.tasks import Task, load_task
 from sparselet.temporaries import fitting_name, held, remove_directory, remove_left
@@ -105,9 +106,10 @@ def _train(
     if start is not None:
         target_weights(model, start)  # raises where it does not fit
     set_seed(settings.seed)
-    rows = _rows(tasks, settings, model, tokenizer)
+    form = prompt_format(model, tokenizer, settings.chat_template)
+    rows = _rows(tasks, settings, form)
     sizes = [len(own) for own in rows["train"].values()]
-    job = Job(model, tokenizer, settings, start, sizes, known[DATA], keep=base is not None)
+    job = Job(model, form, settings, start, sizes, known[DATA], keep=base is not None)
     with _given_back(model), METHODS[settings.method](job) as ready:
         state = _fit(job, ready, rows, work, checkpoint, callbacks)
         metadata = _metadata(tasks, settings, state, start)
@@ -160,15 +162,12 @@ def _described(settings: TrainSettings, tasks: Sequence[Task]) -> dict[str, Any]
     return described
 
 
-def _rows(
-    tasks: Sequence[Task], settings: TrainSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, dict[str, list[Encoded]]]:
+def _rows(tasks: Sequence[Task], settings: TrainSettings, form: PromptFormat) -> dict[str, dict[str, list[Encoded]]]:
     """The rows of both splits as tokens, by task."""
-    seq2seq = bool(model.config.is_encoder_decoder)
     limits = {"train": settings.train_rows, "validation": settings.validation_rows}
     return {
         split: {
-            task.name: encode(task.rows(split, limit), tokenizer, settings.chat_template, settings.max_input_length, seq2seq)
+            task.name: encode(task.rows(split, limit), form, settings.max_input_length, f"task {task.name}, split {split}")
             for task in tasks
         }
         for split, limit in limits.items()
@@ -186,7 +185,7 @@ def _fit(
     """Train from the checkpoint, if there is one, to the end; the best weights are in the model then."""
     with _switched_back(job.model, job.settings):
         # What is recomputed in the backward pass cannot go on from a cache.
-        collate = collator(job.model, job.tokenizer, share=not job.settings.gradient_checkpointing)
+        collate = collator(job.model, job.form, share=not job.settings.gradient_checkpointing)
         every = [*ready.callbacks, *callbacks]
         trainer = make_trainer(ready.module, collate, rows, job.settings, work, every, ready.autocast)
         with naming_failure(work, "Checkpoints that are whole are kept for --resume."):

@@ -4,14 +4,15 @@ import contextlib
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import safetensors.torch
 import torch
 from peft import PeftModel
-from torch import nn
-from torch.utils.data import Sampler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
@@ -20,13 +21,13 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from sparselet.errors import MissingTensor
 from sparselet.files import atomic_write, flush, naming_failure
-from sparselet.training.collate import Encoded
-from sparselet.training.prefix import begun
+from sparselet.training.collate import IGNORED, Encoded
+from sparselet.training.prefix import begun, token_loss
 from sparselet.training.sampling import LengthGroupedSampler
 from sparselet.training.settings import TrainSettings
 from sparselet.tuner import UnselectedMaskWarning
@@ -51,7 +52,7 @@ def make_trainer(
         output_dir=str(work.absolute()),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size // settings.gradient_accumulation,
-        per_device_eval_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size // settings.gradient_accumulation,
         gradient_accumulation_steps=settings.gradient_accumulation,
         activation_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.learning_rate,
@@ -73,16 +74,17 @@ def make_trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=settings.seed,
     )
-    extra: list[TrainerCallback] = [_SaveEvery(settings.save_steps), *callbacks]
+    extra: list[TrainerCallback] = [_SaveEvery(settings.save_steps), _LossRecord(), *callbacks]
     if settings.patience:
-        extra.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
+        extra.append(_EarlyStopping(early_stopping_patience=settings.patience))
     validation = {task: sorted(own, key=length) for task, own in rows["validation"].items()}
     trainer = RunTrainer(
         model=model,
         args=arguments,
         data_collator=collate,
         train_dataset=cast(Any, [row for own in rows["train"].values() for row in own]),
-        eval_dataset=cast(Any, validation if len(validation) > 1 else next(iter(validation.values()))),
+        eval_dataset=cast(Any, validation),
+        compute_loss_func=partial(token_loss, cast(Any, model).config.is_encoder_decoder),
         callbacks=extra,
     )
     trainer.sizes = [len(own) for own in rows["train"].values()]
@@ -102,15 +104,40 @@ def length(row: Encoded) -> int:
 
 
 class RunTrainer(Trainer):
-    """A Trainer with the sampler of `sampling`, a validation loss in which tasks count alike, and checkpoints that are
-    marked once they are whole and hold no more than what is trained."""
+    """A Trainer with the sampler of `sampling`, the loss of `prefix`, a validation loss that does not depend on batches and in
+    which tasks count alike, a record of losses and a decision to stop that outlast a resume, and checkpoints that are marked
+    once they are whole and hold no more than what is trained."""
 
     sizes: Sequence[int] = ()  # training rows of each task
     autocast: torch.dtype | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         lengths = [length(row) for row in cast(list[Encoded], self.train_dataset)]
-        return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed, self.sizes)
+        # By the rows of an optimizer step, however it is divided.
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(lengths, step, self.args.seed, self.sizes)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # by a callback, before the first epoch of a resumed run
+            super()._run_epoch(*args, **kwargs)
+
+    @property
+    def _losses(self) -> "_LossRecord":
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, _LossRecord))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A forward and backward pass, whose loss is recorded."""
+        loss = super().training_step(*args, **kwargs)
+        self._losses.add(cast(Tensor, self.accelerator.reduce(loss, "mean")))
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the training losses as of a run that was not interrupted."""
+        if "loss" in logs:
+            logs["loss"] = self._losses.since_logged(self.state.global_step)
+        if "train_loss" in logs:
+            logs["train_loss"] = self._losses.total / max(1, self.state.global_step)
+        super().log(logs, start_time)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager[Any]:
         """What forward passes run in."""
@@ -125,20 +152,30 @@ class RunTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The validation loss; of several tasks the mean of theirs, with each task's beside it."""
-        tasks = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(tasks, dict):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        metrics: dict[str, float] = {}
-        for task, rows in tasks.items():
-            prefix = f"{metric_key_prefix}_{task}"
-            found = self.evaluation_loop(self.get_eval_dataloader(rows), "Evaluation", True, ignore_keys, prefix).metrics
-            assert found is not None
-            metrics[f"{prefix}_loss"] = found[f"{prefix}_loss"]
-        metrics[f"{metric_key_prefix}_loss"] = sum(metrics.values()) / len(metrics)
+        """The validation loss, the mean over a task's target tokens; of several tasks the mean of theirs, each beside it."""
+        tasks: Mapping[str, Sequence[Encoded]] = cast(Any, self.eval_dataset) if eval_dataset is None else eval_dataset
+        losses = {f"{metric_key_prefix}_{task}_loss": self._validation_loss(rows) for task, rows in tasks.items()}
+        metrics = {f"{metric_key_prefix}_loss": sum(losses.values()) / len(losses), **(losses if len(losses) > 1 else {})}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @torch.no_grad()
+    def _validation_loss(self, rows: Sequence[Encoded]) -> float:
+        """The sum over the rows' target tokens, whatever process and batch they are in, over their number."""
+        model: Any = self.model
+        model.eval()
+        share = rows[self.args.process_index :: self.args.world_size]
+        sums = torch.zeros(2, dtype=torch.float64, device="cpu")
+        for batch in DataLoader(cast(Any, share), self.args.eval_batch_size, collate_fn=self.data_collator):
+            inputs = self._prepare_inputs(batch)
+            labels = inputs.pop("labels")
+            with self.compute_loss_context_manager():
+                outputs = model(**begun(model, inputs))
+            loss = token_loss(model.config.is_encoder_decoder, outputs, labels, torch.ones(()))
+            sums += torch.tensor([float(loss), float(labels.ne(IGNORED).sum())], dtype=torch.float64)
+        total, count = cast(Tensor, self.accelerator.reduce(sums.to(self.args.device), "sum")).tolist()
+        return total / count
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         assert self.args.output_dir is not None
@@ -185,11 +222,57 @@ class RunTrainer(Trainer):
 
 
 class _SaveEvery(TrainerCallback):
-    """Asks for checkpoints between epochs."""
+    """Asks for checkpoints between epochs. The last step of an epoch is saved after its evaluation, without which a resumed
+    run would go on to the next."""
 
     def __init__(self, every: int) -> None:
         self.every = every
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.every and state.global_step % self.every == 0:
+        assert state.epoch is not None
+        last = state.epoch == round(state.epoch) or state.global_step == state.max_steps
+        if self.every and state.global_step % self.every == 0 and not last:
             control.should_save = True
+
+
+class _EarlyStopping(EarlyStoppingCallback):
+    """transformers' early stopping, which a resumed run keeps to."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
+
+
+class _LossRecord(TrainerCallback, ExportableState):
+    """The sums of the losses of all steps, and of those since the last log entry; they are saved with each checkpoint."""
+
+    def __init__(self) -> None:
+        self.logged, self.pending, self.step = 0.0, torch.zeros(()), 0
+
+    def add(self, loss: Tensor) -> None:
+        """Count the loss of a micro-batch."""
+        self.pending = self.pending.to(loss.device) + loss
+
+    def since_logged(self, step: int) -> float:
+        """The mean loss of the steps since this was last called."""
+        total, steps = float(self.pending), step - self.step
+        self.logged, self.pending, self.step = self.logged + total, torch.zeros(()), step
+        return total / steps
+
+    @property
+    def total(self) -> float:
+        """The sum of all losses."""
+        return self.logged + float(self.pending)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {}, "attributes": {"sums": self.sums}}
+
+    @property
+    def sums(self) -> list[float]:
+        """The sum until the last log entry, the sum since, and the step of that entry."""
+        return [self.logged, float(self.pending), self.step]
+
+    @sums.setter
+    def sums(self, sums: Sequence[float]) -> None:
+        self.logged, self.pending, self.step = sums[0], torch.tensor(sums[1]), int(sums[2])
