@@ -10,9 +10,10 @@ from tiny import save_task
 
 from sparselet.errors import ConfigError, TaskError
 from sparselet.models import load_tokenizer
+from sparselet.prompts import prompt_format
 from sparselet.tasks import load_task
 from sparselet.training import train
-from sparselet.training.collate import collator, encode
+from sparselet.training.collate import encode
 from sparselet.training.recipe import RUN_FILE
 
 METHODS = ("lora", "full", "full-qkv", "multitask")
@@ -21,13 +22,16 @@ QKV = ("q_proj", "k_proj", "v_proj")
 
 @torch.no_grad()
 def loss_on(model, settings, source):
-    """The validation loss of one task as a Trainer takes it: the mean over rows of their batches' losses."""
-    tokenizer = load_tokenizer(settings.model)
-    rows = encode(load_task(source).rows("validation"), tokenizer, settings.chat_template, 2048, False)
-    rows.sort(key=lambda row: len(row["prompt"] + row["target"]))
-    batches = [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
-    collate = collator(model, tokenizer)
-    return sum(float(model.eval()(**collate(batch)).loss) * len(batch) for batch in batches) / len(rows)
+    """The validation loss of one task: the mean over all its target tokens, row by row."""
+    form = prompt_format(model, load_tokenizer(settings.model), settings.chat_template)
+    rows = encode(load_task(source).rows("validation"), form, 2048, source)
+    total = count = 0
+    for row in rows:
+        ids = torch.tensor([row["prompt"] + row["target"]])
+        logits = model.eval()(input_ids=ids).logits[0, len(row["prompt"]) - 1 : -1]
+        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(row["target"]), reduction="sum"))
+        count += len(row["target"])
+    return total / count
 
 
 @pytest.mark.parametrize("method", ["multitask", "sparse", "lora", "full-qkv"])

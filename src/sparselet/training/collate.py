@@ -119,7 +119,10 @@ class Seq2SeqCollator:
         }
 
 
-def collator(model: Any, form: PromptFormat, share: bool = False) -> CompletionCollator | Seq2SeqCollator:
+Collator = CompletionCollator | Seq2SeqCollator
+
+
+def collator(model: Any, form: PromptFormat, share: bool = False) -> Collator:
     """The collator that fits a base model. share: share beginnings where the model can; its loss is then `prefix.loss_of`.
 
     Raises ModelError for a model whose rows cannot share a batch, or whose decoder has no token to begin with.

@@ -25,7 +25,7 @@ from sparselet.prompts import PromptFormat, prompt_format
 from sparselet.resident import target_weights
 from sparselet.tasks import Task, load_task
 from sparselet.temporaries import fitting_name, held, remove_directory, remove_left
-from sparselet.training.collate import Encoded, collator, encode
+from sparselet.training.collate import Collator, Encoded, collator, encode
 from sparselet.training.methods import METHODS, Job, Ready
 from sparselet.training.processes import refuse_several
 from sparselet.training.settings import TrainSettings
@@ -108,10 +108,12 @@ def _train(
     set_seed(settings.seed)
     form = prompt_format(model, tokenizer, settings.chat_template)
     rows = _rows(tasks, settings, form)
+    # What is recomputed in the backward pass cannot go on from a cache.
+    collate = collator(model, form, share=not settings.gradient_checkpointing)
     sizes = [len(own) for own in rows["train"].values()]
     job = Job(model, form, settings, start, sizes, known[DATA], keep=base is not None)
     with _given_back(model), METHODS[settings.method](job) as ready:
-        state = _fit(job, ready, rows, work, checkpoint, callbacks)
+        state = _fit(job, ready, collate, rows, work, checkpoint, callbacks)
         metadata = _metadata(tasks, settings, state, start)
         run = {"settings": asdict(settings), "versions": versions(), "seconds": time.time() - started}
         run |= {"started": started, "resumed": bool(checkpoint), "history": state.log_history, DATA: known[DATA]}
@@ -177,6 +179,7 @@ def _rows(tasks: Sequence[Task], settings: TrainSettings, form: PromptFormat) ->
 def _fit(
     job: Job,
     ready: Ready,
+    collate: Collator,
     rows: Mapping[str, Mapping[str, Sequence[Encoded]]],
     work: Path,
     checkpoint: Path | None,
@@ -184,8 +187,6 @@ def _fit(
 ) -> TrainerState:
     """Train from the checkpoint, if there is one, to the end; the best weights are in the model then."""
     with _switched_back(job.model, job.settings):
-        # What is recomputed in the backward pass cannot go on from a cache.
-        collate = collator(job.model, job.form, share=not job.settings.gradient_checkpointing)
         every = [*ready.callbacks, *callbacks]
         trainer = make_trainer(ready.module, collate, rows, job.settings, work, every, ready.autocast)
         with naming_failure(work, "Checkpoints that are whole are kept for --resume."):

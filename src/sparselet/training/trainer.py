@@ -180,7 +180,7 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         assert self.args.output_dir is not None
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        # The last step of an epoch may be saved twice: after the step, and after the evaluation.
+        # A step may be saved twice, where a callback of the caller's asks for it.
         if (checkpoint / COMPLETE).exists():
             (checkpoint / COMPLETE).unlink()
             flush(checkpoint)
