@@ -185,9 +185,7 @@ def test_code_in_a_models_directory_is_never_run_and_nobody_is_asked(broken, mon
     change_config(model_type=model_type, auto_map=OWN_CODE)(broken)
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     for door in (load_model, load_tokenizer, models.skeleton, lambda name: BaseModel(name).names):
-        with pytest.raises(
-            ModelError, match=r"code of its own \(auto_map in config\.json\), which is never run"
-        ):
+        with pytest.raises(ModelError, match=r"code of its own \(auto_map in config\.json\), which is never run"):
             door(str(broken))
     assert not (broken / "ran").exists()
     assert "y/N" not in "".join(capsys.readouterr())
