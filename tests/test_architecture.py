@@ -15,7 +15,7 @@ SOURCE = Path(sparselet.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ROOT = "sparselet"
 
-GROUND = {"errors", "printable", "patterns", "temporaries", "files", "kernels"}
+GROUND = {"errors", "printable", "memory", "patterns", "temporaries", "files", "kernels"}
 UNITS = {"fingerprint", "delta", "scores", "masks", "container", "names", "adapter_format"}
 CORE = GROUND | UNITS | {"adapter", "adapter_stream", "model_config", "resident"}
 VERBS = {"merging", "export", "analysis", "serving"}
@@ -27,6 +27,7 @@ LIBRARY = CORE | VERBS | INPUTS | {"tuner", "training", "evaluation", "report", 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "printable": set(),
+    "memory": {"errors"},
     "patterns": {"errors"},
     "temporaries": set(),
     "files": {"errors", "printable", "temporaries"},

@@ -1,5 +1,6 @@
 """`SparseDelta`: the change of one target, and its algebra."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +17,13 @@ from sparselet.errors import (
     ShapeMismatch,
     UnsortedIndices,
 )
+from sparselet.memory import require_memory
 
 MAX_SIDE = 2**26  # the largest vocabulary is near 2**20
 MAX_ENTRIES = 2**38  # a terabyte of float32: beyond any weight of any model
+# Where every entry is to be spelt out, a claim goes no further than models do: the widest known are 20,480 wide, and
+# 262,144 tokens of 12,288 numbers their largest weights.
+DENSE_NARROW, DENSE_WIDE, DENSE_ENTRIES = 2**15, 2**20, 2**32
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,13 +88,18 @@ class SparseDelta:
         return cls(shape, torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=dtype))
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """ΔW as a dense tensor of `shape`, zero outside the mask, in `dtype` (default: that of the values)."""
+        """ΔW as a dense tensor of `shape`, zero outside the mask, in `dtype` (default: that of the values).
+
+        Raises NotEnoughMemory.
+        """
+        _require_room(self, (dtype or self.values.dtype).itemsize)
         dense = torch.zeros(self.shape, dtype=dtype or self.values.dtype, device=self.values.device)
         kernels.write(dense, self.indices, self.values, self.block_size)
         return dense
 
     def mask(self) -> Tensor:
-        """The mask as a dense bool tensor of `shape`."""
+        """The mask as a dense bool tensor of `shape`. Raises NotEnoughMemory."""
+        _require_room(self, 1)
         mask = torch.zeros(self.shape, dtype=torch.bool, device=self.values.device)
         kernels.write(mask, self.indices, torch.ones_like(self.values, dtype=torch.bool), self.block_size)
         return mask
@@ -190,14 +200,30 @@ def check_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
+def check_dense_shape(shape: tuple[int, int], name: str) -> None:
+    """Raise AbsurdShape if a target is too large to be spelt out: beyond the weights of any model."""
+    narrow, wide = sorted(shape)
+    if narrow > DENSE_NARROW or wide > DENSE_WIDE or narrow * wide > DENSE_ENTRIES:
+        raise AbsurdShape(
+            f"{name}: every entry of a target of {list(shape)} would be written out, which is more than any model's weights "
+            f"({DENSE_NARROW} by {DENSE_WIDE}, {DENSE_ENTRIES} entries)."
+        )
+
+
+def _require_room(delta: SparseDelta, bytes_an_entry: int) -> None:
+    if delta.values.device.type == "cpu":
+        require_memory(delta.size * bytes_an_entry, f"a dense tensor of {list(delta.shape)}")
+
+
 def check_block_size(block_size: int, shape: tuple[int, int], name: str | None = None) -> None:
     """Raise BlockSizeError unless `block_size` is positive and divides both sides; the message names what fits."""
     target = f"{name} {list(shape)}" if name else f"shape {list(shape)}"
     if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
         raise BlockSizeError(f"block_size must be a positive integer, got {block_size!r}.")
     if shape[0] % block_size or shape[1] % block_size:
-        smaller = min(shape)
-        fits = [b for b in range(1, smaller + 1) if shape[0] % b == 0 and shape[1] % b == 0]
+        common = math.gcd(*shape)
+        small = [b for b in range(1, math.isqrt(common) + 1) if common % b == 0]
+        fits = sorted({*small, *(common // b for b in small)})
         raise BlockSizeError(
             f"block_size {block_size} does not divide the sides of {target}. Sizes that fit: {', '.join(map(str, fits))}."
         )

@@ -37,6 +37,7 @@ SparseletError
 ├── WriteFailed                       disk full, no permission
 ├── StudyRunning                      another process runs the same study
 ├── StudyIncomplete                   some of a study's units failed
+├── NotEnoughMemory                   the work takes more memory than there is
 ├── WorkerFailed                      a worker process of a study cannot start
 └── MissingExtra                      an optional dependency is not installed
 """
@@ -192,6 +193,10 @@ class StudyIncomplete(SparseletError):
 
 class WorkerFailed(SparseletError):
     """A worker process of a study cannot start."""
+
+
+class NotEnoughMemory(SparseletError, MemoryError):
+    """The work takes more memory than there is."""
 
 
 class MissingExtra(SparseletError, ImportError):

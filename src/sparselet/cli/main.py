@@ -122,6 +122,8 @@ def _run(arguments: list[str], debug: bool) -> int:
     except ModuleNotFoundError as error:
         return _fail(f"{error.name} is not installed: pip install 'sparselet[all]'.", 1, debug)
     except Exception as error:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+            return _fail(f"there is not enough memory for this: {reason(error)}", 1, debug)
         return _fail(f"unexpected {type(error).__name__}: {reason(error)}. Run again with --debug to see where.", 1, debug)
     return 0
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from sparselet.adapter import CONFIG_FILE, PREFIX, check_target_name, require_finite
 from sparselet.container import TensorFile
-from sparselet.delta import SparseDelta, check_shape
+from sparselet.delta import SparseDelta, check_dense_shape, check_shape, index_dtype
 from sparselet.errors import BadConfig, BadDtype, BadShape, ConfigError, UnknownTensor, UnsupportedExpert
 from sparselet.experts.base_model import BaseModel
 from sparselet.experts.expert import ExpertFile, full_delta
 from sparselet.experts.reading import FLOATS, describe, open_weights, refuse_fields, target_of, tensors_of_targets
+from sparselet.memory import require_memory
 from sparselet.patterns import first_matches
 
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -104,6 +105,8 @@ class LoraFile(ExpertFile):
 
     def __getitem__(self, name: str) -> SparseDelta:
         factors = self._factors[name]
+        entries = math.prod(self.shapes[name])
+        require_memory(entries * (8 + index_dtype(entries).itemsize), f"{self._tensors.path}: {name}")
         product = self._tensors.read(factors.b).float() @ self._tensors.read(factors.a).float()
         dense = (product.t() if name in self._transposed else product) * factors.scaling
         require_finite(dense, f"{self._tensors.path}: {name}")
@@ -122,7 +125,9 @@ class LoraFile(ExpertFile):
     def _shape(self, name: str) -> tuple[int, int]:
         factors = self._factors[name]
         rows, columns = self._tensors.shapes[factors.b][0], self._tensors.shapes[factors.a][1]
-        return check_shape((columns, rows) if name in self._transposed else (rows, columns))
+        shape = check_shape((columns, rows) if name in self._transposed else (rows, columns))
+        check_dense_shape(shape, f"{self._tensors.path}: {name}")
+        return shape
 
 
 def _is_transposed(file: Path, config: Mapping[str, Any], names: Iterable[str]) -> bool:

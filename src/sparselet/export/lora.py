@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from sparselet.adapter import PREFIX
 from sparselet.container import TensorStream
-from sparselet.delta import SparseDelta
+from sparselet.delta import SparseDelta, check_dense_shape
 from sparselet.errors import ArgumentError, ExportError
 from sparselet.experts.lora import A, B
 from sparselet.export.peft import write_peft
 from sparselet.export.targets import linear_targets
+from sparselet.memory import require_memory
 
 EXACT = 2e-6  # a relative error that float32's rounding makes
 PROBE = 256  # the largest rank below that of its rows and columns which is looked for without being asked for
@@ -59,13 +60,15 @@ def export_lora(
 
     def fill(stream: TensorStream) -> dict[str, Any]:
         for name, target in targets.items():
-            dense = adapter[name].to_dense(torch.float32)
-            b, a, errors[name] = factorise(dense.t() if target.transposed else dense, rank)
+            check_dense_shape(target.shape, name)
+            core, rows, columns = _core(adapter[name], target.transposed)
+            b, a, errors[name] = factorise(core, rank)
             if b.shape[1]:  # a delta of zeros has none
-                missing = 0 if rank is None else rank - b.shape[1]
-                stream.add(PREFIX + name + A, nn.functional.pad(a, (0, 0, 0, missing)))
-                stream.add(PREFIX + name + B, nn.functional.pad(b, (0, missing)))
-                ranks[name] = b.shape[1] + missing
+                ranks[name] = rank or b.shape[1]
+                out, inside = reversed(target.shape) if target.transposed else target.shape
+                require_memory(8 * ranks[name] * (out + inside), f"a LoRA of rank {ranks[name]} of {name}")
+                stream.add(PREFIX + name + A, _spread(a, columns, (ranks[name], inside)))
+                stream.add(PREFIX + name + B, _spread(b.t(), rows, (ranks[name], out)).t())
             if progress is not None:
                 progress(name)
         _refuse_errors(errors, max_error)
@@ -76,6 +79,26 @@ def export_lora(
     names = [PREFIX + name + suffix for name in targets for suffix in (A, B)]
     write_peft(output, {"peft_type": "LORA"}, adapter, names, fill)
     return errors
+
+
+def _core(delta: SparseDelta, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows and columns of ΔW, as `nn.Linear` has it, in which it is not 0: float32 [n, m], and which they are, int64."""
+    delta = delta.expand()
+    kept = delta.values != 0
+    indices, values = delta.indices[kept].long(), delta.values[kept].float()
+    rows, columns = (torch.unique(axis, return_inverse=True) for axis in (indices // delta.shape[1], indices % delta.shape[1]))
+    (rows, at_row), (columns, at_column) = (columns, rows) if transposed else (rows, columns)
+    require_memory(4 * len(rows) * len(columns), f"a dense tensor of {len(rows)} rows and {len(columns)} columns")
+    core = torch.zeros(len(rows), len(columns))
+    core[at_row, at_column] = values
+    return core, rows, columns
+
+
+def _spread(factor: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A factor [r, m] with its columns at their places in one of `shape`, and zeros elsewhere."""
+    spread = torch.zeros(shape)
+    spread[: factor.shape[0], places] = factor
+    return spread
 
 
 def factorise(dense: Tensor, rank: int | None) -> tuple[Tensor, Tensor, float]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparselet.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from sparselet.container import TensorStream
-from sparselet.delta import SparseDelta
+from sparselet.delta import SparseDelta, check_dense_shape
 from sparselet.errors import ExportError
 from sparselet.experts.entries import NOTE, SHIRA, SUPER_TUNING, Layout
 from sparselet.export.targets import Target, linear_targets
@@ -108,6 +108,7 @@ def _entries(adapter: Mapping[str, SparseDelta], base: nn.Module | None) -> dict
     for name, target in targets.items():
         if target.transposed:
             raise ExportError(f"{name} is a Conv1D; PEFT has SHiRA and Super-Tuning for nn.Linear only. Export to LoRA.")
+        check_dense_shape(target.shape, name)  # PEFT spells them out
         if math.prod(target.shape) > _LARGEST:
             raise ExportError(f"{name} {list(target.shape)} has more entries than int32 can number, as PEFT does.")
     return targets
@@ -143,7 +144,7 @@ def _write(
 def padded(delta: SparseDelta, count: int) -> tuple[Tensor, Tensor]:
     """The entries of an element-sparse delta, and zeros at the first positions outside its mask: int32 and float32 [count]."""
     missing = count - delta.nnz
-    free = torch.ones(delta.size, dtype=torch.bool)
-    free[delta.indices.long()] = False
+    free = torch.ones(count, dtype=torch.bool)  # of `count` positions the entries take no more than leaves enough
+    free[delta.indices[delta.indices < count].long()] = False
     further = free.nonzero().squeeze(1)[:missing].to(torch.int32)
     return torch.cat([delta.indices, further]), torch.cat([delta.values.float(), torch.zeros(missing)])
