@@ -25,6 +25,8 @@ from sparselet.tuner.config import PEFT_TYPE, SparseletConfig
 from sparselet.tuner.layer import SparseletLayer, SparseletLinear, leased
 from sparselet.tuner.targets import describe_linear_layers, find_qkv, is_linear
 
+TRL_REFERENCE = "ref"  # what TRL calls the adapter that it adds as a reference
+
 
 class UnselectedMaskWarning(UserWarning):
     """An adapter was saved although its mask was never selected."""
@@ -86,7 +88,10 @@ class SparseletModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, SparseletLayer):
+            source = _source_of_copy(target, adapter_name, peft_config)
             target.add_adapter(adapter_name, peft_config)
+            if source is not None:
+                _copy_adapter(target, source, adapter_name)
             return
         layer = SparseletLinear(target, base_name(current_key))
         layer.set_adapter(adapter_name if adapter_name in self.active_adapters else [])
@@ -333,6 +338,27 @@ def _read_target(layer: SparseletLayer, parts: Mapping[str, Tensor]) -> _Saved:
         raise BadShape(f"{name}{PENDING} must be floating {list(layer.shape)}, got {pending.dtype} {list(pending.shape)}.")
     require_finite(pending, f"{name}{PENDING}")
     return _Saved(delta, selections, dense, pending)
+
+
+def _source_of_copy(layer: SparseletLayer, adapter_name: str, config: SparseletConfig) -> str | None:
+    """The adapter whose mask and values one starts with that is added by the very same configuration object.
+
+    TRL makes its reference so, as an adapter "ref", and then copies parameters by names that ours do not have. By the
+    configuration of an adapter that was loaded there is nothing else to start with.
+    """
+    if adapter_name != TRL_REFERENCE and config.targets is None:
+        return None
+    return next((name for name, own in layer.sparse_config.items() if own is config), None)
+
+
+def _copy_adapter(layer: SparseletLayer, source: str, name: str) -> None:
+    state, values = layer.sparse_mask[source], layer.sparse_values[source].detach().clone()
+    if state.dense:
+        layer.set_dense(name, values)
+    else:
+        layer.set_mask(name, layer.sparse_indices[source].clone(), values, state.block_size)
+    layer.sparse_mask[name].selecting = state.selecting
+    layer.sparse_mask[name].selections = state.selections
 
 
 def _load_target(layer: SparseletLayer, adapter_name: str, saved: _Saved) -> None:
