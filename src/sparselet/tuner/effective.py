@@ -7,7 +7,7 @@ The rules of residence. They hold whatever PEFT, torch or other code does in bet
 2. Each pass builds its weight from the values and the mask as they are at that moment, however they came there: an optimizer's
    step, `.data`, `load_state_dict`. Nothing has to be told of a change.
 3. A backward pass differentiates at the weight its forward pass used, whatever was written in between: it keeps the values of
-   its mask. Dense values, and base weights changed by others, are not kept: their change is an error, as in torch.
+   its mask. What it does not keep (dense values, base weights, the mask that a gradient belongs to) raises if it has changed.
 4. What is saved is the values and the mask that answer.
 
 A pass holds the built weight of one target at a time; nothing of it is kept for the backward pass, which builds it again.

@@ -7,7 +7,7 @@ at the masked entries only.
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
@@ -204,7 +204,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
 
     def effective_weight(self) -> Tensor:
         """The weight [rows, columns] that a pass would use now, as a new tensor of the base weight's dtype."""
-        return self._build(self._base_version(), self._changes(self.merged_adapters or self._active()))
+        return self._build(self._changes(self.merged_adapters or self._active()))
 
     def restore(self) -> None:
         """Put displaced base entries back, bit for bit; the weight is the base model's then."""
@@ -262,13 +262,23 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         """Moves when others write to the base weight."""
         return _version(self.base_weight) - self._own_writes
 
-    def _build(self, version: int, changes: Sequence[Change]) -> Tensor:
-        """The effective weight of `changes`. version: of the base weight that the forward pass used."""
-        if self._base_version() != version:
+    def _require_unchanged(self, version: int, masks: Mapping[str, Tensor | None]) -> None:
+        """Raise SelectionError if the base weight, or a mask, is not the one that a forward pass used.
+
+        version: of the base weight. masks: of the trained adapters, None for all entries.
+        """
+        what = "" if self._base_version() == version else "the base weight"
+        for name, units in masks.items():
+            now = None if name not in self.sparse_mask or self.sparse_mask[name].dense else self.sparse_indices[name]
+            if now is not units and (now is None or units is None or not torch.equal(now, units)):
+                what = f"the mask of adapter {name!r}"
+        if what:
             raise SelectionError(
-                f"{self.target_name}: the base weight has been modified by an inplace operation between the forward pass and "
-                "the backward pass. Call backward first, or run the forward pass again."
+                f"{self.target_name}: {what} was changed between the forward pass and the backward pass, which needs what the "
+                "forward pass used. Call backward first, or run the forward pass again."
             )
+
+    def _build(self, changes: Sequence[Change]) -> Tensor:
         with WRITING, torch.no_grad():
             return effective_weight(without(self.base_weight.detach(), self._resident), changes)
 
@@ -293,8 +303,9 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
             replaced = {"weight": differentiable_weight(without(weight, self._resident), changes)}
             return torch.func.functional_call(self.base_layer, replaced, (x, *args), kwargs)
         recorder = None if self.recorder is None or not names else functools.partial(self.recorder, self)
-        build = functools.partial(self._build, self._base_version())
-        return changed_linear(x, weight, self.base_layer.bias, changes, build, self.transposed, recorder)
+        masks = {name: change.units for name, change in zip(names, changes, strict=True) if change.trained}
+        check = functools.partial(self._require_unchanged, self._base_version(), masks)
+        return changed_linear(x, weight, self.base_layer.bias, changes, self._build, check, self.transposed, recorder)
 
     def _leased(self, names: tuple[str, ...]) -> bool:
         """Whether a call of `generate` has these adapters in the weight; they are written when it comes by again."""

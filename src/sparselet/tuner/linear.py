@@ -20,6 +20,7 @@ def changed_linear(
     bias: Tensor | None,
     changes: Sequence[Change],
     build: Build,
+    check: Callable[[], None],
     transposed: bool,
     recorder: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
@@ -28,13 +29,14 @@ def changed_linear(
     weight: the base layer's, [out, in], or [in, out] when `transposed`. The values of the changes that are `trained` get a
     gradient: ∂L/∂W at their mask, of their shape and dtype; at most one dense ∂L/∂W is alive meanwhile. Weight and bias get
     theirs where they require one.
-    build: makes the effective weight of changes, in the forward pass and again in the backward pass.
+    build: makes the effective weight of changes, in the forward pass and again in the backward pass. check: raises in the
+    backward pass where something else that the forward pass used is not there any more.
     recorder: receives the dense ∂L/∂W instead, and the values get none.
     """
     if not torch.is_grad_enabled():
         return linear(x, build(changes), bias, transposed)
     values = [change.values for change in changes if change.trained]
-    return _ChangedLinear.apply(x, weight, bias, tuple(changes), build, transposed, recorder, *values)
+    return _ChangedLinear.apply(x, weight, bias, tuple(changes), build, check, transposed, recorder, *values)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -54,6 +56,7 @@ class _ChangedLinear(torch.autograd.Function):
         bias: Tensor | None,
         changes: tuple[Change, ...],
         build: Build,
+        check: Callable[[], None],
         transposed: bool,
         recorder: Callable[[Tensor], None] | None,
         *values: Tensor,
@@ -68,7 +71,7 @@ class _ChangedLinear(torch.autograd.Function):
         ctx.masks = [(change.units, change.block_size, change.values.dtype) for change in trained]
         # Taken now: until the backward pass the values may be written to.
         ctx.changes = tuple(change.snapshot() for change in changes) if ctx.needs_input_grad[0] else ()
-        ctx.build, ctx.transposed, ctx.recorder = build, transposed, recorder
+        ctx.build, ctx.check, ctx.transposed, ctx.recorder = build, check, transposed, recorder
         ctx.shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype)
         return y
 
@@ -77,6 +80,7 @@ class _ChangedLinear(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_output: Tensor
     ) -> tuple[Tensor | None, ...]:
+        ctx.check()
         x, *_ = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         rows = grad_output.reshape(-1, grad_output.shape[-1])
@@ -96,7 +100,7 @@ class _ChangedLinear(torch.autograd.Function):
             grad_x = (rows @ (weight.t() if ctx.transposed else weight)).view(ctx.shape).to(ctx.dtypes[0])
         if needs_bias:
             grad_bias = rows.sum(0).to(ctx.dtypes[1])
-        return grad_x, dense, grad_bias, None, None, None, None, *gradients
+        return grad_x, dense, grad_bias, None, None, None, None, None, *gradients
 
 
 def _at_mask(
