@@ -73,7 +73,7 @@ class AnySequence(RuleBasedStateMachine):
         return sorted(self.model.peft_config)
 
     def used(self, layer):
-        """What a layer's pass uses; as for every PEFT method, a layer in which nothing is merged goes on with what is active."""
+        """What a layer's pass uses; as with every PEFT method, where nothing is merged that is what is active."""
         here = [name for name in self.merged if name in layer.sparse_values]
         return here or [name for name in self.active if self.enabled and name in layer.sparse_values]
 
