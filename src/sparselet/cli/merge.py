@@ -29,7 +29,7 @@ from sparselet.merging import (
     read_recipe,
     recipe_text,
 )
-from sparselet.models import load_model, load_tokenizer
+from sparselet.models import DTYPES, directory_of, load_model, load_tokenizer, lossless_dtype
 from sparselet.study import SearchResult, SearchSettings, search
 from sparselet.tasks import load_task
 
@@ -145,6 +145,8 @@ def merge_(
         asked = Recipe(tuple(experts or ()), method or "overlap", tuple(weights or ()), parameters, model, keep_counts)
     if checkpoint:
         _refuse_with("--as checkpoint", {"--keep-counts": asked.keep_counts})
+        if dtype is not None and dtype not in DTYPES:
+            raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
         if asked.model is None:
             raise ConfigError("--as checkpoint needs the base model; give --model.")
     opened = open_experts(asked.experts, asked.model)
@@ -154,13 +156,15 @@ def merge_(
         again = _check_per_task(per_task, out, asked.method, opened)
     found = None if searching is None else _searched(asked, opened, searching, validation or ValidationSettings())
     asked = found.recipe if found else asked
-    loaded = (load_model(asked.model, dtype or "float32"), load_tokenizer(asked.model)) if checkpoint and asked.model else None
+    rounded = dtype or "float32"
+    loaded = load_model(asked.model, lossless_dtype(asked.model, rounded)) if checkpoint and asked.model else None
     parts = [] if per_task is None else _per_task(asked, opened, per_task, workers, again)
     with atomic_directory(out) as directory:
-        if loaded:
+        if loaded is not None and asked.model:
             with tempfile.TemporaryDirectory(prefix=".", dir=directory) as scratch:
                 merged = _merge(asked, opened, Path(scratch) / "adapter", workers)
-                write_checkpoint(*loaded, merged, directory, keep_base=False)
+                how: dict[str, Any] = {"dtype": DTYPES[rounded], "base": directory_of(asked.model)}
+                write_checkpoint(loaded, None, merged, directory, keep_base=False, **how)
         else:
             merged = _merge(asked, opened, directory, workers)
         write_text(directory / RECIPE_FILE, recipe_text(asked, out))

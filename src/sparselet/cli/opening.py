@@ -7,20 +7,21 @@ from pathlib import Path
 from sparselet.cli.terminal import note
 from sparselet.delta import SparseDelta
 from sparselet.errors import ConfigError
-from sparselet.experts import BaseModel, CheckpointFile, Expert, open_expert
+from sparselet.experts import BaseModel, Expert, open_expert
 from sparselet.models import local_path
 
 
-def open_experts(names: Sequence[str], model: str | None) -> list[Expert]:
+def open_experts(names: Sequence[str], model: str | None, without: Sequence[str] = ()) -> list[Expert]:
     """Open experts. model: the base model; of one on the hub the weights are fetched only where an expert needs them.
+    without: patterns of targets that are left out of each.
 
     A full checkpoint's base model is called as it was asked for, or by its whole path, so that it means the same elsewhere.
     Raises ModelError for a base model that is not there, and what `open_expert` raises.
     """
     base = None if model is None else BaseModel(local_path(model))
-    opened = [open_expert(name, base) for name in names]
+    opened = [open_expert(name, base, without) for name in names]
     for expert in opened:
-        if model is not None and isinstance(expert, CheckpointFile):
+        if model is not None and base is not None and expert.metadata.get("base_model_name_or_path") == base.name:
             expert.metadata["base_model_name_or_path"] = os.path.realpath(model) if Path(model).is_dir() else model
     return opened
 

@@ -1,5 +1,6 @@
 """Every kind of expert as a mapping from target names to deltas, read target by target."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparselet import hub
@@ -9,7 +10,7 @@ from sparselet.experts.base_model import BaseModel, is_hub_name
 from sparselet.experts.checkpoint import CheckpointFile
 from sparselet.experts.convert import save_expert
 from sparselet.experts.entries import SHIRA, SUPER_TUNING, EntriesFile
-from sparselet.experts.expert import ExpertFile, SomeTargets, without
+from sparselet.experts.expert import ExpertFile, SomeTargets, leave_out
 from sparselet.experts.lora import LoraFile
 from sparselet.experts.model_files import MODEL_CONFIG
 from sparselet.files import check_inside, read_object
@@ -24,7 +25,6 @@ __all__ = [
     "LoraFile",
     "open_expert",
     "save_expert",
-    "without",
 ]
 
 Expert = AdapterFile | ExpertFile
@@ -32,7 +32,7 @@ Expert = AdapterFile | ExpertFile
 KINDS = "sparse adapters (SPARSELET), PEFT's LORA, SHIRA and SUPERTUNING, and full checkpoints (config.json)"
 
 
-def open_expert(path: str | Path, base: str | Path | BaseModel | None = None) -> Expert:
+def open_expert(path: str | Path, base: str | Path | BaseModel | None = None, without: Sequence[str] = ()) -> Expert:
     """Open an expert of any kind for reading target by target.
 
     path: a directory, or a hub name `org/name` or `org/name@revision`. A directory with adapter_config.json is an adapter,
@@ -40,15 +40,16 @@ def open_expert(path: str | Path, base: str | Path | BaseModel | None = None) ->
     base: the base model, a directory or hub name, or one that is open already. Full checkpoints need it, SHiRA and
         Super-Tuning adapters that sparselet did not write, and LoRAs whose layers may lie in two ways. Where it is given,
         targets are called as it calls them, and are refused if it has none such.
+    without: patterns of targets (`*.lm_head`) that are not read; they stand in the expert's `left_out`.
 
     Everything that configuration and headers tell is checked at once. Raises ConfigError (the base model is needed),
-    UnsupportedExpert (a kind that is not read, a weight that layers share), UnknownTarget, WrongBase, ModelError (hub, base
-    model), MissingFile, and what the kind raises.
+    ArgumentError (a pattern that matches nothing), UnsupportedExpert (a kind that is not read, a weight that layers share),
+    UnknownTarget, WrongBase, ModelError (hub, base model), MissingFile, and what the kind raises.
     """
     directory = _directory(path)
     base = base if base is None or isinstance(base, BaseModel) else BaseModel(base)
     if (directory / CONFIG_FILE).exists():
-        return _open_adapter(directory, base)
+        return _open_adapter(directory, base, without)
     if not (directory / MODEL_CONFIG).exists():
         raise MissingFile(f"{path} holds neither {CONFIG_FILE} nor {MODEL_CONFIG}. What can be read: {KINDS}.")
     if base is None:
@@ -56,33 +57,37 @@ def open_expert(path: str | Path, base: str | Path | BaseModel | None = None) ->
             f"{path} is a full checkpoint, which is an expert only against its base model; give that with --model (in Python: "
             "base)."
         )
-    return CheckpointFile(directory, base)
+    checkpoint = CheckpointFile(directory, base)
+    left_out = leave_out(checkpoint, without)
+    return SomeTargets(checkpoint, {n: n for n in checkpoint if n not in left_out}, left_out) if left_out else checkpoint
 
 
-def _open_adapter(directory: Path, base: BaseModel | None) -> Expert:
+def _open_adapter(directory: Path, base: BaseModel | None, without: Sequence[str]) -> Expert:
     file = check_inside(directory, CONFIG_FILE)
     config = read_object(file)
     match config.get("peft_type"):
         case "SPARSELET":
-            return _placed(AdapterFile(directory), base)
+            return _placed(AdapterFile(directory), base, without)
         case "LORA":
-            return LoraFile(directory, config, base)
+            return LoraFile(directory, config, base, without)
         case ("SHIRA" | "SUPERTUNING") as kind:
-            return EntriesFile(directory, config, SHIRA if kind == "SHIRA" else SUPER_TUNING, base)
+            return EntriesFile(directory, config, SHIRA if kind == "SHIRA" else SUPER_TUNING, base, without)
         case other:
             raise UnsupportedExpert(f"{file}: peft_type is {other!r:.60}. What can be read: {KINDS}.")
 
 
-def _placed(adapter: AdapterFile, base: BaseModel | None) -> Expert:
-    """A sparse adapter under the base model's names. Raises UnknownTarget, UnsupportedExpert, WrongBase."""
+def _placed(adapter: AdapterFile, base: BaseModel | None, without: Sequence[str]) -> Expert:
+    """A sparse adapter under the base model's names. Raises UnknownTarget, UnsupportedExpert, WrongBase, ArgumentError."""
+    left_out = leave_out(adapter, without)
+    kept = [name for name in adapter if name not in left_out]
     if base is None:
-        names = {name: unwrapped(name) for name in adapter}
+        names = {name: unwrapped(name) for name in kept}
     else:
-        names = base.targets(adapter, str(adapter.path))
-        base.check_shapes({names[name]: shape for name, shape in adapter.shapes.items()}, str(adapter.path))
-    if all(name == target for name, target in names.items()):
+        names = base.targets(kept, str(adapter.path))
+        base.check_shapes({names[name]: adapter.shapes[name] for name in kept}, str(adapter.path))
+    if not left_out and all(name == target for name, target in names.items()):
         return adapter
-    return SomeTargets(adapter, {target: name for name, target in names.items()})
+    return SomeTargets(adapter, {target: name for name, target in names.items()}, left_out)
 
 
 def _directory(path: str | Path) -> Path:

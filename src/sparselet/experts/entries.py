@@ -10,7 +10,7 @@ model's files.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from sparselet.errors import (
     UnsupportedExpert,
 )
 from sparselet.experts.base_model import BaseModel
-from sparselet.experts.expert import ExpertFile
+from sparselet.experts.expert import ExpertFile, leave_out
 from sparselet.experts.reading import FLOATS, describe, open_weights, refuse_fields, target_of, tensors_of_targets
 from sparselet.fingerprint import require_same_base
 
@@ -75,13 +75,21 @@ SUPER_TUNING = Layout(
 class EntriesFile(ExpertFile):
     """A PEFT adapter of single entries, as element masks with ascending unique indices and float32 values.
 
-    layout: SHIRA or SUPER_TUNING. base: the base model's files, for the shapes of the targets.
+    layout: SHIRA or SUPER_TUNING. base: the base model, for the names and shapes of the targets. without: patterns of
+    targets, by their names in the file, that are not read.
 
     Raises, at opening, ConfigError (the shapes are not known), UnsupportedExpert, BadConfig, MissingFile, BadContainer,
     UnknownTensor, MissingTensor, BadDtype, BadShape, WrongBase, UnsafePath.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], layout: Layout, base: BaseModel | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        layout: Layout,
+        base: BaseModel | None,
+        without: Iterable[str] = (),
+    ) -> None:
         file = path / CONFIG_FILE
         refuse_fields(file, config, layout.known.split(), layout.refused)
         if config.get("save_precomputed_indices") is False:
@@ -93,13 +101,15 @@ class EntriesFile(ExpertFile):
         self._tensors = open_weights(path)
         pairs = _pairs(self._tensors, layout)
         noted = _read_note(self._tensors, layout, pairs)
+        left_out = leave_out(pairs, without)
+        pairs = {name: pair for name, pair in pairs.items() if name not in left_out}
         targets = {name: name for name in pairs} if base is None else base.targets(pairs, str(path))
         self._pairs = {target: pairs[name] for name, target in targets.items()}
         self._noted = {target: noted[name] for name, target in targets.items()} if noted else {}
         shapes = {target: self._shape(target, base) for target in self._pairs}
         for target, shape in shapes.items():
             _check_count(self._tensors, config, layout, self._pairs[target][0], target, shape)
-        super().__init__(path, shapes, describe(config))
+        super().__init__(path, shapes, describe(config), left_out)
 
     @property
     def fingerprints(self) -> dict[str, dict[str, str] | None]:

@@ -18,13 +18,20 @@ class ExpertFile(Mapping[str, SparseDelta]):
     """What every kind of expert has in common with `AdapterFile`: its targets are known before any tensor is read.
 
     path: where it lies. shapes: (rows, columns) of each target, as the base model stores it. fingerprints: the base
-    model's, by target; None where they are not known. metadata: base model, task type and task, as far as known.
+    model's, by target; None where they are not known. metadata: base model, task type and task, as far as known. left_out:
+    the targets in the file that are not read, as was asked for.
     A kind adds reading one target (`expert[name]`), counting the selected entries (`nnz`), and `check_values`, which raises
     NonFiniteValue if any stored value is NaN or infinite.
     """
 
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, int]], metadata: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        shapes: Mapping[str, tuple[int, int]],
+        metadata: Mapping[str, Any],
+        left_out: tuple[str, ...] = (),
+    ) -> None:
+        self.path, self.left_out = path, left_out
         self.shapes = dict(sorted(shapes.items()))
         self.metadata = dict(metadata)
 
@@ -58,9 +65,11 @@ class SomeTargets(ExpertFile):
     expert: an `ExpertFile`, an `AdapterFile` or a `SparseAdapter`. names: of each target, what the expert calls it.
     """
 
-    def __init__(self, expert: Any, names: Mapping[str, str]) -> None:
+    def __init__(self, expert: Any, names: Mapping[str, str], left_out: tuple[str, ...] = ()) -> None:
         shapes = getattr(expert, "shapes", None) or {name: delta.shape for name, delta in expert.items()}
-        super().__init__(getattr(expert, "path", Path()), {name: shapes[own] for name, own in names.items()}, expert.metadata)
+        super().__init__(
+            getattr(expert, "path", Path()), {name: shapes[own] for name, own in names.items()}, expert.metadata, left_out
+        )
         self._expert, self._names = expert, dict(names)
 
     @property
@@ -83,21 +92,17 @@ class SomeTargets(ExpertFile):
             require_finite(self[name].values, f"{self.path}: {name}")
 
 
-def without(expert: Any, patterns: Iterable[str]) -> tuple[Any, list[str]]:
-    """An expert without the targets that a pattern of names (`*.v_proj`) matches, and their names.
-
-    Raises ArgumentError for a pattern that matches none, and where nothing would be left.
-    """
-    left_out = set()
+def leave_out(names: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...]:
+    """The names that a pattern (`*.v_proj`) matches. Raises ArgumentError for a pattern that matches none, or if all go."""
+    names, left_out = list(names), set()
     for pattern in patterns:
-        matching = {name for name in expert if fnmatchcase(name, pattern)}
+        matching = {name for name in names if fnmatchcase(name, pattern)}
         if not matching:
-            raise ArgumentError(f"no target matches {pattern!r}; one is called {next(iter(expert), None)}.")
+            raise ArgumentError(f"no target matches {pattern!r}, to leave it out; one is called {next(iter(names), None)}.")
         left_out |= matching
-    if left_out and len(left_out) == len(expert):
-        raise ArgumentError(f"all {len(expert)} targets would be left out.")
-    rest = SomeTargets(expert, {name: name for name in expert if name not in left_out}) if left_out else expert
-    return rest, sorted(left_out)
+    if left_out and len(left_out) == len(names):
+        raise ArgumentError(f"all {len(names)} targets would be left out.")
+    return tuple(sorted(left_out))
 
 
 def full_delta(dense: Tensor) -> SparseDelta:

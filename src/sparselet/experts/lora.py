@@ -12,7 +12,7 @@ from sparselet.container import TensorFile
 from sparselet.delta import SparseDelta, check_dense_shape, check_shape, index_dtype
 from sparselet.errors import BadConfig, BadDtype, BadShape, ConfigError, UnknownTensor, UnsupportedExpert
 from sparselet.experts.base_model import BaseModel
-from sparselet.experts.expert import ExpertFile, full_delta
+from sparselet.experts.expert import ExpertFile, full_delta, leave_out
 from sparselet.experts.reading import FLOATS, describe, open_weights, refuse_fields, target_of, tensors_of_targets
 from sparselet.memory import require_memory
 from sparselet.patterns import first_matches
@@ -70,18 +70,23 @@ class LoraFile(ExpertFile):
     model's layer tells. PEFT has one `fan_in_fan_out` for all, which it corrects layer by layer and then saves as the last one
     had it: without the base model it is believed only where it cannot be of two minds.
 
-    base: the base model, whose names the targets then have.
+    base: the base model, whose names the targets then have. without: patterns of targets, by their names in the file, that
+    are not read.
 
     Raises, at opening, ConfigError (the base model is needed), UnknownTarget, WrongBase (other shapes), UnsupportedExpert
     (DoRA, trained biases or modules, starts that changed the base model, and the like), BadConfig, MissingFile, BadContainer,
     UnknownTensor, MissingTensor, BadDtype, BadShape, UnsafePath.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], base: BaseModel | None = None) -> None:
+    def __init__(
+        self, path: Path, config: Mapping[str, Any], base: BaseModel | None = None, without: Iterable[str] = ()
+    ) -> None:
         file = path / CONFIG_FILE
         _check_config(file, config)
         self._tensors = open_weights(path)
         pairs = tensors_of_targets(self._tensors, (A, B), _names(self._tensors))
+        left_out = leave_out(pairs, without)
+        pairs = {name: pair for name, pair in pairs.items() if name not in left_out}
         modules = {name: a.removeprefix(PREFIX).removesuffix(A) for name, (a, _) in pairs.items()}
         ranks = pattern_values(file, config, "rank_pattern", modules.values(), config.get("r", 8))
         alphas = pattern_values(file, config, "alpha_pattern", modules.values(), config.get("lora_alpha", 8))
@@ -101,7 +106,7 @@ class LoraFile(ExpertFile):
         shapes = {name: self._shape(name) for name in self._factors}
         if base is not None:
             base.check_shapes(shapes, str(path))
-        super().__init__(path, shapes, describe(config))
+        super().__init__(path, shapes, describe(config), left_out)
 
     def __getitem__(self, name: str) -> SparseDelta:
         factors = self._factors[name]

@@ -46,9 +46,9 @@ def refuse_fields(file: Path, config: Mapping[str, Any], known: Iterable[str], r
 def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
     """Raise UnsupportedExpert if a model's configuration says that its weights are quantised."""
     for part in (config, config.get("text_config")):
-        settings = part.get("quantization_config") if isinstance(part, dict) else None
+        settings = (part.get("quantization_config") or part.get("compression_config")) if isinstance(part, dict) else None
         if settings:
-            method = settings.get("quant_method", "an unknown method") if isinstance(settings, dict) else settings
+            method = settings.get("quant_method", "a method without a name") if isinstance(settings, dict) else settings
             raise UnsupportedExpert(
                 f"{where}: the weights are quantised by {method!s:.40} (quantization_config in config.json), so they cannot be "
                 "compared. Give the model it was quantised from, or load it with transformers, dequantize() it, and save it."

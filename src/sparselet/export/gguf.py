@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparselet.delta import SparseDelta
 from sparselet.errors import ExportError, MissingExtra
 from sparselet.experts.model_files import MODEL_CONFIG, ModelFiles
@@ -49,7 +51,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def export_gguf_checkpoint(
-    model: Any, tokenizer: Any, adapter: Mapping[str, SparseDelta], output: str | Path, keep_base: bool = True
+    model: Any,
+    tokenizer: Any,
+    adapter: Mapping[str, SparseDelta],
+    output: str | Path,
+    keep_base: bool = True,
+    *,
+    dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
 ) -> Path:
     """Write W + ΔW as a checkpoint that `convert_hf_to_gguf.py` of llama.cpp turns into a GGUF file.
 
@@ -63,14 +72,14 @@ def export_gguf_checkpoint(
       and of Phi-3 must have it. generation_config.json is there.
     Not checked is whether the converter knows the tokenizer's way to split text, which it recognises by a hash of its own.
 
-    model, tokenizer: a transformers base model and its tokenizer. keep_base: as in `export_checkpoint`.
+    model, tokenizer: a transformers base model and its tokenizer. keep_base, dtype, base: as in `export_checkpoint`.
     Raises ExportError, MissingExtra (gguf), what `resident.applied` raises, OutputExists, WriteFailed; nothing is left then.
     """
     refuse_modules(adapter)
     table = _table(model)
     pieces = _check_tokenizer(model, tokenizer)
     with atomic_directory(output) as directory:
-        write_checkpoint(model, tokenizer, adapter, directory, keep_base=keep_base)
+        write_checkpoint(model, tokenizer, adapter, directory, keep_base=keep_base, dtype=dtype, base=base)
         if pieces is not None:
             shutil.copyfile(pieces, directory / SENTENCEPIECE)
         if not (directory / "generation_config.json").is_file():
