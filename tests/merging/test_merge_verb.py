@@ -8,7 +8,7 @@ import pytest
 import torch
 from made import contents, names_in
 from tiny import make_adapter, make_model, save_base, save_task
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from sparselet import METHODS, SparseAdapter, merge
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE
@@ -224,8 +224,8 @@ def test_the_base_model_is_called_as_it_was_asked_for(tmp_path, full, base_dir, 
 def test_a_base_model_on_the_hub_is_fetched_only_where_its_files_are_needed(tmp_path, experts, full, base_dir, monkeypatch):
     fetched = []
     monkeypatch.setattr("sparselet.hub.fetch", lambda name: fetched.append(name) or Path(base_dir))
-    read = AutoConfig.from_pretrained
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **k: read(base_dir if name == "org/base" else name, **k))
+    read, here = PreTrainedConfig.get_config_dict, {"org/base": base_dir}
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda name, **k: read(here.get(name, name), **k))
     assert len(opening.open_experts(experts, "org/base")) == 2
     assert not fetched
     (opened,) = opening.open_experts([full], "org/base")
