@@ -61,7 +61,8 @@ def atomic_directory(path: str | Path, keep_equal: bool = False) -> Iterator[Pat
     keep_equal: a directory that is there may hold the very same files, and then stays as it is.
     Raises what `check_output` raises, WriteFailed if it cannot be written.
     """
-    if is_temporary(Path(path)):
+    place = Path(os.path.realpath(path)) if os.path.isdir(path) else Path(path)
+    if is_temporary(place):
         with naming_failure(path):
             yield Path(path)
         return
@@ -70,7 +71,8 @@ def atomic_directory(path: str | Path, keep_equal: bool = False) -> Iterator[Pat
         check_output(path)
     place = Path(os.path.realpath(path))
     with _written_beside(path, place) as temporary:
-        yield temporary
+        with utf8_path(temporary) as name:
+            yield name
         _settle(temporary)
         if there:
             if not _same_files(temporary, place):
@@ -120,6 +122,20 @@ def naming_failure(path: str | Path, left: str = "Nothing was changed.") -> Iter
         if reason is None:
             raise
         raise WriteFailed(_cannot_write(path, reason, left)) from error
+
+
+@contextlib.contextmanager
+def utf8_path(directory: Path) -> Iterator[Path]:
+    """A name in UTF-8 of a directory that is there, since safetensors and tokenizers take no other."""
+    text = str(directory)
+    if text == text.encode(errors="replace").decode():
+        yield directory
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -253,7 +269,8 @@ def _written_beside(path: str | Path, place: Path) -> Iterator[Path]:
     except WriteFailed as error:
         if temporary is None:
             raise
-        raise WriteFailed(str(error).replace(str(temporary), str(path))) from error.__cause__
+        text = re.sub(r"/proc/self/fd/\d+", lambda _: str(path), str(error))  # of `utf8_path`
+        raise WriteFailed(text.replace(str(temporary), str(path))) from error.__cause__
 
 
 def _settle(directory: Path) -> None:
@@ -319,7 +336,7 @@ def _mount_points() -> set[Path]:
 
 
 def _cannot_write(path: str | Path, reason: str, left: str) -> str:
-    hint = " Make room on the disk, and run again." if reason == os.strerror(errno.ENOSPC) else ""
+    hint = " Make room on the disk, and run again." if reason in map(os.strerror, (errno.ENOSPC, errno.EDQUOT)) else ""
     return f"cannot write {path}: {reason}. {left}{hint}"
 
 

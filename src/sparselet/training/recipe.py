@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, SparseAdapter
 from sparselet.errors import ConfigError, OutputExists
-from sparselet.files import atomic_directory, check_output, naming_failure, parents_of, read_object, write_json
+from sparselet.files import atomic_directory, check_output, naming_failure, parents_of, read_object, utf8_path, write_json
 from sparselet.models import load_model, load_tokenizer
 from sparselet.prompts import PromptFormat, prompt_format
 from sparselet.resident import target_weights
@@ -186,11 +186,11 @@ def _fit(
     callbacks: Sequence[TrainerCallback],
 ) -> TrainerState:
     """Train from the checkpoint, if there is one, to the end; the best weights are in the model then."""
-    with _switched_back(job.model, job.settings):
+    with _switched_back(job.model, job.settings), utf8_path(work) as place:
         every = [*ready.callbacks, *callbacks]
-        trainer = make_trainer(ready.module, collate, rows, job.settings, work, every, ready.autocast)
+        trainer = make_trainer(ready.module, collate, rows, job.settings, place, every, ready.autocast)
         with naming_failure(work, "Checkpoints that are whole are kept for --resume."):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.train(resume_from_checkpoint=str(place / checkpoint.name) if checkpoint else None)
     return trainer.state
 
 
