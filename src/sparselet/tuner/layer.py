@@ -262,16 +262,19 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         """Moves when others write to the base weight."""
         return _version(self.base_weight) - self._own_writes
 
-    def _require_unchanged(self, version: int, masks: Mapping[str, Tensor | None]) -> None:
-        """Raise SelectionError if the base weight, or a mask, is not the one that a forward pass used.
+    def _mark(self, name: str) -> Tensor:
+        """What must not change until a backward pass: an adapter's mask, or its dense values, by a checksum of each row."""
+        if not self.sparse_mask[name].dense:
+            return self.sparse_indices[name]
+        values = self.sparse_values[name].detach()
+        return values.view(torch.int64 if values.dtype == torch.float64 else torch.int32).sum(1)
 
-        version: of the base weight. masks: of the trained adapters, None for all entries.
-        """
+    def _require_unchanged(self, version: int, marks: Mapping[str, Tensor]) -> None:
+        """Raise SelectionError if the base weight, by its version, or something marked is not what a forward pass used."""
         what = "" if self._base_version() == version else "the base weight"
-        for name, units in masks.items():
-            now = None if name not in self.sparse_mask or self.sparse_mask[name].dense else self.sparse_indices[name]
-            if now is not units and (now is None or units is None or not torch.equal(now, units)):
-                what = f"the mask of adapter {name!r}"
+        for name, mark in marks.items():
+            if name not in self.sparse_values or ((now := self._mark(name)) is not mark and not torch.equal(now, mark)):
+                what = f"the mask, or what is trained before there is one, of adapter {name!r}"
         if what:
             raise SelectionError(
                 f"{self.target_name}: {what} was changed between the forward pass and the backward pass, which needs what the "
@@ -303,8 +306,9 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
             replaced = {"weight": differentiable_weight(without(weight, self._resident), changes)}
             return torch.func.functional_call(self.base_layer, replaced, (x, *args), kwargs)
         recorder = None if self.recorder is None or not names else functools.partial(self.recorder, self)
-        masks = {name: change.units for name, change in zip(names, changes, strict=True) if change.trained}
-        check = functools.partial(self._require_unchanged, self._base_version(), masks)
+        kept = zip(names, changes, strict=True) if learns else ()
+        marks = {name: self._mark(name) for name, change in kept if change.trained or change.units is None}
+        check = functools.partial(self._require_unchanged, self._base_version(), marks)
         return changed_linear(x, weight, self.base_layer.bias, changes, self._build, check, self.transposed, recorder)
 
     def _leased(self, names: tuple[str, ...]) -> bool:

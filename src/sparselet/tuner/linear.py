@@ -65,9 +65,7 @@ class _ChangedLinear(torch.autograd.Function):
         trained = [change for change in changes if change.trained]
         ctx.learns = ctx.needs_input_grad[1] or bool(values)
         # In x's own dtype, and not in y's: the inputs of query, key and value are one tensor, which is then kept once.
-        # Dense values are kept for their version alone: autograd raises if they are changed before the backward pass.
-        dense = [change.values for change in changes if change.units is None]
-        ctx.save_for_backward(x if ctx.learns else None, *dense)
+        ctx.save_for_backward(x if ctx.learns else None)
         ctx.masks = [(change.units, change.block_size, change.values.dtype) for change in trained]
         # Taken now: until the backward pass the values may be written to.
         ctx.changes = tuple(change.snapshot() for change in changes) if ctx.needs_input_grad[0] else ()
@@ -81,7 +79,7 @@ class _ChangedLinear(torch.autograd.Function):
         ctx: Any, grad_output: Tensor
     ) -> tuple[Tensor | None, ...]:
         ctx.check()
-        x, *_ = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         dense = grad_x = grad_bias = None
