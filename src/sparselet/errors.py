@@ -23,7 +23,7 @@ SparseletError
 │   ├── IndexOutOfBounds
 │   ├── UnsortedIndices
 │   ├── DuplicateIndex
-│   ├── NonFiniteValue
+│   ├── NonFiniteValue                also a ValueError
 │   └── BadCounts                     merge_counts.safetensors is not of the adapter beside it
 ├── WrongBase                         the adapter belongs to another base model
 ├── UnknownTarget                     the model has no such target
@@ -135,7 +135,7 @@ class DuplicateIndex(FormatError):
     """An index occurs twice."""
 
 
-class NonFiniteValue(FormatError):
+class NonFiniteValue(FormatError, ValueError):
     """A value is NaN or infinite."""
 
 

@@ -33,7 +33,7 @@ from sparselet.training.schedule import MaskSchedule
 from sparselet.training.settings import TrainSettings
 from sparselet.tuner import SparseletConfig, sparselet_layers, to_adapter
 from sparselet.tuner.model import versions
-from sparselet.tuner.targets import describe_linear_layers, find_qkv, is_linear
+from sparselet.tuner.targets import default_targets, describe_linear_layers, is_linear
 
 ADAPTER = "default"  # PEFT's name for the only adapter
 
@@ -104,7 +104,7 @@ def lora(job: Job) -> Iterator[Ready]:
         lora_alpha=cast(int, settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha),
         lora_dropout=0.0,
         fan_in_fan_out=isinstance(job.model.get_submodule(targets[0]), Conv1D),
-        target_modules=list(settings.target_modules) or find_qkv(job.model),
+        target_modules=_choice(job.model, settings).target_modules,
         exclude_modules=list(settings.exclude_modules) or None,
         layers_to_transform=list(settings.layers) or None,
     )
@@ -215,16 +215,23 @@ def sparse_config(job: Job) -> SparseletConfig:
     return config
 
 
+def _choice(model: nn.Module, settings: TrainSettings) -> SparseletConfig:
+    """A configuration with the settings' choice of layers, the defaults filled in."""
+    choice = SparseletConfig(
+        target_modules=list(settings.target_modules) or None,
+        exclude_modules=list(settings.exclude_modules) or None,
+        layers_to_transform=list(settings.layers) or None,
+    )
+    choice.target_modules = choice.target_modules or default_targets(model, choice)
+    return choice
+
+
 def find_targets(model: nn.Module, settings: TrainSettings) -> list[str]:
     """The names of the layers that the settings choose, by the rules of PEFT's configurations.
 
     Raises NoTargets, and ArgumentError for a layer that is not linear.
     """
-    chosen = SparseletConfig(
-        target_modules=list(settings.target_modules) or find_qkv(model),
-        exclude_modules=list(settings.exclude_modules) or None,
-        layers_to_transform=list(settings.layers) or None,
-    )
+    chosen = _choice(model, settings)
     found = {name: module for name, module in model.named_modules() if check_target_module_exists(chosen, name)}
     for name, module in found.items():
         if not is_linear(module):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftConfig
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
 
 from sparselet.adapter import AdapterFile, UnfinishedAdapterWarning
 from sparselet.adapter_format import CONFIG_FILE, METHOD, WEIGHTS_FILE, check_config, unnamed_modules
@@ -107,7 +108,8 @@ class SparseletConfig(PeftConfig):
         get_score(self.score)
         if not isinstance(self.block_size, int) or self.block_size < 1:
             raise BlockSizeError(f"block_size must be a positive integer, got {self.block_size!r}.")
-        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
+        pattern = isinstance(self.target_modules, str) and self.target_modules.lower() != ALL_LINEAR
+        if pattern and (self.layers_to_transform is not None or self.layers_pattern):
             raise ConfigError(
                 f"layers_to_transform and layers_pattern do not go with target_modules={self.target_modules!r}, which matches "
                 "full names. Put the layers' numbers into the expression, or give a list of names."

@@ -378,15 +378,26 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write these adapters (default: the active ones) into the weight until `unmerge`, beside what is merged already.
 
-        safe_merge: raise NonFiniteValue, and change nothing, if a value is NaN or infinite.
+        safe_merge: raise NonFiniteValue, and change nothing, if a merged weight would be NaN or infinite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.sparse_values]
-        if safe_merge and not all(torch.isfinite(self.sparse_values[name]).all() for name in names):
-            raise NonFiniteValue(f"{self.target_name}: an adapter's values are NaN or infinite; nothing was merged.")
+        if safe_merge:
+            self.require_finite_merge(names)
         if names:
             self._require_usable(())
             self.merged_adapters.extend(names)
             self.refresh()
+
+    def require_finite_merge(self, adapter_names: Sequence[str]) -> None:
+        """Raise NonFiniteValue if the weight with these adapters beside what is merged would be NaN or infinite."""
+        for name in adapter_names:
+            if name in self.sparse_values and name not in self.merged_adapters:
+                changes = self._changes([*self.merged_adapters, name])
+                if not torch.isfinite(self._build(self._base_version(), changes)).all():
+                    raise NonFiniteValue(
+                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken: with it the weight of "
+                        f"{self.target_name} is NaN or infinite. Nothing was merged."
+                    )
 
     def unmerge(self) -> None:
         """Undo `merge`, bit for bit."""

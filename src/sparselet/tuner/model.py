@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from sparselet.names import base_name
 from sparselet.tuner.adapted import adapter_config, base_model, require_layers, sparselet_layers
 from sparselet.tuner.config import PEFT_TYPE, SparseletConfig
 from sparselet.tuner.layer import SparseletLayer, SparseletLinear, leased
-from sparselet.tuner.targets import describe_linear_layers, find_qkv, is_linear
+from sparselet.tuner.targets import default_targets, describe_linear_layers, is_linear
 
 TRL_REFERENCE = "ref"  # what TRL calls the adapter that it adds as a reference
 
@@ -45,9 +46,10 @@ class SparseletModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> SparseletConfig:
         assert isinstance(peft_config, SparseletConfig)
-        if peft_config.target_modules is None:
-            peft_config.target_modules = find_qkv(self.model)
-        return cast(SparseletConfig, _maybe_include_all_linear_layers(peft_config, self.model))
+        names = peft_config.target_modules
+        if names is None or (isinstance(names, str) and names.lower() == ALL_LINEAR):
+            peft_config.target_modules = default_targets(self.model, peft_config)
+        return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the model. Raises NoTargets where no layer matches, UnknownTarget for one it lacks."""
@@ -106,6 +108,23 @@ class SparseletModel(BaseTuner):
             super().delete_adapter(adapter_name)
         finally:
             del self.prefix
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write adapters into the weights until `unmerge_adapter`. safe_merge: NonFiniteValue, before anything is merged."""
+        if safe_merge:
+            _require_finite_merge(self.model, adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge and safe_merge:
+            _require_finite_merge(self.model, adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -218,6 +237,11 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SparseletConfig  # pyright: ignore[reportArgumentType]
     PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = SparseletModel  # pyright: ignore[reportArgumentType]
     PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = SparseletModel.prefix  # pyright: ignore[reportArgumentType]
+
+
+def _require_finite_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
+    for layer in sparselet_layers(model).values():
+        layer.require_finite_merge(layer.active_adapters if adapter_names is None else adapter_names)
 
 
 def _check_target(name: str, module: nn.Module, config: SparseletConfig) -> None:

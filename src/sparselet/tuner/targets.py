@@ -1,9 +1,14 @@
 """Which layers of a model are its query, key and value projections."""
 
+import copy
 from collections import Counter
-from typing import cast
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
+from peft import PeftConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparselet.errors import NoTargets
@@ -18,7 +23,18 @@ LAYOUTS: tuple[tuple[str, ...], ...] = (
     ("q", "k", "v"),  # T5
     ("q_lin", "k_lin", "v_lin"),  # DistilBERT
     ("Wqkv",),  # MPT, ModernBERT
+    ("in_proj",),  # DeBERTa
+    ("query_proj", "key_proj", "value_proj"),  # DeBERTa-v2
+    ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj"),  # DeepSeek-V2-Lite: keys and values through a low rank (MLA)
+    ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),  # DeepSeek, MiniCPM3
+    ("q_a_proj", "q_b_proj", "kv_proj"),  # DeepSeek-V4
+    ("project_q", "project_k", "project_v"),  # CPM-Ant
+    ("Wq", "Wk", "Wv"),  # CTRL
+    ("q_head", "k_head", "v_head"),  # Funnel
+    ("layer_1", "layer_2"),  # XLNet's feed-forward layers: its projections are tensors of three sides, and no layers
 )
+
+IN_ATTENTION = {("in_proj",)}  # which only counts in an attention module: Mamba's mixers have a layer of that name too
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -26,25 +42,70 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D)) and module.weight.is_floating_point()
 
 
-def find_qkv(model: nn.Module) -> list[str]:
-    """The names that the model's query, key and value projections end in, such as `["k_proj", "q_proj", "v_proj"]`.
+def default_targets(model: nn.Module, config: PeftConfig) -> list[str]:
+    """The target_modules of a configuration that leaves them open or says "all-linear", as its other fields choose them."""
+    chosen: Any = copy.copy(config)
+    if chosen.target_modules is None:
+        chosen.target_modules, full_names = find_qkv(model)
+        if full_names is None:
+            return chosen.target_modules
+    else:
+        full_names = _maybe_include_all_linear_layers(copy.copy(chosen), model).target_modules
+        chosen.target_modules = sorted({name.rpartition(".")[2] for name in full_names})
+    # By endings, since PEFT looks for the number of a layer only where it is not given by its full name.
+    return sorted(name for name in full_names if check_target_module_exists(chosen, name))
 
-    A layout counts only where one module holds all of its parts and all of them are linear.
+
+def find_qkv(model: nn.Module) -> tuple[list[str], list[str] | None]:
+    """The names that the query, key and value projections end in, such as `["k_proj", "q_proj", "v_proj"]`.
+
+    A layout counts only where one module holds all of its parts and all of them are linear. Of a model of several modalities
+    the language model alone counts, since rows are text: no row reaches a vision tower, or what attends to one.
+    Returns the full names too where those endings alone would match other layers, else None.
     Raises NoTargets, listing the linear layers there are.
     """
-    found: set[str] = set()
-    for module in model.modules():
-        children = dict(module.named_children())
-        for layout in LAYOUTS:
-            parts = [children.get(name) for name in layout]
-            if all(part is not None and is_linear(getattr(part, "base_layer", part)) for part in parts):
-                found.update(layout)
+    reached = _reached_by_text(model)
+    found: dict[str, None] = {}
+    for name, module in model.named_modules():
+        if reached(name):
+            children = dict(module.named_children())
+            layouts = [layout for layout in LAYOUTS if _holds(module, children, layout)]
+            found.update(dict.fromkeys(f"{name}.{part}".lstrip(".") for layout in layouts for part in layout))
     if not found:
         raise NoTargets(
             f"no query, key and value projections were found in {type(model).__name__}. Name the layers in "
             f"target_modules; its linear layers are: {describe_linear_layers(model)}."
         )
-    return sorted(found)
+    endings = {name.rpartition(".")[2] for name in found}
+    exact = any(name.rpartition(".")[2] in endings and not reached(name) for name, _ in model.named_modules())
+    return sorted(endings), sorted(found) if exact else None
+
+
+def _holds(module: nn.Module, children: Mapping[str, nn.Module], layout: tuple[str, ...]) -> bool:
+    if layout in IN_ATTENTION and "ttention" not in type(module).__name__:
+        return False
+    parts = [children.get(name) for name in layout]
+    return all(part is not None and is_linear(getattr(part, "base_layer", part)) for part in parts)
+
+
+def _reached_by_text(model: nn.Module) -> Callable[[str], bool]:
+    """Whether rows of text alone reach the layer of a name."""
+    config = getattr(model, "config", None)
+    if not isinstance(model, PreTrainedModel) or not isinstance(config, PreTrainedConfig):
+        return lambda name: True
+    text = config.get_text_config()
+    parts = {f"{name}.": part for name, part in model.named_modules() if name and isinstance(part, PreTrainedModel)}
+    language = tuple(name for name, part in parts.items() if part.config is text and text is not config)
+    foreign = tuple(name for name, part in parts.items() if "text" not in part.input_modalities)
+    if "text" not in model.input_modalities:
+        return lambda name: True
+    crosses = () if text.is_encoder_decoder or config.is_encoder_decoder else ("cross", "encoder_attn")
+
+    def reached(name: str) -> bool:
+        inside = not language or name.startswith(language)
+        return inside and not name.startswith(foreign) and not any(word in name for word in crosses)
+
+    return reached
 
 
 def describe_linear_layers(model: nn.Module) -> str:
