@@ -50,7 +50,8 @@ def default_targets(model: nn.Module, config: PeftConfig) -> list[str]:
         if full_names is None:
             return chosen.target_modules
     else:
-        full_names = _maybe_include_all_linear_layers(copy.copy(chosen), model).target_modules
+        linear: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
+        full_names = linear.target_modules
         chosen.target_modules = sorted({name.rpartition(".")[2] for name in full_names})
     # By endings, since PEFT looks for the number of a layer only where it is not given by its full name.
     return sorted(name for name in full_names if check_target_module_exists(chosen, name))
