@@ -390,10 +390,11 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
 
     def require_finite_merge(self, adapter_names: Sequence[str]) -> None:
         """Raise NonFiniteValue if the weight with these adapters beside what is merged would be NaN or infinite."""
+        names = list(self.merged_adapters)
         for name in adapter_names:
-            if name in self.sparse_values and name not in self.merged_adapters:
-                changes = self._changes([*self.merged_adapters, name])
-                if not torch.isfinite(self._build(self._base_version(), changes)).all():
+            if name in self.sparse_values and name not in names:
+                names.append(name)
+                if not torch.isfinite(self._build(self._changes(names))).all():
                     raise NonFiniteValue(
                         f"NaNs detected in the merged weights. The adapter {name} seems to be broken: with it the weight of "
                         f"{self.target_name} is NaN or infinite. Nothing was merged."
