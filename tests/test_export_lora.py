@@ -63,6 +63,26 @@ def test_the_rank_of_a_lora_is_found_again(monkeypatch, whole):
     assert factorise(torch.randn(60, 50), None)[0].shape[1] == 50
 
 
+@pytest.mark.parametrize("rank", [1, 9, 10, 11, 40, 60, 89, 90])
+@pytest.mark.parametrize("tall", [False, True])
+def test_the_smallest_rank_is_found_whatever_it_is(monkeypatch, rank, tall):
+    """Below the first probe, between two, beyond the last, and just short of the sides."""
+    monkeypatch.setattr("sparselet.export.lora.WHOLE", 16)
+    monkeypatch.setattr("sparselet.export.lora.PROBE", 10)
+    generator = torch.Generator().manual_seed(rank)
+    dense = torch.randn(120, rank, generator=generator) @ torch.randn(rank, 90, generator=generator)
+    dense = dense if tall else dense.t().contiguous()
+    b, a, error = factorise(dense, None)
+    assert b.shape[1] == a.shape[0] == torch.linalg.matrix_rank(dense.double(), rtol=1e-5) == rank
+    assert error <= EXACT
+
+
+def test_a_row_and_a_column_are_of_rank_two():
+    dense = torch.zeros(80, 60)
+    dense[3], dense[:, 5] = torch.randn(60), torch.randn(80)
+    assert factorise(dense, None)[0].shape[1] == 2
+
+
 def test_zeros_factorise_to_nothing():
     b, a, error = factorise(torch.zeros(4, 6), None)
     assert (b.shape, a.shape, error) == ((4, 0), (0, 6), 0.0)

@@ -267,9 +267,13 @@ def test_a_conv1d_is_written_across_and_read_back(elsewhere, tmp_path):
         skeleton = GPT2LMHeadModel(gpt2.config)
     export_lora(adapter, tmp_path / "lora", base=skeleton)
     assert config_of(tmp_path / "lora")["fan_in_fan_out"] is True
-    both = {**adapter, "lm_head": SparseDelta.from_dense(torch.eye(258, 16))}
-    with pytest.raises(ExportError, match=r"some targets are Conv1D and some nn\.Linear"):
-        export_lora(both, tmp_path / "no", base=skeleton)
+    both = {**adapter, "lm_head": SparseDelta.from_dense(torch.eye(258, 16))}  # PEFT tells how each lies
+    export_lora(both, tmp_path / "both", base=skeleton)
+    gpt2.config.tie_word_embeddings = False
+    gpt2.lm_head.weight = torch.nn.Parameter(gpt2.lm_head.weight.detach().clone())
+    with applied(gpt2, both):
+        expected = logits(gpt2)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(gpt2, tmp_path / "both")), expected)
     for export in (export_shira, export_super_tuning):
         with pytest.raises(ExportError, match=r"c_attn is a Conv1D; .* Export to LoRA"):
             export(adapter, tmp_path / "no", base=skeleton)

@@ -15,7 +15,7 @@ from tiny import make_adapter, make_model
 
 from sparselet import SparseAdapter
 from sparselet.cli.main import run
-from sparselet.cli.terminal import note, progress, quiet_libraries
+from sparselet.cli.terminal import note, print_json, progress, quiet_libraries
 from sparselet.printable import printable, reason
 
 pytestmark = pytest.mark.usefixtures("loud_again")
@@ -185,3 +185,12 @@ def test_no_standard_output_at_all(monkeypatch, expert, tmp_path, closed):
         stream.close()
     assert run_on(monkeypatch, stream, "merge", expert("one"), expert("two"), "--out", tmp_path / "m") == 0
     assert len(SparseAdapter.load(tmp_path / "m")) == 6
+
+
+def test_json_has_null_for_what_it_has_no_number_for(capsys):
+    print_json({"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": (float("-inf"), True, None, "NaN")}})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [1.5, None],
+        "c": {"d": [None, True, None, "NaN"]},
+    }

@@ -31,6 +31,7 @@ SparseletError
 ├── ExportError                       the adapter cannot be written in that format
 ├── SelectionError                    the mask is missing, or cannot be chosen now
 ├── NonFiniteScore
+├── TrainingDiverged                  a loss or a trained weight is NaN or infinite
 ├── TaskError                         bad rows or splits of a task
 ├── ModelError                        a base model cannot be had or loaded
 ├── OutputExists
@@ -165,6 +166,10 @@ class SelectionError(SparseletError):
 
 class NonFiniteScore(SparseletError):
     """A score is NaN or infinite, so that no mask can be chosen by it."""
+
+
+class TrainingDiverged(SparseletError):
+    """Training ran away: a loss or a trained weight is NaN or infinite."""
 
 
 class TaskError(SparseletError):

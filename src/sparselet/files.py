@@ -9,6 +9,7 @@ import contextlib
 import errno
 import filecmp
 import json
+import math
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from sparselet.errors import (
     BadConfig,
     ConfigError,
     MissingFile,
+    NonFiniteValue,
     OutputExists,
     SparseletError,
     UnsafePath,
@@ -184,10 +186,26 @@ def write_json(path: str | Path, content: Any) -> None:
 def json_bytes(content: Any) -> bytes:
     """`content` as indented JSON with sorted keys. The same content gives the same bytes.
 
-    Halves of surrogate pairs, which paths that are not UTF-8 have, are written as JSON's escapes.
+    Halves of surrogate pairs, which paths that are not UTF-8 have, are written as JSON's escapes. Raises NonFiniteValue,
+    naming the field, for NaN and infinity, which JSON has no words for.
     """
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    try:
+        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        field = next(_not_finite(content), None)
+        if field is None:
+            raise
+        raise NonFiniteValue(f"{field} is NaN or infinite, which cannot be written as JSON.") from error
     return text.encode(errors="backslashreplace")
+
+
+def _not_finite(content: Any, field: str = "") -> Iterator[str]:
+    """The fields that hold NaN or infinity, by their keys joined by dots."""
+    if isinstance(content, float) and not math.isfinite(content):
+        yield field
+    parts = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, (list, tuple)) else ()
+    for key, value in parts:
+        yield from _not_finite(value, f"{field}.{key}" if field else str(key))
 
 
 def write_text(path: str | Path, text: str) -> None:

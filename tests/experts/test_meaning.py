@@ -97,7 +97,7 @@ def test_what_a_class_has_beside_a_llama_is_compared_too(tmp_path):
 
 def test_what_cannot_be_resolved_is_named(pair):
     refused(ModelError, "cannot read the configuration of .*tuned", *pair("tuned", model_type="of_nobody"))
-    with pytest.raises(AbsurdShape, match="num_hidden_layers is .* in config"):
+    with pytest.raises(AbsurdShape, match=r"num_hidden_layers is .* in config"):
         _ = BaseModel(pair("base", num_hidden_layers=10**6)[1]).config
 
 

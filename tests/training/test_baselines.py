@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
 
 from sparselet import SparseAdapter, merge
-from sparselet.errors import ArgumentError, ConfigError, NoTargets
+from sparselet.errors import ArgumentError, ConfigError, NonFiniteScore, NoTargets, TrainingDiverged, UnsupportedExpert
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.models import load_model, load_tokenizer
 from sparselet.resident import applied
@@ -299,7 +299,7 @@ def test_targets_that_cannot_be_trained_are_refused_and_leave_the_model_alone(
 def test_two_targets_that_share_one_weight_are_refused(settings_of, tmp_path, base_dir):
     model = load_model(base_dir)
     model.model.layers[1].self_attn.q_proj.weight = model.model.layers[0].self_attn.q_proj.weight
-    with pytest.raises(ArgumentError, match=r"layers\.1\.self_attn\.q_proj and model\.layers\.0\.\S* share one weight"):
+    with pytest.raises(UnsupportedExpert, match=r"layers\.0\.self_attn\.q_proj shares its weight with model\.layers\.1\."):
         train(settings_of("full-qkv"), tmp_path / "out", base=(model, load_tokenizer(base_dir)))
 
 
@@ -308,3 +308,10 @@ def test_a_float16_base_that_was_handed_in_is_refused(settings_of, tmp_path, bas
     with pytest.raises(ConfigError, match="the base model is in float16"):
         train(settings_of("full"), tmp_path / "out", base=(model, load_tokenizer(base_dir)))
     assert {p.dtype for p in model.parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize("method", ["full", "full-qkv", "lora", "sparse"])
+def test_training_that_runs_away_writes_nothing(settings_of, tmp_path, base_dir, method):
+    with pytest.raises((TrainingDiverged, NonFiniteScore), match=r"(?s)(nan|NaN|inf).*[lL]ower (the )?learning rate"):
+        train(settings_of(method, learning_rate=1e25), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import shlex
 import sys
 import warnings
@@ -132,9 +133,22 @@ def _print(title: str, shown: Table) -> None:
     out.print(shown, soft_wrap=not out.is_terminal)
 
 
+def finite(content: Any) -> Any:
+    """`content` with null for each number that JSON cannot hold."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def print_json(content: Mapping[str, Any]) -> None:
-    """Print machine-readable output and nothing else. Raises WriteFailed where it is written to a file that cannot hold it."""
-    print(json.dumps(content, indent=2, sort_keys=True).replace("\x7f", "\\u007f"), flush=True)
+    """Print machine-readable output and nothing else, NaN and infinity as null.
+
+    Raises WriteFailed where it is written to a file that cannot hold it.
+    """
+    text = json.dumps(finite(content), indent=2, sort_keys=True, allow_nan=False)
+    print(text.replace("\x7f", "\\u007f"), flush=True)
     failure = getattr(sys.stdout, "failure", None)
     if isinstance(failure, OSError) and failure.errno != errno.EPIPE:
         raise WriteFailed(f"cannot write the result to standard output: {failure.strerror}.")

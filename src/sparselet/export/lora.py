@@ -19,7 +19,7 @@ from sparselet.export.targets import linear_targets
 from sparselet.memory import require_memory
 
 EXACT = 2e-6  # a relative error that float32's rounding makes
-PROBE = 256  # the largest rank below that of its rows and columns which is looked for without being asked for
+PROBE = 256  # the rank that is tried first
 WHOLE = 1024  # a smaller side up to which all singular values are computed
 
 
@@ -52,9 +52,7 @@ def export_lora(
     if not max_error >= 0:
         raise ArgumentError(f"max_error must be a number of at least 0, got {max_error!r}.")
     targets = linear_targets(adapter, base)
-    across = {target.transposed for target in targets.values()}
-    if len(across) > 1:
-        raise ExportError("some targets are Conv1D and some nn.Linear, for which LoRA's configuration has one fan_in_fan_out.")
+    transposed = all(target.transposed for target in targets.values())  # PEFT corrects it for layers that lie otherwise
     errors: dict[str, float] = {}
     ranks: dict[str, int] = {}
 
@@ -74,7 +72,7 @@ def export_lora(
         _refuse_errors(errors, max_error)
         if not ranks:
             raise ExportError("all of the adapter's values are 0, so there is nothing to write.")
-        return _lora_config(ranks, across.pop())
+        return _lora_config(ranks, transposed)
 
     names = [PREFIX + name + suffix for name in targets for suffix in (A, B)]
     write_peft(output, {"peft_type": "LORA"}, adapter, names, fill)
@@ -111,16 +109,37 @@ def factorise(dense: Tensor, rank: int | None) -> tuple[Tensor, Tensor, float]:
     core = dense[rows][:, columns]
     found = None
     if exact and (rank is None or rank < exact):
-        left, right = _low_rank(core, min(rank or PROBE, exact))
-        error = float(torch.linalg.norm(core - left @ right) / torch.linalg.norm(core))
-        if rank is not None or (error <= EXACT and left.shape[1] < exact):
-            found = left, right, error
+        found = _smallest(core) if rank is None else _low_rank(core, rank)
     if found is None:  # the rows that are not zero and where they go, or the columns
         one = torch.eye(exact)
-        found = (one, core, 0.0) if len(rows) <= len(columns) else (core, one, 0.0)
-    b, a = torch.zeros(dense.shape[0], found[0].shape[1]), torch.zeros(found[1].shape[0], dense.shape[1])
-    b[rows], a[:, columns] = found[0], found[1]
-    return b, a, found[2]
+        left, right, error = (one, core, 0.0) if len(rows) <= len(columns) else (core, one, 0.0)
+    else:
+        left, right = found
+        error = float(torch.linalg.norm(core - left @ right) / torch.linalg.norm(core))
+    b, a = torch.zeros(dense.shape[0], left.shape[1]), torch.zeros(right.shape[0], dense.shape[1])
+    b[rows], a[:, columns] = left, right
+    return b, a, error
+
+
+def _smallest(core: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Exact factors of the smallest rank, if that is below both sides of `core`; None otherwise.
+
+    Ranks are tried from PROBE on, each twice the last, by a random sample of the columns' space, up to a quarter of the smaller
+    side; what has a higher rank is decomposed whole, by way of the smaller side's Gram matrix in float64.
+    """
+    exact = min(core.shape)
+    probe = PROBE
+    while exact > WHOLE and probe <= exact // 4:
+        left, right = _cut(core, _sample(core, probe, rounds=1), probe)
+        if left.shape[1] < probe and torch.linalg.norm(core - left @ right) <= EXACT * torch.linalg.norm(core):
+            return left, right
+        probe *= 2
+    if exact <= WHOLE:
+        left, right = _cut(core, None, exact)
+    else:
+        left, right = _by_gram(core)
+    fits = left.shape[1] < exact and torch.linalg.norm(core - left @ right) <= EXACT * torch.linalg.norm(core)
+    return (left, right) if fits else None
 
 
 def _low_rank(core: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -128,19 +147,43 @@ def _low_rank(core: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     For large matrices by randomised subspace iteration (Halko, Martinsson and Tropp 2011, Algorithm 4.4), of a fixed seed.
     """
-    small = min(core.shape)
-    basis = None
-    if small > WHOLE and 4 * rank < small:
-        random = torch.randn(core.shape[1], rank + 32, generator=torch.Generator().manual_seed(0))
-        basis = torch.linalg.qr(core @ random).Q
-        for _ in range(6):
-            basis = torch.linalg.qr(core @ torch.linalg.qr(core.t() @ basis).Q).Q
+    small = min(core.shape) <= WHOLE or rank > min(core.shape) // 4
+    return _cut(core, None if small else _sample(core, rank, rounds=6), rank)
+
+
+def _sample(core: Tensor, rank: int, rounds: int) -> Tensor:
+    """An orthonormal basis [rows, rank + 32] of about the space in which `core` is largest."""
+    random = torch.randn(core.shape[1], rank + 32, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(core @ random).Q
+    for _ in range(rounds):
+        basis = torch.linalg.qr(core @ torch.linalg.qr(core.t() @ basis).Q).Q
+    return basis
+
+
+def _cut(core: Tensor, basis: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """Singular vectors of `core`, or of what lies in `basis`, up to a rank or to where the rest is within float32's error."""
     # In float64, which tells what float32 rounded from what it holds.
     u, s, v = torch.linalg.svd((core if basis is None else basis.t() @ core).double(), full_matrices=False)
-    u = u if basis is None else basis.double() @ u
-    rest = s.square().flip(0).cumsum(0).flip(0).sqrt()  # what is lost by cutting before each singular value
-    r = max(1, min(rank, int((rest > EXACT / 2 * rest[0]).sum())))
-    return (u[:, :r] * s[:r].sqrt()).float(), (s[:r, None].sqrt() * v[:r]).float()
+    r = min(rank, _rank_of(s))
+    u = u[:, :r] if basis is None else basis.double() @ u[:, :r]
+    return (u * s[:r].sqrt()).float(), (s[:r, None].sqrt() * v[:r]).float()
+
+
+def _by_gram(core: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of `core` by the eigenvectors of C Cᵀ, or Cᵀ C, whichever is smaller: memory goes with the smaller side."""
+    wide = core.shape[0] <= core.shape[1]
+    rows = (core if wide else core.t()).double()
+    squares, vectors = torch.linalg.eigh(rows @ rows.t())
+    s, vectors = squares.clamp(min=0).sqrt().flip(0), vectors.flip(1)
+    r = _rank_of(s)
+    left, right = vectors[:, :r].float(), (vectors[:, :r].t() @ rows).float()
+    return (left, right) if wide else (right.t().contiguous(), left.t().contiguous())
+
+
+def _rank_of(s: Tensor) -> int:
+    """How many of descending singular values are needed for an error within float32's."""
+    rest = s.square().flip(0).cumsum(0).flip(0).sqrt()  # what is lost by cutting before each
+    return max(1, int((rest > EXACT / 2 * rest[0]).sum()))
 
 
 def _refuse_errors(errors: Mapping[str, float], max_error: float) -> None:

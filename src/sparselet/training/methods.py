@@ -23,9 +23,10 @@ from transformers.pytorch_utils import Conv1D
 from sparselet import kernels
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter
 from sparselet.delta import SparseDelta
-from sparselet.errors import ArgumentError, ConfigError, NoTargets
+from sparselet.errors import ArgumentError, ConfigError, NoTargets, TrainingDiverged
 from sparselet.files import atomic_write, write_json
 from sparselet.fingerprint import fingerprint_weight
+from sparselet.names import Names, refuse_shared
 from sparselet.prompts import PromptFormat, end_tokens
 from sparselet.resident import add
 from sparselet.training.sampling import balanced_rows
@@ -117,6 +118,7 @@ def lora(job: Job) -> Iterator[Ready]:
         write_json(directory / CONFIG_FILE, {k: sorted(v) if isinstance(v, set) else v for k, v in saved.items()})
         state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        _require_finite(tensors)
         with atomic_write(directory / WEIGHTS_FILE) as file:
             file.write(safetensors.torch.save(tensors, {"format": "pt"}))
 
@@ -138,6 +140,7 @@ def full(job: Job) -> Iterator[Ready]:
         own = [] if generation is None else end_tokens(generation)
 
         def write(directory: Path, metadata: Mapping[str, Any]) -> None:
+            _require_finite(weights)
             try:
                 if generation is not None and job.form.end not in own:
                     job.model.generation_config = copy.deepcopy(generation)
@@ -155,7 +158,7 @@ def full(job: Job) -> Iterator[Ready]:
 def full_qkv(job: Job) -> Iterator[Ready]:
     """All entries of the targets, of W + ΔW in a second stage; a sparse adapter of density 1, relative to the base model."""
     weights = {name: _weight(job.model, name) for name in find_targets(job.model, job.settings)}
-    _refuse_shared(weights)
+    refuse_shared(Names(job.model), weights, f"method {job.settings.method}")
     with _trained(job, {f"{name}.weight": weight for name, weight in weights.items()}, keep=True) as (before, autocast):
 
         def write(directory: Path, metadata: Mapping[str, Any]) -> SparseAdapter:
@@ -304,12 +307,13 @@ def _all_entries(dense: Tensor) -> SparseDelta:
     return SparseDelta.from_dense(dense, torch.ones(dense.shape, dtype=torch.bool))
 
 
-def _refuse_shared(weights: Mapping[str, nn.Parameter]) -> None:
-    owners: dict[int, str] = {}
-    for name, weight in weights.items():
-        other = owners.setdefault(id(weight), name)
-        if other != name:
-            raise ArgumentError(f"{name} and {other} share one weight, so they cannot both be targets; exclude one.")
+def _require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise TrainingDiverged if a trained tensor holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not kernels.all_finite(tensor.detach()):
+            raise TrainingDiverged(
+                f"{name} holds NaN or infinity after training; nothing was written. Lower the learning rate."
+            )
 
 
 def _weight(model: nn.Module, name: str) -> nn.Parameter:

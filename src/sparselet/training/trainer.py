@@ -1,6 +1,7 @@
 """A transformers `Trainer` for a run: its arguments, batches, validation, and checkpoints that can be gone on from."""
 
 import contextlib
+import math
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from sparselet.errors import MissingTensor
+from sparselet.errors import MissingTensor, TrainingDiverged
 from sparselet.files import atomic_write, flush, naming_failure
 from sparselet.training.collate import IGNORED, Encoded
 from sparselet.training.prefix import begun, token_loss
@@ -132,11 +133,18 @@ class RunTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the training losses as of a run that was not interrupted."""
+        """Log, with the training losses as of a run that was not interrupted. Raises TrainingDiverged for NaN or infinity."""
         if "loss" in logs:
             logs["loss"] = self._losses.since_logged(self.state.global_step)
         if "train_loss" in logs:
             logs["train_loss"] = self._losses.total / max(1, self.state.global_step)
+        for name, value in logs.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                done = f"{self.state.global_step} of {self.state.max_steps}"
+                raise TrainingDiverged(
+                    f"training ran away: {name} is {value} after step {done}. Nothing was written; start again with a lower "
+                    f"learning rate than {self.args.learning_rate:g}, or look at the rows."
+                )
         super().log(logs, start_time)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager[Any]:
