@@ -15,7 +15,7 @@ SOURCE = Path(sparselet.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ROOT = "sparselet"
 
-GROUND = {"errors", "printable", "memory", "patterns", "temporaries", "files", "kernels"}
+GROUND = {"errors", "printable", "memory", "time_limit", "setting_checks", "patterns", "temporaries", "files", "kernels"}
 UNITS = {"fingerprint", "delta", "scores", "masks", "container", "names", "adapter_format"}
 CORE = GROUND | UNITS | {"adapter", "adapter_stream", "model_config", "resident"}
 VERBS = {"merging", "export", "analysis", "serving"}
@@ -28,6 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "printable": set(),
     "memory": {"errors"},
+    "time_limit": set(),
+    "setting_checks": {"errors"},
     "patterns": {"errors"},
     "temporaries": set(),
     "files": {"errors", "printable", "temporaries"},

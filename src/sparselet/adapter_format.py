@@ -71,6 +71,11 @@ def check_config(config: Mapping[str, Any], where: str) -> tuple[dict[str, tuple
         "task_type": (TASK_TYPES.__contains__, f"null or one of {', '.join(TASK_TYPES)}"),
         "inference_mode": (_is_flag, "true or false"),
         "auto_mapping": (_is_mapping, "an object of names or null"),
+        "task": (_is_text, "text or null"),
+        "data_fingerprint": (_is_text, "text or null"),
+        "chat_template": (_is_flag, "true, false or null"),
+        "metrics": (_is_object, "an object or null"),
+        "merge": (_is_merge, "an object with a list of experts, or null"),
     }
     for field, (holds, expected) in rules.items():
         value = config.get(field)
@@ -93,6 +98,14 @@ def _is_list(value: Any) -> bool:
 
 def _is_names(value: Any) -> bool:
     return isinstance(value, str) or _is_list(value)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_merge(value: Any) -> bool:
+    return _is_object(value) and isinstance(value.get("experts", []), list) and all(map(_is_object, value.get("experts", [])))
 
 
 def _is_mapping(value: Any) -> bool:

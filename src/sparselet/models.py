@@ -79,6 +79,7 @@ def load_model(name: str, dtype: str = "float32") -> PreTrainedModel:
         raise ModelError(f"cannot load the base model {name}: its weights stay quantised. {_UNQUANTISED}")
     if dequantised:  # or saving would quantise the weights again
         model._weight_conversions = None
+    _check_token_ids(name, model.generation_config)
     absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if absent:  # transformers would go on with random numbers
         raise ModelError(
@@ -95,6 +96,17 @@ def skeleton(name: str, config: Any = None) -> PreTrainedModel:
     config = read_config(local_path(name)) if config is None else config
     with _loading(f"the layers of the base model {name}"), torch.device("meta"):
         return _auto(config).from_config(config, trust_remote_code=False)
+
+
+def _check_token_ids(name: str, settings: Any) -> None:
+    """Raise ModelError unless the tokens of the generation settings are whole numbers, or lists of them."""
+    for field, value in (settings.to_dict() if settings is not None else {}).items():
+        ids = value if isinstance(value, list) else [value]
+        if field.endswith("_token_id") and value is not None and not all(type(one) is int for one in ids):
+            raise ModelError(
+                f"cannot load the base model {name}: {field} in generation_config.json is {value!r:.60}; expected a token's "
+                "number."
+            )
 
 
 def _auto(config: Any) -> Any:
@@ -155,7 +167,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     path = local_path(name)
     config = read_config(path)
     with _loading(f"the tokenizer of {name}"):
-        return AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
+        tokenizer("probe")  # some settings are looked at then
+    return tokenizer
 
 
 def local_path(name: str) -> str:

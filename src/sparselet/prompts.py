@@ -12,8 +12,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from sparselet.errors import ModelError, TaskError
 from sparselet.models import position_limit, vocabulary_size
+from sparselet.printable import reason
+from sparselet.time_limit import time_limit
 
 _PROBES = ("probe one", "another")
+_SECONDS = 5.0  # for a chat template to render one conversation
 
 
 @dataclass(frozen=True)
@@ -112,14 +115,15 @@ def chat_tokens(form: PromptFormat, messages: Sequence[Mapping[str, str]], gener
     """
     spelled = any(token in message["content"] for message in messages for token in form.control)
     try:
-        tokens = form.tokenizer.apply_chat_template(
-            _content(messages, form.parts),
-            add_generation_prompt=generation_prompt,
-            return_dict=False,
-            sanitize_control_tokens=spelled,
-        )
+        with time_limit(_SECONDS):
+            tokens = form.tokenizer.apply_chat_template(
+                _content(messages, form.parts),
+                add_generation_prompt=generation_prompt,
+                return_dict=False,
+                sanitize_control_tokens=spelled,
+            )
     except Exception as error:  # a template raises what it likes
-        raise TaskError(f"cannot go through the tokenizer's chat template: {error}") from error
+        raise TaskError(f"cannot go through the tokenizer's chat template: {reason(error)}") from error
     return [token for token in tokens if isinstance(token, int)]
 
 
@@ -199,12 +203,12 @@ def _content(messages: Sequence[Mapping[str, str]], parts: bool) -> list[dict[st
 
 def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a chat template takes content as a list of parts. Raises ModelError where texts do not show in what it makes."""
-    failure: Exception | str = "what the user says is not in the prompt that it makes"
+    failure = "what the user says is not in the prompt that it makes"
     for parts in (False, True):
         try:
             rendered = [_rendered(tokenizer, [{"role": "user", "content": text}], parts, True) for text in _PROBES]
         except Exception as error:  # a template raises what it likes
-            failure = error
+            failure = reason(error)
             continue
         if all(text in prompt for text, prompt in zip(_PROBES, rendered, strict=True)):
             return parts
@@ -217,9 +221,10 @@ def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], parts: bool, generation_prompt: bool
 ) -> str:
-    text = tokenizer.apply_chat_template(
-        _content(messages, parts), add_generation_prompt=generation_prompt, tokenize=False, return_dict=False
-    )
+    with time_limit(_SECONDS):
+        text = tokenizer.apply_chat_template(
+            _content(messages, parts), add_generation_prompt=generation_prompt, tokenize=False, return_dict=False
+        )
     assert isinstance(text, str)
     return text
 

@@ -58,7 +58,7 @@ def _merged(metadata: dict[str, Any]) -> str | None:
     merge = metadata.get("merge")
     if not merge:
         return None
-    return f"{merge['method']} of {', '.join(str(e.get('task') or 'unnamed') for e in merge['experts'])}"
+    return f"{merge.get('method')} of {', '.join(str(e.get('task') or 'unnamed') for e in merge.get('experts', []))}"
 
 
 def _show_entries(cells: dict[str, dict[str, Cell]]) -> None:
@@ -76,7 +76,7 @@ def _show_entries(cells: dict[str, dict[str, Cell]]) -> None:
 def _show_heat(cells: dict[str, dict[str, Cell]]) -> None:
     largest = max((cell.rms for row in cells.values() for cell in row.values()), default=0.0)
     layers = list(dict.fromkeys(layer for row in cells.values() for layer in row))
-    width = max(len(name) for name in cells)
+    width = max((len(name) for name in cells), default=0)
     heading("Change by layer, first to last")
     for name, row in cells.items():
         shades = (row[layer].rms / largest if layer in row and largest else 0.0 for layer in layers)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparselet.batching import forward_parameters, padding_side, without_router_loss
 from sparselet.errors import ConfigError, ModelError, TaskError
 from sparselet.evaluation.decode import can_decode, decode, encode_prefix
+from sparselet.printable import reason
 from sparselet.prompts import (
     PromptFormat,
     longest_prompt,
@@ -129,6 +130,8 @@ def _by_model(model: Any, form: PromptFormat, max_new_tokens: int, prompts: Sequ
             pad_token_id=filler,
             **without_router_loss(forward_parameters(model)),
         )
-    except ValueError as error:
-        raise ModelError(f"the model's generation settings allow no greedy answers of a batch: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # of settings that are of any kind in their file
+        raise ModelError(
+            f"the model's generation settings allow no greedy answers of a batch: {type(error).__name__}: {reason(error)}"
+        ) from error
     return output[:, 1 if form.encoder_decoder else ids.shape[1] :].tolist()

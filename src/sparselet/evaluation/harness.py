@@ -11,6 +11,7 @@ from sparselet.errors import ConfigError, TaskError
 from sparselet.evaluation.generate import generate
 from sparselet.evaluation.metrics import DEFAULT_METRICS, Metric, choose_metrics, measure
 from sparselet.resident import applied
+from sparselet.setting_checks import check_settings
 from sparselet.tasks import Row, Task
 
 
@@ -42,6 +43,7 @@ class EvalSettings:
     """The split that is asked."""
 
     def __post_init__(self) -> None:
+        check_settings(self)
         for name in ("rows", "max_input_length", "max_new_tokens", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

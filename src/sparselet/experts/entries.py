@@ -10,6 +10,7 @@ model's files.
 """
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,7 +225,7 @@ def _check_count(
     count = tensors.shapes[values][0]
     field, default = ("r", 32) if layout is SHIRA else ("sparsity", 0.99)
     value = config.get(field, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise BadConfig(f"{tensors.path.parent / CONFIG_FILE}: {field} is {value!r:.60}; expected a number.")
     rows, columns = shape
     expected = value * (rows + columns) if layout is SHIRA else int(rows * columns * (1 - value))

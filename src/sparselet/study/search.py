@@ -13,6 +13,7 @@ from sparselet.experts import open_expert
 from sparselet.merging import METHODS, Recipe, merge
 from sparselet.merging.methods import defaults
 from sparselet.merging.plan import Expert, Weight
+from sparselet.setting_checks import check_seed, check_settings
 from sparselet.tasks import Task
 
 RANGES = {"weights": (0.0, 2.0), "density": (0.02, 1.0), "lambda": (0.0, 2.0)}
@@ -34,14 +35,14 @@ class SearchSettings:
     """Of the search."""
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.search not in RANGES:
             raise ConfigError(f"search must be one of {', '.join(RANGES)}, got {self.search!r}.")
         if self.trials < 1:
             raise ConfigError(f"trials must be at least 1, got {self.trials}.")
         if self.seconds is not None and not self.seconds > 0:
             raise ConfigError(f"seconds must be above 0, got {self.seconds}.")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed must be at least 0 and below 2**32, got {self.seed}.")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from sparselet.masks import check_density
 from sparselet.merging.methods import complete_parameters
 from sparselet.models import DTYPES
 from sparselet.scores import get_score
+from sparselet.setting_checks import check_seed, check_settings
 from sparselet.tasks import BUILTIN_PREFIX, load_task
 
 # What a learning rate is given for. `sparse` is also that of all entries of the targets, `full` also of all weights later on.
@@ -120,6 +121,9 @@ class StudySettings:
     """Training rows of each task in it; as in the first by default."""
 
     def __post_init__(self) -> None:
+        check_settings(self)
+        for seed in self.seeds:
+            check_seed(seed)
         self._check_tasks()
         for name in (*("threads", "batch_size", "max_new_tokens", "block_size", "draws", "lora_rank", "epochs"), *_ROWS):
             value = getattr(self, name)

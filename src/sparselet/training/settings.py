@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from sparselet.errors import ConfigError
 from sparselet.masks import check_density
 from sparselet.scores import get_score
+from sparselet.setting_checks import check_seed, check_settings
 
 Method = Literal["sparse", "lora", "full", "full-qkv", "multitask"]
 
@@ -117,6 +118,8 @@ class TrainSettings:
     """Of the order of the rows, random masks and scoring batches."""
 
     def __post_init__(self) -> None:
+        check_settings(self)
+        check_seed(self.seed)
         check_density(self.density)
         get_score(self.score)
         names = (self.task,) if isinstance(self.task, str) else tuple(self.task)

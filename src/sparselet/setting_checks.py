@@ -1,0 +1,46 @@
+"""Numbers and choices in settings, checked by the types of a dataclass's fields."""
+
+import math
+from collections.abc import Mapping
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from sparselet.errors import ConfigError
+
+LARGEST = 2**32  # of counts, steps and seeds; numpy's generators take no larger seed
+
+
+def check_settings(settings: Any) -> None:
+    """Raise ConfigError, naming the field, for a number that is none, not finite, or not within ±2³², and for a value that is
+    not one of a Literal's. settings: a dataclass; in tuples and mappings each value is looked at."""
+    for name, hint in get_type_hints(type(settings)).items():
+        _check(name, getattr(settings, name), hint)
+
+
+def check_seed(seed: Any) -> None:
+    """Raise ConfigError unless `seed` is an integer in [0, 2³²)."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < LARGEST:
+        raise ConfigError(f"seed must be an integer of at least 0 and below 2**32, got {seed!r:.60}.")
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    kinds = set(get_args(hint)) or {hint}
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(f"{name} must be one of {', '.join(map(str, get_args(hint)))}, got {value!r:.60}.")
+    elif kinds & {int, float} and kinds <= {int, float, NoneType}:
+        if value is not None or NoneType not in kinds:
+            _check_number(name, value, float in kinds)
+    elif get_origin(hint) is tuple and kinds & {int, float} and isinstance(value, (tuple, list)):
+        for one in value:
+            _check_number(name, one, float in kinds)
+    elif isinstance(value, Mapping) and float in kinds:
+        for key, one in value.items():
+            _check_number(f"{name}.{key}", one, True)
+
+
+def _check_number(name: str, value: Any, fractions: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float) if fractions else int):
+        raise ConfigError(f"{name} must be {'a number' if fractions else 'a whole number'}, got {value!r:.60}.")
+    if (isinstance(value, float) and not math.isfinite(value)) or not -LARGEST < value < LARGEST:
+        raise ConfigError(f"{name} must be a finite number below 2**32, got {value!r:.60}.")
