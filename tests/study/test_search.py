@@ -167,9 +167,15 @@ def test_no_trial_starts_after_the_time_but_the_first_always(recipe, scores, mon
         ({"search": "all"}, "search must be one of weights, density, lambda, got 'all'"),
         ({"search": "weights", "trials": 0}, "trials must be at least 1, got 0"),
         ({"search": "weights", "seconds": 0}, "seconds must be above 0, got 0"),
-        ({"search": "weights", "seconds": float("nan")}, "seconds must be above 0, got nan"),
-        ({"search": "weights", "seed": -1}, "seed must be at least 0 and below"),
-        ({"search": "weights", "seed": 2**32}, "seed must be at least 0 and below"),
+        ({"search": "weights", "seconds": float("nan")}, "seconds must be a finite number below"),
+        (
+            {"search": "weights", "seed": -1},
+            "seed must be an integer of at least 0 and below|seed must be a finite number below",
+        ),
+        (
+            {"search": "weights", "seed": 2**32},
+            "seed must be an integer of at least 0 and below|seed must be a finite number below",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):

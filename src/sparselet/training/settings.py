@@ -118,10 +118,10 @@ class TrainSettings:
     """Of the order of the rows, random masks and scoring batches."""
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        check_seed(self.seed)
         check_density(self.density)
         get_score(self.score)
+        check_settings(self)
+        check_seed(self.seed)
         names = (self.task,) if isinstance(self.task, str) else tuple(self.task)
         object.__setattr__(self, "task", names[0] if len(names) == 1 else names)
         if not names or not all(names):
