@@ -345,6 +345,11 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
                 f"{self.target_name}: the weight is not in memory (offloaded, or on the meta device), so the adapter cannot be "
                 "added to it. Load the model onto a device that holds it."
             )
+        if any(self.sparse_values[name].is_meta for name in self._active()):
+            raise SelectionError(
+                f"{self.target_name}: the adapter was added with low_cpu_mem_usage=True and holds no values. Load them, or "
+                "leave low_cpu_mem_usage out."
+            )
         for name in trained:
             state = self.sparse_mask[name]
             untouched = state.selecting and not state.dense and not state.selections and self.recorder is None

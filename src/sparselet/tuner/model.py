@@ -271,7 +271,7 @@ def _read_state(
     check_state("the adapter", {name: layer.shape for name, layer in layers.items()}, own)
     _check_targets(config, layers)
     read = {name: _read_target(layers[name], parts) for name, parts in files.items()}
-    if any(saved.selections is not None for saved in read.values()):
+    if not config.inference_mode and any(saved.selections is not None for saved in read.values()):
         config.validate()  # training goes on by them
     return read
 
