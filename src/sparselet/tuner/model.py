@@ -3,8 +3,7 @@
 import contextlib
 import importlib.metadata
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -12,18 +11,17 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from sparselet.adapter import SparseAdapter, config_of_targets, require_finite
-from sparselet.adapter_format import CONFIG_FILE, INDICES, PENDING, PREFIX, PROGRESS, VALUES, check_state
-from sparselet.delta import SparseDelta, check_block_size
-from sparselet.errors import ArgumentError, BadConfig, BadShape, NoTargets, ShapeMismatch, SparseletError, UnknownTarget
-from sparselet.fingerprint import require_same_base
+from sparselet.adapter_format import INDICES, PENDING, PROGRESS, VALUES
+from sparselet.delta import check_block_size
+from sparselet.errors import ArgumentError, NoTargets, SparseletError, UnknownTarget
 from sparselet.names import base_name
 from sparselet.tuner.adapted import adapter_config, base_model, require_layers, sparselet_layers
 from sparselet.tuner.config import PEFT_TYPE, SparseletConfig
 from sparselet.tuner.layer import SparseletLayer, SparseletLinear, leased
+from sparselet.tuner.state import is_unread, load_target, module_keys, read_state
 from sparselet.tuner.targets import default_targets, describe_linear_layers, is_linear
 
 TRL_REFERENCE = "ref"  # what TRL calls the adapter that it adds as a reference
@@ -185,13 +183,13 @@ class SparseletModel(BaseTuner):
         """
         assert isinstance(config, SparseletConfig)
         try:
-            read = _read_state(model, config, adapter_name, state_dict)
+            read = read_state(model, config, adapter_name, state_dict)
         except SparseletError:
             _withdraw(model, adapter_name)
             raise
-        tensors = {key: state_dict[key] for key in _module_keys(model, adapter_name) if key in state_dict}
+        tensors = {key: state_dict[key] for key in module_keys(model, adapter_name) if key in state_dict}
         for key, layer in _named_layers(model, adapter_name).items():
-            _load_target(layer, adapter_name, read[layer.target_name])
+            load_target(layer, adapter_name, read[layer.target_name])
             tensors[f"{key}{VALUES}.{adapter_name}"] = layer.sparse_values[adapter_name].detach()
             tensors[f"{key}{INDICES}.{adapter_name}"] = layer.sparse_indices[adapter_name]
         return tensors
@@ -255,50 +253,15 @@ def _check_target(name: str, module: nn.Module, config: SparseletConfig) -> None
         check_block_size(config.block_size, (rows, columns), name)
 
 
-def _read_state(
-    model: nn.Module, config: SparseletConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
-) -> "dict[str, _Saved]":
-    """Check all tensors of a file against the model, and return what they hold by target."""
-    layers = sparselet_layers(model, adapter_name)
-    allowed = _module_keys(model, adapter_name)
-    own = {f"{PREFIX}{key.removeprefix(PREFIX)}": tensor for key, tensor in state_dict.items() if key not in allowed}
-    files = _by_target(own)
-    unknown = sorted(set(files) - set(layers))
-    if unknown:
-        raise UnknownTarget(f"the model has no target {unknown[0]}, which the adapter changes ({len(unknown)} such).")
-    if config.targets is None and config.inference_mode and _unread(layers.values(), adapter_name):
-        raise BadConfig(f"{CONFIG_FILE} records no targets, so it is no adapter's; expected an object of target names.")
-    check_state("the adapter", {name: layer.shape for name, layer in layers.items()}, own)
-    _check_targets(config, layers)
-    read = {name: _read_target(layers[name], parts) for name, parts in files.items()}
-    if not config.inference_mode and any(saved.selections is not None for saved in read.values()):
-        config.validate()  # training goes on by them
-    return read
-
-
 def _withdraw(model: nn.Module, adapter_name: str) -> None:
     """Take out an adapter that was never read, so that the model is as it was."""
     tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, SparseletModel) or not _unread(sparselet_layers(model, adapter_name).values(), adapter_name):
+    if not isinstance(tuner, SparseletModel) or not is_unread(sparselet_layers(model, adapter_name).values(), adapter_name):
         return
     if len(tuner.peft_config) > 1:
         tuner.delete_adapter(adapter_name)
     else:
         tuner.unload()
-
-
-def _unread(layers: Iterable[SparseletLayer], adapter_name: str) -> bool:
-    return any(layer.sparse_mask[adapter_name].unread for layer in layers)
-
-
-def _module_keys(model: nn.Module, adapter_name: str) -> set[str]:
-    """The names that PEFT gives the tensors of `modules_to_save` before it hands them on; see `set_peft_model_state_dict`."""
-    return {
-        f"{name.removeprefix('_fsdp_wrapped_module.')}.{key}"
-        for name, module in model.named_modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
-        for key in module.adapter_state_dict_load_map(adapter_name).values()
-    }
 
 
 def _named_layers(model: nn.Module, adapter_name: str) -> dict[str, SparseletLayer]:
@@ -307,61 +270,6 @@ def _named_layers(model: nn.Module, adapter_name: str) -> dict[str, SparseletLay
         for key, module in model.named_modules()
         if isinstance(module, SparseletLayer) and adapter_name in module.sparse_values
     }
-
-
-def _by_target(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    files: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, kind = key.removeprefix(PREFIX).rpartition(".")
-        if f".{kind}" in (VALUES, INDICES, PENDING, PROGRESS):
-            files.setdefault(name, {})[f".{kind}"] = tensor
-    return files
-
-
-def _check_targets(config: SparseletConfig, layers: Mapping[str, SparseletLayer]) -> None:
-    recorded = config.targets or {}
-    for name, layer in layers.items():
-        shape = tuple(recorded.get(name, {}).get("shape", layer.shape))
-        if shape != layer.shape:
-            raise ShapeMismatch(f"{name}: the adapter was made for shape {list(shape)}, the model has {list(layer.shape)}.")
-    fingerprints = {name: recorded[name].get("fingerprint") for name in layers if name in recorded}
-    require_same_base(fingerprints, {name: layer.base_fingerprint() for name, layer in layers.items()}, "adapter and model")
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """What a file holds of one target. Without `selections` its selection phase has ended."""
-
-    delta: SparseDelta
-    selections: int | None
-    dense: bool
-    pending: Tensor | None
-
-
-def _read_target(layer: SparseletLayer, parts: Mapping[str, Tensor]) -> _Saved:
-    name = layer.target_name
-    values, units = parts[VALUES], parts[INDICES]
-    try:
-        delta = SparseDelta(layer.shape, units, values, values.shape[1] if values.ndim == 3 else 1)
-    except SparseletError as error:
-        raise type(error)(f"{name}: {error}") from error
-    require_finite(delta.values, name)
-    progress, pending = parts.get(PROGRESS), parts.get(PENDING)
-    if progress is None:
-        return _Saved(delta, None, False, None)
-    if progress.dtype != torch.int64 or progress.shape != (2,) or progress.min() < 0 or progress[1] > 1:
-        raise BadShape(
-            f"{name}{PROGRESS} must be int64 [2], a count and 0 or 1, got {progress.dtype} {progress.tolist()!s:.40}."
-        )
-    selections, dense = int(progress[0]), bool(progress[1])
-    if dense and delta.nnz != delta.size:
-        raise BadShape(f"{name}: all {delta.size} entries are said to be trained, but {delta.nnz} are in the file.")
-    if pending is None or not pending.numel():
-        return _Saved(delta, selections, dense, None)
-    if tuple(pending.shape) != layer.shape or not pending.is_floating_point():
-        raise BadShape(f"{name}{PENDING} must be floating {list(layer.shape)}, got {pending.dtype} {list(pending.shape)}.")
-    require_finite(pending, f"{name}{PENDING}")
-    return _Saved(delta, selections, dense, pending)
 
 
 def _source_of_copy(layer: SparseletLayer, adapter_name: str, config: SparseletConfig) -> str | None:
@@ -383,18 +291,6 @@ def _copy_adapter(layer: SparseletLayer, source: str, name: str) -> None:
         layer.set_mask(name, layer.sparse_indices[source].clone(), values, state.block_size)
     layer.sparse_mask[name].selecting = state.selecting
     layer.sparse_mask[name].selections = state.selections
-
-
-def _load_target(layer: SparseletLayer, adapter_name: str, saved: _Saved) -> None:
-    state = layer.sparse_mask[adapter_name]
-    state.block_size = saved.delta.block_size
-    if saved.dense:
-        layer.set_dense(adapter_name, saved.delta.to_dense())
-    else:
-        layer.set_mask(adapter_name, saved.delta.indices, saved.delta.values, saved.delta.block_size)
-    state.selecting = saved.selections is not None
-    state.selections = 1 if saved.selections is None else saved.selections
-    state.pending = saved.pending
 
 
 def _refuse_shared_weights(layers: Mapping[str, SparseletLayer]) -> None:
