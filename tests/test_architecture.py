@@ -207,3 +207,15 @@ new = tops() - before - set(sys.stdlib_module_names) - {{"sparselet"}}
 assert not new, new
 """
     in_a_fresh_interpreter(code)
+
+
+LOADERS = ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "pipeline", "auto")
+
+
+@every_file
+def test_no_code_of_a_repository_is_trusted(file):
+    calls = [n for n in ast.walk(TREES[file]) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
+    for call in (call for call in calls if call.func.attr in ("from_pretrained", "from_config")):
+        if any(name in ast.unparse(call.func.value) for name in LOADERS):
+            said = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            assert said.get("trust_remote_code") == "False", f"line {call.lineno}: say trust_remote_code=False."

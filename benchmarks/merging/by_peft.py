@@ -17,7 +17,9 @@ def model_with_adapters(model: str, rank: int, adapters: int) -> PeftModel:
     """Random A and B in each adapter; scale 1."""
     torch.manual_seed(0)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, init_lora_weights=False)
-    found = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config, adapter_name="expert-0")
+    found = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False), config, adapter_name="expert-0"
+    )
     for i in range(1, adapters):
         found.add_adapter(f"expert-{i}", config)
     return found

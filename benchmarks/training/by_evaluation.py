@@ -37,7 +37,9 @@ def by_sparselet(job: dict[str, Any]) -> Callable[[], dict[str, int]]:
 
 
 def plainly(job: dict[str, Any]) -> Callable[[], dict[str, int]]:
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=DTYPES[job["dtype"]]).to(job["device"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], trust_remote_code=False, dtype=DTYPES[job["dtype"]]).to(
+        job["device"]
+    )
     tokenizer = load_tokenizer(job["model"])
     tasks = [read_rows(Path(path) / "test.jsonl", job["rows"]) for path in job["tasks"]]
 

@@ -26,7 +26,7 @@ def read_rows(file: Path, count: int) -> list[dict[str, str]]:
 
 
 def load_tokenizer(model: str) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -93,7 +93,7 @@ def main() -> None:
     asked = parser.parse_args()
 
     tokenizer = load_tokenizer(asked.model)
-    model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32, trust_remote_code=False)
     wrapped = train(model, tokenizer, read_rows(asked.task / "train.jsonl", asked.train_rows), asked)
     rows = read_rows(asked.task / "test.jsonl", asked.test_rows)
     answers = generate(wrapped, tokenizer, [row["input"] for row in rows], asked.batch, asked.max_new_tokens)

@@ -237,8 +237,9 @@ def packaged_model() -> Path:
                 # Without dequantize the model counts as quantized, and save_pretrained refuses it.
                 quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
                 dtype=torch.float32,
+                trust_remote_code=False,
             )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
         except ImportError as error:
             raise MissingExtra(
                 f"reading the packaged model needs gguf: pip install 'sparselet[packaged]' ({error})."
