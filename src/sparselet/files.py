@@ -169,6 +169,8 @@ def check_output(path: str | Path, directory: bool = True) -> None:
         place = Path(os.path.realpath(path))
     except ValueError as error:  # of names that no system has
         raise WriteFailed(f"cannot write {path}: {error}. Choose another output.") from error
+    if is_temporary(place):  # the output around it was judged
+        return
     with naming_failure(path):
         remove_left(place)
         _refuse_existing(path, place, directory)
@@ -385,7 +387,11 @@ def _failed_write(error: BaseException, path: Path) -> str | None:
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if shutil.disk_usage(there).free < 2**16:  # torch gives up with a part of a buffer unwritten
         return os.strerror(errno.ENOSPC)
-    return "the file system takes no more" if re.search("PytorchStreamWriter|iostream error", str(error)) else None
+    return (
+        "the file system takes no more"
+        if re.search("PytorchStreamWriter|inline_container|iostream error", str(error))
+        else None
+    )
 
 
 def _sync_directory(path: Path) -> None:
