@@ -137,8 +137,8 @@ def refuse_shared(names: Names, targets: Iterable[str], where: str = "the adapte
             other = next(name for name in group if name != target)
             raise UnsupportedExpert(
                 f"{where}: {target} shares its weight with {other} in the base model; PEFT changes one of the two, which no ΔW "
-                "of the shared weight does. Leave the target out, or use a base model in which they are apart (tie_word_embeddings "
-                "false)."
+                "of the shared weight does. Leave the target out, or use a base model that keeps the two apart "
+                "(tie_word_embeddings false)."
             )
 
 
