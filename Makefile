@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make lint    formatting, style, types
 # make check   lint and test
+# make peft-suite TESTS=DIR   PEFT's own tests on our method; DIR is `tests` of a checkout of huggingface/peft
 # All run in .venv, which is made on first use from constraints.txt.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint check clean
+.PHONY: demo test lint check peft-suite clean
 
 demo: $(INSTALLED)
 	$(BIN)/sparselet demo --out sparselet-demo
@@ -23,6 +24,10 @@ lint: $(INSTALLED)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 check: lint test
+
+peft-suite: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check diffusers parameterized
+	$(BIN)/python tests/peft_suite/run.py $(TESTS)
 
 clean:
 	rm -rf $(VENV) sparselet-demo sparselet-demo.partial
