@@ -39,7 +39,7 @@ SparseletError
 ├── StudyRunning                      another process runs the same study
 ├── StudyIncomplete                   some of a study's units failed
 ├── NotEnoughMemory                   the work takes more memory than there is
-├── WorkerFailed                      a worker process of a study cannot start
+├── WorkerFailed                      a worker process of a study cannot start, or one of a training run has ended
 └── MissingExtra                      an optional dependency is not installed
 """
 
@@ -197,7 +197,7 @@ class StudyIncomplete(SparseletError):
 
 
 class WorkerFailed(SparseletError):
-    """A worker process of a study cannot start."""
+    """A worker process of a study cannot start, or a process of a training run has ended."""
 
 
 class NotEnoughMemory(SparseletError, MemoryError):

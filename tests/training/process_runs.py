@@ -1,16 +1,20 @@
 """Short runs that are made in one process and in two, and compared. Started by torchrun, writes what each rank has."""
 
+import contextlib
 import gc
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
-from runs import QUIET
-from tiny import make_model
+from runs import QUIET, StopAt
+from tiny import make_adapter, make_model, save_base, save_task
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -151,6 +155,30 @@ def trained_before(directory, processes=1):
     return tensors(to_adapter(trainer.model))
 
 
+def unlike_start(directory, processes=1):
+    """Another base model and another mask on the second process, to which DistributedDataParallel gives those of the first."""
+    seed = dist.get_rank() if processes > 1 else 0
+    adapter = SparseletConfig(density=0.1, initial_mask="random", score="mcs_neg", seed=seed)
+    model = get_peft_model(make_model(seed=seed), adapter)
+    make_trainer(directory, {}, {}, processes, model=model, callbacks=[MaskSchedule()]).train()
+    return tensors(to_adapter(model))
+
+
+def sharded_by_hand(directory, processes=1):
+    """FSDP2, with masks that do not move; all processes take the same rows."""
+    model = get_peft_model(make_model(), SparseletConfig(initial_mask="random", reselect_every=0))
+    freeze_masks(model)
+    if processes > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.arange(2, 12).reshape(1, 10)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return tensors(to_adapter(model))
+
+
 def unlike_graphs(directory, processes=1):
     """A loss that uses the targets in another order on the second process, and one of them not at all."""
     model = get_peft_model(make_model(), SparseletConfig(density=0.1, score="gm"))
@@ -191,38 +219,84 @@ def unlike_masks(directory, processes=1):
     return masks if processes == 1 else first_masks(masks, torch.device("cpu"), dist.group.WORLD)
 
 
+def prepared(directory, processes=1, **changes):
+    """Settings of a run on 13 rows, 4 a step, so that in the last one the second process has none; models made once."""
+    if processes == 1 or dist.get_rank() == 0:
+        save_base(directory / "base")
+        save_task(directory / "task", train=13, validation=5)
+        save_task(directory / "other", train=7, validation=3)
+        make_adapter(make_model()).save(directory / "start")
+    if processes > 1:
+        dist.barrier()
+    paths = {"model": str(directory / "base"), "task": str(directory / "task")}
+    if "init_from" in changes:
+        changes["init_from"] = str(directory / changes["init_from"])
+    if changes.get("method") == "multitask":
+        paths["task"] = (str(directory / "task"), str(directory / "other"))
+    common = {"epochs": 2, "batch_size": 4, "learning_rate": 5e-3, "chat_template": False}
+    return TrainSettings(**{**paths, **common, **changes})
+
+
+def written(directory):
+    """What `train` wrote, and the losses it recorded."""
+    record = json.loads((directory / "out" / "run.json").read_text())
+    losses = [entry[key] for entry in record["history"] for key in ("loss", "eval_loss") if key in entry]
+    found = {"losses": torch.tensor(losses)}
+    for file in sorted((directory / "out").glob("*.safetensors")):
+        found |= {f"{file.name}.{name}": tensor for name, tensor in safetensors.torch.load_file(file).items()}
+    return found
+
+
+def recipe(directory, processes=1, **changes):
+    """`sparselet.train`."""
+    settings = prepared(directory, processes, **changes)
+    train(settings, directory / "out")
+    return written(directory)
+
+
+def recipe_resumed(directory, processes=1):
+    """Interrupted in all processes, and gone on with."""
+    settings = prepared(directory, processes, method="sparse", score="mcs_neg", save_steps=2, patience=2)
+    with contextlib.suppress(KeyboardInterrupt):
+        train(settings, directory / "out", callbacks=[StopAt(5)])
+    assert not (directory / "out").exists()
+    train(settings, directory / "out", resume=True)
+    assert not list(directory.glob("*.partial"))
+    return written(directory)
+
+
+TRAINED = {
+    "sparse": {"score": "mcs_neg"},
+    "sparse-accumulation": {"score": "gm", "initial_mask": "gradient", "gradient_accumulation": 2, "patience": 1},
+    "lora": {"method": "lora", "lora_rank": 2, "gradient_accumulation": 2},
+    "full": {"method": "full", "learning_rate": 1e-3, "gradient_checkpointing": True},
+    "full-qkv": {"method": "full-qkv"},
+    "multitask": {"method": "multitask", "learning_rate": 1e-3},
+    "second-stage": {"init_from": "start"},
+}
+
 RUNS = {case: lambda directory, processes=1, case=case: run(case, directory, processes) for case in CASES}
 RUNS |= {"own-loop": own_loop, "resumed": resumed, "trained-before": trained_before}
+RUNS |= {"unlike-start": unlike_start, "sharded-by-hand": sharded_by_hand}
 RUNS |= {"unlike-graphs": unlike_graphs, "unlike-scores": unlike_scores, "unlike-masks": unlike_masks}
+RUNS |= {
+    f"train-{name}": lambda directory, processes=1, changes=changes: recipe(directory, processes, **changes)
+    for name, changes in TRAINED.items()
+}
+RUNS |= {"train-resumed": recipe_resumed}
 
 
 # What is refused
-
-
-def another_base(directory):
-    make_trainer(directory, {}, {}, 2, model=make_model(seed=dist.get_rank()), callbacks=[MaskSchedule()]).train()
-
-
-def other_masks(directory):
-    adapter = {"initial_mask": "random", "score": "gm", "seed": dist.get_rank()}
-    make_trainer(directory, adapter, {}, 2, callbacks=[MaskSchedule()]).train()
 
 
 def fsdp(directory):
     make_trainer(directory, {}, {"fsdp": "full_shard"}, 2, callbacks=[MaskSchedule()])
 
 
-def fsdp2_by_hand(directory):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = get_peft_model(make_model(), SparseletConfig(initial_mask="random", reselect_every=0))
-    freeze_masks(model)
+def sharded_selection(directory):
+    model = get_peft_model(make_model(), SparseletConfig())
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    ids = torch.arange(2, 12).reshape(1, 10)
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
+    reselect(model, [])
 
 
 def own_group(directory):
@@ -266,12 +340,31 @@ def unused_target(directory):
     reselect(wrapper, [{"ids": torch.tensor([[3]])}], loss=loss)
 
 
-def recipe(directory):
+def batch_not_divided(directory):
+    train(TrainSettings(model="none", task="none", batch_size=6, gradient_accumulation=2), directory / "out")
+
+
+def output_exists(directory):
+    directory.mkdir(exist_ok=True)
+    (directory / "out").write_text("of another run")
+    dist.barrier()
     train(TrainSettings(model="none", task="none"), directory / "out")
 
 
-REFUSED = (another_base, other_masks, fsdp, fsdp2_by_hand, own_group, static_graph, communication_hook)
-REFUSED += (no_wrapper, fewer_rows_than_processes, unused_target, recipe)
+def task_of_one_process(directory):
+    settings = prepared(directory, 2)
+    if dist.get_rank():
+        settings = replace(settings, task=str(directory / "nowhere"))
+    train(settings, directory / "out")
+
+
+def other_settings(directory):
+    train(replace(prepared(directory, 2), seed=dist.get_rank()), directory / "out")
+
+
+REFUSED = (batch_not_divided, output_exists, task_of_one_process, other_settings)
+REFUSED += (fsdp, sharded_selection, own_group, static_graph, communication_hook)
+REFUSED += (no_wrapper, fewer_rows_than_processes, unused_target)
 
 
 def main(directory):

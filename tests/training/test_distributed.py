@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from process_runs import CASES, REFUSED, RUNS
+from process_runs import CASES, REFUSED, RUNS, prepared
 from safetensors.torch import load_file
 from tiny import make_model
 from transformers import TrainingArguments
@@ -24,19 +24,24 @@ from sparselet.training.processes import refuse_sharding
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """The directory that two processes wrote all runs into."""
-    directory = tmp_path_factory.mktemp("two")
+def start(module, *arguments):
+    """Run a module in a process of its own."""
     paths = [str(Path(sparselet.__file__).parents[1]), str(HERE.parent), str(HERE)]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "process_runs.py")]
-    done = subprocess.run(
-        [sys.executable, *launch, str(directory)],
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The directory that two processes wrote all runs into."""
+    directory = tmp_path_factory.mktemp("two")
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "process_runs.py"]
+    done = start(*launch, directory)
     assert done.returncode == 0, done.stderr[-4000:]
     return directory
 
@@ -85,17 +90,18 @@ def test_layer_drop_leaves_targets_without_entries(two):
 
 
 MESSAGES = {
-    "another_base": "SelectionError: the processes start from different base weights or masks",
-    "other_masks": "SelectionError: the processes start from different base weights or masks",
     "fsdp": "SelectionError: sparse adapters cannot be trained with FSDP",
-    "fsdp2_by_hand": "is a DTensor, of which each process holds a part",
+    "sharded_selection": "SelectionError: the weights are DTensors, of which each process holds a part",
     "own_group": "SelectionError: the model's DistributedDataParallel has a process group of its own",
     "static_graph": "SelectionError: the model's DistributedDataParallel has static_graph",
     "communication_hook": "SelectionError: the model's DistributedDataParallel has a communication hook",
     "no_wrapper": "SelectionError: there are 2 processes, but no DistributedDataParallel",
     "fewer_rows_than_processes": "SelectionError: 1 training rows cannot be shared by 2 processes",
     "unused_target": "SelectionError: model.layers.0.self_attn.k_proj got no gradient from the scoring batches",
-    "recipe": "ConfigError: a run writes its output and checkpoints from one process, but there are 2",
+    "batch_not_divided": "ConfigError: batch_size 6, the rows of an optimizer step, cannot be divided over 2 processes with 2",
+    "output_exists": "OutputExists: ",
+    "task_of_one_process": "TaskError: ",
+    "other_settings": "ConfigError: the processes of a run differ in seed: the first has 0, this one 1",
 }
 
 
@@ -127,13 +133,42 @@ def test_sharded_training_is_refused_before_it_begins(changes, named, tmp_path):
 @pytest.mark.parametrize("method", ["sparse", "lora", "full"])
 def test_the_recipe_refuses_several_devices(tmp_path, monkeypatch, method):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match=r"trains on one device, but 2 are visible.*CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(ConfigError, match=r"on one device a process, but 2 are visible.*CUDA_VISIBLE_DEVICES=0.*torchrun"):
         train(TrainSettings(model="none", task="none", method=method), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_recipe_refuses_before_it_writes_anything(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"from one process, but there are 2 .*MaskSchedule"):
+@pytest.mark.parametrize(
+    ("variable", "value", "named"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "not by FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "not by DeepSpeed"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed_precision is bf16"),
+    ],
+)
+def test_the_recipe_refuses_what_accelerate_is_configured_for_beside_it(tmp_path, monkeypatch, variable, value, named):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=named):
         train(TrainSettings(model="none", task="none"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+# The command
+
+
+def test_a_run_that_one_process_ends_says_why_once_and_is_gone_on_with(tmp_path):
+    """By one process, to the same adapter: a step has the same rows, whatever the number of processes."""
+    settings = prepared(tmp_path, score="mcs_neg", save_steps=2)
+    command = ["train", "--model", settings.model, "--task", settings.task, "--out", tmp_path / "out", "--epochs", 2]
+    command += ["--batch-size", 4, "--learning-rate", 5e-3, "--score", "mcs_neg", "--no-chat-template", "--save-steps", 2]
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "process_failure"]
+    failed = start(*launch, *command)
+    assert failed.returncode
+    assert [line for line in failed.stderr.splitlines() if line.startswith("error: ")] == ["error: no more"]
+    assert failed.stderr.count("masks are frozen") == 1
+    assert "Written to" not in failed.stdout
+    assert sorted(path.name for path in (tmp_path / "out.partial").iterdir()) == ["checkpoint-2", "checkpoint-4", "run.json"]
+    resumed, expected = train(settings, tmp_path / "out", resume=True), train(settings, tmp_path / "one")
+    for name, delta in resumed.items():
+        assert torch.equal(delta.indices, expected[name].indices)
+        torch.testing.assert_close(delta.values, expected[name].values, atol=1e-5, rtol=0)

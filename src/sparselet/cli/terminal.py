@@ -36,14 +36,14 @@ SHADES = " ░▒▓█"
 _WIDEST = 2**20  # characters of a table
 
 
-def quiet_libraries() -> None:
-    """Only our own messages, and the libraries' errors."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
+def quiet_libraries(speaks: bool = True) -> None:
+    """Only our own messages, and the libraries' errors. speaks: not so in a process for which another one speaks."""
+    warnings.filterwarnings("ignore", category=FutureWarning if speaks else Warning)
     warnings.formatwarning = lambda message, *_: f"warning: {printable(message)}\n"
     handler = RichHandler(console=err, show_time=False, show_path=False)
     handler.addFilter(_printable_record)
     logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[handler])
-    logging.getLogger("sparselet").setLevel(logging.INFO)
+    logging.getLogger("sparselet").setLevel(logging.INFO if speaks else logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("absl").setLevel(logging.ERROR)

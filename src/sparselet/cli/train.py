@@ -1,5 +1,6 @@
 """`sparselet train`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +9,10 @@ from cyclopts import Parameter
 from sparselet.adapter import SparseAdapter
 from sparselet.cli.terminal import TrainingProgress, facts, note, print_json, quiet_libraries, say, word
 from sparselet.training import Trained, TrainSettings, train
+from sparselet.training.processes import first_to_fail, is_first, leave_processes
 from sparselet.training.recipe import work_directory
+
+INTERRUPTED = 130
 
 
 def train_(
@@ -25,9 +29,13 @@ def train_(
     --resume. To compare with, --method trains the paper's baselines in the same way: LoRA, full fine-tuning, one model on
     many tasks.
 
+    To train over several devices, start a process for each with torchrun or `accelerate launch`: of N processes each takes
+    an N-th of every batch, and the expert is that of one process up to rounding.
+
         sparselet train --task my-task --out my-expert --learning-rate 1e-3
         sparselet train --task task-a task-b --init-from merged --out merged-and-trained
         sparselet train --task task-a task-b --method multitask --out one-model
+        torchrun --nproc-per-node 4 -m sparselet.cli train --task my-task --out my-expert
 
     Parameters
     ----------
@@ -38,19 +46,24 @@ def train_(
     json
         Print the result as JSON.
     """
-    quiet_libraries()
+    quiet_libraries(speaks=is_first())
     settings = settings or TrainSettings()
     bar = TrainingProgress("+".join(task.rpartition("/")[2] for task in settings.tasks))
     try:
-        trained = train(settings, out, resume=resume, callbacks=[] if json else [bar])
-    except KeyboardInterrupt:
+        trained = train(settings, out, resume=resume, callbacks=[] if json or not is_first() else [bar])
+    except BaseException as error:
         bar.stop()
-        if work_directory(out).exists():
+        if not first_to_fail():  # another process of the run says why
+            sys.exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)
+        if isinstance(error, KeyboardInterrupt) and work_directory(out).exists():
             kept = f"Checkpoints are kept in {work_directory(out)}; run the same command with --resume to go on."
             note(kept)
         raise
     finally:
         bar.stop()
+    leave_processes()
+    if not is_first():
+        return
     if json:
         print_json(_described(trained, settings, out))
     else:

@@ -1,16 +1,29 @@
-"""Several processes: what is refused."""
+"""Several processes, as torchrun and `accelerate launch` start them: how they agree, and what is refused."""
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
-from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import DistributedType
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState, is_initialized
+from accelerate.utils import (
+    DistributedType,
+    broadcast_object_list,
+    gather_object,
+    get_cpu_distributed_information,
+    parse_flag_from_env,
+)
 from torch import nn
 from transformers import TrainingArguments
 
-from sparselet.errors import ConfigError, SelectionError
+from sparselet import errors
+from sparselet.errors import ConfigError, SelectionError, SparseletError, WorkerFailed
 from sparselet.tuner.distributed import wrappers
 from sparselet.tuner.layer import is_sharded
+
+T = TypeVar("T")
 
 ELSEWHERE = {
     DistributedType.FSDP: "FSDP",
@@ -19,20 +32,146 @@ ELSEWHERE = {
 }
 
 
-def refuse_several() -> None:
-    """Raise ConfigError in one of several processes, as torchrun and `accelerate launch` start them, or on several devices."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
+LAUNCHED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
+}
+
+
+def process_count() -> int:
+    """How many processes torchrun, `accelerate launch` or MPI has started for this run."""
+    return get_cpu_distributed_information().world_size
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints for all; the only one is."""
+    return get_cpu_distributed_information().rank == 0
+
+
+def share_of_batch(batch_size: int, accumulation: int) -> int:
+    """Rows of one forward pass of one process. Raises ConfigError where a step's rows cannot be divided so."""
+    processes = process_count()
+    if batch_size % (accumulation * processes):
         raise ConfigError(
-            f"a run writes its output and checkpoints from one process, but there are {processes} (WORLD_SIZE). Start it "
-            "without torchrun, or train over several processes with a transformers Trainer and sparselet.MaskSchedule()."
+            f"batch_size {batch_size}, the rows of an optimizer step, cannot be divided over {processes} processes with "
+            f"{accumulation} accumulation steps each. Take a multiple of {accumulation * processes}."
+        )
+    return batch_size // (accumulation * processes)
+
+
+def refuse_parallelism() -> None:
+    """Raise ConfigError for several devices in one process, and for what `accelerate launch` can ask for beside DDP."""
+    for variable, kind in LAUNCHED.items():
+        if parse_flag_from_env(variable):
+            raise ConfigError(
+                f"a run over several processes trains by DistributedDataParallel, not by {kind} ({variable}). Start it with "
+                "torchrun, or choose multi-GPU or multi-CPU in accelerate's configuration."
+            )
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        raise ConfigError(
+            f"accelerate's mixed_precision is {os.environ['ACCELERATE_MIXED_PRECISION']}, but a run computes in what its own "
+            "settings say. Start it with --mixed_precision no, and set dtype instead."
         )
     devices = torch.cuda.device_count()
-    if devices > 1:
+    if devices > 1 and process_count() == 1:
         raise ConfigError(
-            f"a run trains on one device, but {devices} are visible, over which transformers copies the model in every step "
-            "(DataParallel). Choose one: CUDA_VISIBLE_DEVICES=0."
+            f"a run trains on one device a process, but {devices} are visible to this one, over which transformers copies the "
+            "model in every step (DataParallel). Choose one, CUDA_VISIBLE_DEVICES=0, or start a process for each: torchrun "
+            f"--nproc-per-node {devices} -m sparselet train …"
         )
+
+
+def needs_cpu() -> bool:
+    """Whether the processes must be said to compute on the CPU, which transformers does not find out for several."""
+    return process_count() > 1 and (not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def join_processes() -> None:
+    """Connect this process with the others of the run, if there are any."""
+    if process_count() > 1:
+        PartialState(cpu=needs_cpu())
+
+
+def leave_processes() -> None:
+    """End the connection with the others, before this process ends."""
+    if dist.is_initialized():
+        PartialState().destroy_process_group()
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """All processes leave the block without an error, or all raise that of the first of them that has one.
+
+    There may be no communication inside.
+    """
+    if process_count() == 1:
+        yield
+        return
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failures: list[tuple[str, str] | None] = gather_object([failure and (type(failure).__name__, str(failure))])
+    rank, first = next(((rank, other) for rank, other in enumerate(failures) if other is not None), (0, None))
+    if first is None:
+        return
+    if failure is not None and rank == dist.get_rank():
+        raise failure
+    kind = getattr(errors, first[0], None)
+    if isinstance(kind, type) and issubclass(kind, SparseletError):
+        raise kind(first[1])
+    raise SparseletError(f"another process failed with {first[0]}: {first[1]}")
+
+
+@contextlib.contextmanager
+def naming_lost_process() -> Iterator[None]:
+    """Raise WorkerFailed for what the backend raises where another process has ended in the middle of the run."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise WorkerFailed("another process of the run has ended. The same command with --resume goes on.") from error
+
+
+def from_first(value: T) -> T:
+    """What the first process has, on all of them."""
+    return broadcast_object_list([value])[0] if process_count() > 1 else value
+
+
+def first_then_others(function: Callable[[], T]) -> T:
+    """Call a function on the first process, then on the others, which then find in a cache what it has put there."""
+    results: list[T] = []
+    for turn in (True, False):
+        with agreed():
+            if is_first() is turn:
+                results.append(function())
+    return results[0]
+
+
+def require_equal(described: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless all processes have the same description of the run."""
+    first = from_first(described)
+    with agreed():
+        for key, value in first.items():
+            if described.get(key) != value:
+                raise ConfigError(
+                    f"the processes of a run differ in {key}: the first has {value!r}, this one {described.get(key)!r}. Start "
+                    "all with one command, and give all the same files."
+                )
+
+
+def first_to_fail() -> bool:
+    """Whether no other process of the run has called this before: the one that says for all why the run has failed."""
+    if not dist.is_initialized():
+        return is_first()
+    try:
+        return dist.distributed_c10d._get_default_store().add("sparselet: failed", 1) == 1
+    except RuntimeError:  # the process that kept the count has ended, so it was first
+        return False
 
 
 def refuse_sharding(args: TrainingArguments, model: nn.Module) -> None:

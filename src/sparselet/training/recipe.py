@@ -27,7 +27,17 @@ from sparselet.tasks import Task, load_task
 from sparselet.temporaries import fitting_name, held, remove_directory, remove_left
 from sparselet.training.collate import Collator, Encoded, collator, encode
 from sparselet.training.methods import METHODS, Job, Ready
-from sparselet.training.processes import refuse_several
+from sparselet.training.processes import (
+    agreed,
+    first_then_others,
+    from_first,
+    is_first,
+    join_processes,
+    naming_lost_process,
+    refuse_parallelism,
+    require_equal,
+    share_of_batch,
+)
 from sparselet.training.settings import TrainSettings
 from sparselet.training.trainer import COMPLETE, checkpoint_step, make_trainer
 from sparselet.tuner.model import versions
@@ -62,30 +72,47 @@ def train(
     base: the base model and tokenizer if they are loaded already; the model is given back with its own weights.
     callbacks: more `TrainerCallback`s, such as a progress bar.
 
+    In several processes, which torchrun or `accelerate launch` has started, all call this, each trains on its share of every
+    batch, the first writes, and all return the same, or all raise.
+
     Returns the adapter of the methods sparse and full-qkv, a `Trained` of the others. Raises OutputExists, ConfigError,
     TaskError, ModelError, WriteFailed, what reading an adapter raises, WrongBase and whatever the tuner refuses.
     """
-    refuse_several()
+    refuse_parallelism()
+    share_of_batch(settings.batch_size, settings.gradient_accumulation)  # raises where it cannot be divided
+    join_processes()
     output = Path(output)
-    finished = os.path.isfile(output / RUN_FILE) and os.path.isdir(work_directory(output))
-    if not finished:
-        remove_left(work_directory(output))
-        check_output(output)
-        _check_work(work_directory(output), resume)
     work = work_directory(output)
-    tasks = _load_tasks(settings)
-    start = None if settings.init_from is None else _load_start(Path(settings.init_from))
-    known = _described(settings, tasks)
-    if finished:  # by a run that was killed before it had removed its checkpoints
-        return _finish(output, work, known)
-    with parents_of(work), _claimed(work, known, resume) as checkpoint:
+    finished, checkpoint = False, None
+    with contextlib.ExitStack() as claim:
+        with agreed():
+            if is_first():
+                finished = os.path.isfile(output / RUN_FILE) and os.path.isdir(work)
+                if not finished:
+                    remove_left(work)
+                    check_output(output)
+                    _check_work(work, resume)
+            tasks = _load_tasks(settings)
+            start = None if settings.init_from is None else _load_start(Path(settings.init_from))
+            known = _described(settings, tasks)
+            if finished:  # by a run that was killed before it had removed its checkpoints
+                _finish(output, work, known)
+            elif is_first():
+                claim.enter_context(parents_of(work))
+                checkpoint = claim.enter_context(_claimed(work, known, resume))
+        require_equal(known)
+        finished, checkpoint = from_first((finished, checkpoint))
+        if finished:
+            return _written(output)
         try:
             trained = _train(settings, output, work, tasks, start, known, checkpoint, base, callbacks)
         except BaseException:
-            if _keep_whole(work) is None:
+            if is_first() and _keep_whole(work) is None:
                 shutil.rmtree(work, ignore_errors=True)
             raise
-        remove_directory(work)
+        with agreed():
+            if is_first():
+                remove_directory(work)
     return trained
 
 
@@ -102,7 +129,9 @@ def _train(
 ) -> SparseAdapter | Trained:
     """Train in the work directory, from the checkpoint if there is one, and write the output."""
     started = time.time()
-    model, tokenizer = base or (load_model(settings.model, settings.dtype), load_tokenizer(settings.model))
+    model, tokenizer = base or first_then_others(
+        lambda: (load_model(settings.model, settings.dtype), load_tokenizer(settings.model))
+    )
     if start is not None:
         target_weights(model, start)  # raises where it does not fit
     set_seed(settings.seed)
@@ -118,10 +147,13 @@ def _train(
         run = {"settings": asdict(settings), "versions": versions(), "seconds": time.time() - started}
         run |= {"started": started, "resumed": bool(checkpoint), "history": state.log_history, DATA: known[DATA]}
         run |= {key: metadata[key] for key in ("task", "metrics")}
-        with atomic_directory(output) as directory:
-            adapter = ready.write(directory, metadata)
-            write_json(directory / RUN_FILE, run)
-    return Trained(output, settings.method, metadata["metrics"]) if adapter is None else adapter
+        adapter = None
+        with agreed():
+            if is_first():
+                with atomic_directory(output) as directory:
+                    adapter = ready.write(directory, metadata)
+                    write_json(directory / RUN_FILE, run)
+    return _written(output) if adapter is None else adapter
 
 
 def work_directory(output: Path) -> Path:
@@ -189,7 +221,7 @@ def _fit(
     with _switched_back(job.model, job.settings), utf8_path(work) as place:
         every = [*ready.callbacks, *callbacks]
         trainer = make_trainer(ready.module, collate, rows, job.settings, place, every, ready.autocast)
-        with naming_failure(work, "Checkpoints that are whole are kept for --resume."):
+        with naming_lost_process(), naming_failure(work, "Checkpoints that are whole are kept for --resume."):
             trainer.train(resume_from_checkpoint=str(place / checkpoint.name) if checkpoint else None)
     return trainer.state
 
@@ -293,8 +325,8 @@ def _check_described(work: Path, described: Mapping[str, Any]) -> None:
         )
 
 
-def _finish(output: Path, work: Path, described: Mapping[str, Any]) -> SparseAdapter | Trained:
-    """What a run has written that was killed before it had removed its work directory. Raises OutputExists for another run."""
+def _finish(output: Path, work: Path, described: Mapping[str, Any]) -> None:
+    """Remove the work directory of a run that was killed after its output was written. Raises OutputExists for another run."""
     run = read_object(output / RUN_FILE)
     same = {key: value for key, value in described.items() if key not in (DATA, START)}
     if run.get(DATA) != described[DATA] or run.get("settings") != same:
@@ -303,6 +335,11 @@ def _finish(output: Path, work: Path, described: Mapping[str, Any]) -> SparseAda
         if alone:
             remove_directory(work)
     logger.info("%s was written by a run that was killed after that; it is whole.", output)
+
+
+def _written(output: Path) -> SparseAdapter | Trained:
+    """What a run has written."""
+    run = read_object(output / RUN_FILE)
     if (output / CONFIG_FILE).is_file() and run["settings"]["method"] != "lora":
         return SparseAdapter.load(output)
     return Trained(output, run["settings"]["method"], run["metrics"])

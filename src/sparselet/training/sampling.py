@@ -1,11 +1,40 @@
 """Which training rows an epoch takes, and in what order: all of one task, or an equal share of each of several."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from sparselet.tuner.layer import seeded
+
+UNCOUNTED = -1  # the number of a row whose labels do not count
+
+
+class Rows(Dataset[dict[str, list[int]]]):
+    """Training rows by number; as `UNCOUNTED` there is one more, which the collator of `without_labels` knows."""
+
+    def __init__(self, rows: Sequence[dict[str, list[int]]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, list[int]]:
+        return {**self.rows[0], "uncounted": []} if number == UNCOUNTED else self.rows[number]
+
+
+def without_labels(
+    collate: Callable[[Sequence[dict[str, list[int]]]], dict[str, Any]], ignored: int
+) -> Callable[[Sequence[dict[str, list[int]]]], dict[str, Any]]:
+    """A collator that gives the rows that do not count the label `ignored` throughout."""
+
+    def collated(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+        batch = collate(rows)
+        batch["labels"][[i for i, row in enumerate(rows) if "uncounted" in row]] = ignored
+        return batch
+
+    return collated
 
 
 def balanced_rows(sizes: Sequence[int], seed: int, epoch: int) -> list[int]:
@@ -38,17 +67,20 @@ class LengthGroupedSampler(Sampler[int]):
 
     lengths: of all rows, task after task. sizes: rows of each task. The order depends on seed and epoch alone, so that a
     resumed run sees the batches of an undisturbed one; transformers' own sampler draws from the global generator.
+    multiple: the rows that all processes take at a time. The last of an epoch are filled up to it by row `UNCOUNTED`, where
+        accelerate would take rows of the epoch's beginning once more.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, sizes: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, sizes: Sequence[int], multiple: int = 1) -> None:
         self.lengths, self.batch_size, self.seed, self.sizes, self.epoch = list(lengths), batch_size, seed, sizes, 0
+        self.uncounted = -len(self.lengths) % multiple
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that iteration gives."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.uncounted
 
     def __iter__(self) -> Iterator[int]:
         chosen = balanced_rows(self.sizes, self.seed, self.epoch)
@@ -65,3 +97,4 @@ class LengthGroupedSampler(Sampler[int]):
             yield from whole[i]
         for batch in rest:
             yield from batch
+        yield from [UNCOUNTED] * self.uncounted

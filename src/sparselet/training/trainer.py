@@ -29,7 +29,8 @@ from sparselet.errors import MissingTensor, TrainingDiverged
 from sparselet.files import atomic_write, flush, naming_failure
 from sparselet.training.collate import IGNORED, Encoded
 from sparselet.training.prefix import begun, token_loss
-from sparselet.training.sampling import LengthGroupedSampler
+from sparselet.training.processes import needs_cpu, share_of_batch
+from sparselet.training.sampling import LengthGroupedSampler, Rows, without_labels
 from sparselet.training.settings import TrainSettings
 from sparselet.tuner import UnselectedMaskWarning
 
@@ -49,11 +50,12 @@ def make_trainer(
 
     rows: of the splits `train` and `validation`, by task. autocast: compute in this dtype, whatever the weights' is.
     """
+    share = share_of_batch(settings.batch_size, settings.gradient_accumulation)
     arguments = TrainingArguments(
         output_dir=str(work.absolute()),
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size // settings.gradient_accumulation,
-        per_device_eval_batch_size=settings.batch_size // settings.gradient_accumulation,
+        per_device_train_batch_size=share,
+        per_device_eval_batch_size=share,
         gradient_accumulation_steps=settings.gradient_accumulation,
         activation_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.learning_rate,
@@ -74,6 +76,7 @@ def make_trainer(
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=settings.seed,
+        use_cpu=needs_cpu(),
     )
     extra: list[TrainerCallback] = [_SaveEvery(settings.save_steps), _LossRecord(), *callbacks]
     if settings.patience:
@@ -82,8 +85,8 @@ def make_trainer(
     trainer = RunTrainer(
         model=model,
         args=arguments,
-        data_collator=collate,
-        train_dataset=cast(Any, [row for own in rows["train"].values() for row in own]),
+        data_collator=without_labels(collate, IGNORED),
+        train_dataset=Rows([row for own in rows["train"].values() for row in own]),
         eval_dataset=cast(Any, validation),
         compute_loss_func=partial(token_loss, cast(Any, model).config.is_encoder_decoder),
         callbacks=extra,
@@ -113,10 +116,12 @@ class RunTrainer(Trainer):
     autocast: torch.dtype | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        lengths = [length(row) for row in cast(list[Encoded], self.train_dataset)]
+        lengths = [length(row) for row in cast(Rows, self.train_dataset).rows]
         # By the rows of an optimizer step, however it is divided.
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(lengths, step, self.args.seed, self.sizes)
+        together = self.args.train_batch_size * self.args.world_size
+        step = together * self.args.gradient_accumulation_steps
+        multiple = together if self.args.world_size > 1 else 1
+        return LengthGroupedSampler(lengths, step, self.args.seed, self.sizes, multiple)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self.control.should_training_stop:  # by a callback, before the first epoch of a resumed run
@@ -155,7 +160,8 @@ class RunTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's loss, of rows that may go on from a shared beginning."""
-        return super().compute_loss(model, begun(model, inputs), *args, **kwargs)
+        assert self.model is not None  # which `model` may be a DistributedDataParallel around
+        return super().compute_loss(model, begun(self.model, inputs), *args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -189,16 +195,19 @@ class RunTrainer(Trainer):
         assert self.args.output_dir is not None
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         # A step may be saved twice, where a callback of the caller's asks for it.
-        if (checkpoint / COMPLETE).exists():
+        if self.args.should_save and (checkpoint / COMPLETE).exists():
             (checkpoint / COMPLETE).unlink()
             flush(checkpoint)
+        self.accelerator.wait_for_everyone()
         with warnings.catch_warnings(), naming_failure(checkpoint, "Checkpoints before it are kept for --resume."):
             warnings.simplefilter("ignore", UnselectedMaskWarning)  # the masks will be selected when it goes on
             super()._save_checkpoint(model, trial)
-            flush(checkpoint)
-            with atomic_write(checkpoint / COMPLETE):
-                pass
-            self._drop_checkpoints(checkpoint.parent)
+            self.accelerator.wait_for_everyone()  # each process writes the state of its own generators
+            if self.args.should_save:
+                flush(checkpoint)
+                with atomic_write(checkpoint / COMPLETE):
+                    pass
+                self._drop_checkpoints(checkpoint.parent)
 
     def _drop_checkpoints(self, work: Path) -> None:
         """Keep the last two checkpoints and the best one. transformers would do so before the last one is marked."""

@@ -172,7 +172,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
 
     def delta(self, name: str) -> SparseDelta:
         """An adapter's present change of this target, on the CPU; all entries while no mask is selected."""
-        state, values = self.sparse_mask[name], self.sparse_values[name].detach().cpu()
+        state, values = self.sparse_mask[name], whole(self.sparse_values[name].detach()).cpu()
         if not state.dense:
             block = state.block_size if values.ndim == 3 else 1
             return SparseDelta(self.shape, self.sparse_indices[name].cpu(), values, block)
@@ -193,7 +193,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
     def base_fingerprint(self) -> dict[str, str]:
         """The fingerprint of the base weight, whatever is merged."""
         with WRITING:
-            return fingerprint_weight(without(self.base_weight.detach(), self._resident))
+            return fingerprint_weight(without(whole(self.base_weight.detach()), self._resident))
 
     # Residence
 
@@ -499,6 +499,11 @@ class SparseletLinear(SparseletLayer):
 def is_sharded(weight: Tensor) -> bool:
     """Whether a weight is a DTensor (asked without importing it)."""
     return getattr(weight, "device_mesh", None) is not None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor itself, or all of a DTensor, which every process then has to ask for."""
+    return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
 def seeded(seed: int, *salt: object) -> torch.Generator:

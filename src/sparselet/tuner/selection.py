@@ -17,7 +17,7 @@ from sparselet.scores import Candidate, get_score
 from sparselet.tuner.adapted import active_adapters, adapter_config, sparselet_layers
 from sparselet.tuner.config import SparseletConfig
 from sparselet.tuner.distributed import anywhere, average, first_masks, group_of, rebuild
-from sparselet.tuner.layer import SparseletLayer, seeded
+from sparselet.tuner.layer import SparseletLayer, is_sharded, seeded
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -256,6 +256,11 @@ def _trained_layers(model: nn.Module) -> tuple[SparseletConfig, str, dict[str, S
     }
     if not layers:
         raise SelectionError(f"adapter {names[0]!r} is not trainable, so its mask cannot be selected.")
+    if any(is_sharded(layer.base_weight) for layer in layers.values()):
+        raise SelectionError(
+            "the weights are DTensors, of which each process holds a part, so masks cannot be selected. Select and freeze them "
+            "before the model is sharded, or train with DistributedDataParallel."
+        )
     if any(layer.merged_adapters for layer in layers.values()):
         raise SelectionError(f"adapter {names[0]!r} is merged, so no gradient reaches it; call unmerge_adapter() first.")
     if not all(layer.sparse_mask[names[0]].selecting for layer in layers.values()):
