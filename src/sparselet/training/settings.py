@@ -88,7 +88,7 @@ class TrainSettings:
     epochs: float = 5.0
     """Passes over the training rows."""
     batch_size: int = 16
-    """Rows an optimizer step, divided over the accumulation steps."""
+    """Rows an optimizer step, divided over the processes and the accumulation steps."""
     gradient_accumulation: int = 1
     """Micro-batches an optimizer step."""
     warmup: float = 0.06
