@@ -53,10 +53,9 @@ def hub(monkeypatch, tmp_path):
     stand_in = StandInHub()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "huggingface"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     point_to(monkeypatch, stand_in.url)
-    monkeypatch.setenv("SPARSELET_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     yield stand_in
     stand_in.close()
@@ -313,11 +312,12 @@ def test_a_branch_that_moved_is_fetched_anew_and_the_old_commit_stays(hub, exper
     assert contents(old) == before
 
 
-def test_what_is_fetched_are_plain_files_that_the_reader_accepts(hub, expert):
+def test_what_is_fetched_is_a_snapshot_of_the_hubs_cache_that_the_reader_accepts(hub, expert):
     push(expert, NAME)
     directory = fetch(NAME)
+    assert huggingface_hub.try_to_load_from_cache(NAME, WEIGHTS_FILE) == str(directory / WEIGHTS_FILE)
     assert contents(directory).keys() == {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
-    assert all(path.is_file() and not path.is_symlink() for path in directory.iterdir())
+    assert all(path.is_symlink() for path in directory.iterdir())
     loaded, original = SparseAdapter.load(directory), SparseAdapter.load(expert)
     assert all(torch.equal(loaded[name].values, original[name].values) for name in original)
 
@@ -349,7 +349,7 @@ def test_a_checkpoint_in_parts_needs_them_all(hub, tmp_path):
     hub.add("lab/model", files)
     assert contents(fetch("lab/model")) == files
     hub.add("lab/model", {name: data for name, data in files.items() if name != parts[1]})
-    with pytest.raises(MissingFile, match=f"lab/model on the hub is damaged: .*{parts[1]} is missing"):
+    with pytest.raises(MissingFile, match=f"lab/model is damaged, on the hub or in its cache: .*{parts[1]} is missing"):
         fetch("lab/model")
 
 
@@ -372,10 +372,10 @@ def test_a_repository_without_safetensors_is_refused(hub, files, missing):
 
 def test_a_damaged_file_on_the_hub_leaves_nothing_behind(hub, expert, tmp_path):
     hub.add(NAME, damaged(contents(expert)))
-    with pytest.raises(BadContainer, match="lab/expert on the hub is damaged"):
-        pull(NAME, tmp_path / "here" / "pulled")
-    assert not (tmp_path / "here").exists()
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.name != ".lock"]
+    for _ in range(2):
+        with pytest.raises(BadContainer, match="lab/expert is damaged, on the hub or in its cache"):
+            pull(NAME, tmp_path / "here" / "pulled")
+        assert not (tmp_path / "here").exists()
     hub.add(NAME, contents(expert))
     pull(NAME, tmp_path / "here" / "pulled")
 
@@ -383,9 +383,12 @@ def test_a_damaged_file_on_the_hub_leaves_nothing_behind(hub, expert, tmp_path):
 def test_a_copy_damaged_in_the_cache_is_not_pulled(hub, expert, tmp_path):
     push(expert, NAME)
     cut_weights(fetch(NAME))
-    with pytest.raises(BadContainer):
+    with pytest.raises(BadContainer, match="damaged, on the hub or in its cache"):
         pull(NAME, tmp_path / "pulled")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "expert"]
+    hub.status = 503
+    with pytest.raises(BadContainer, match="lab/expert is in the hub's cache, but not whole"):
+        fetch(NAME)
 
 
 def test_a_pull_never_overwrites(hub, expert, tmp_path):
@@ -413,7 +416,8 @@ def test_losing_the_hub_halfway_is_not_taken_for_a_whole_adapter(hub, expert, tm
     hub.refused.add("/tree/")
     with pytest.raises(ModelError, match=r"cannot fetch lab/expert whole: access is refused \(403\).* Run again to go on"):
         fetch(NAME)
-    partial = tmp_path / "cache" / "hub" / "lab--expert" / f"{commit}.partial"
+    partial = tmp_path / "cache" / "models--lab--expert" / "snapshots" / commit
+    partial.mkdir(parents=True)
     (partial / CONFIG_FILE).write_bytes((expert / CONFIG_FILE).read_bytes())  # the client is content with what it finds here
     with pytest.raises(ModelError, match=r"cannot fetch lab/expert whole: adapter_model.safetensors did not come\. Run again"):
         fetch(NAME)
@@ -437,8 +441,8 @@ def test_two_at_once_download_once(hub, expert):
 def test_a_disk_that_refuses_is_named(hub, expert, tmp_path, monkeypatch):
     push(expert, NAME)
     (tmp_path / "file").touch()
-    monkeypatch.setenv("SPARSELET_CACHE", str(tmp_path / "file"))
-    with pytest.raises(WriteFailed, match=r"cannot write .*/file/hub/lab--expert: Not a directory"):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(WriteFailed, match=r"cannot write .*/file: Not a directory"):
         fetch(NAME)
 
 
@@ -448,8 +452,118 @@ def test_a_disk_that_fills_up_is_named(hub, expert, monkeypatch):
 
     push(expert, NAME)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
-    with pytest.raises(WriteFailed, match=r"cannot write .*/cache/hub/lab--expert: No space left on device"):
+    with pytest.raises(WriteFailed, match=r"cannot write .*/cache: No space left on device"):
         fetch(NAME)
+
+
+# What others fetched
+
+
+@pytest.fixture
+def cached(hub, monkeypatch, tmp_path):
+    """Put a directory into the hub's cache as the client does, and work offline."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def put(name, source, commit="a" * 40):
+        home = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+        for part in ("blobs", "refs", f"snapshots/{commit}"):
+            (home / part).mkdir(parents=True)
+        (home / "refs" / "main").write_text(commit)
+        for file in Path(source).iterdir():
+            shutil.copy(file, home / "blobs" / file.name)
+            (home / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{file.name}")
+        return home / "snapshots" / commit
+
+    return put
+
+
+def test_what_others_fetched_is_there_by_name_commit_and_path(cached, hub, expert, lora, base_dir, tmp_path):
+    for name, source, kind in (
+        (NAME, expert, "sparse adapter"),
+        ("lab/lora", lora, "LORA adapter"),
+        ("gpt9", base_dir, "checkpoint"),
+    ):
+        directory = cached(name, source)
+        assert fetch(name) == fetch(f"{name}@{'a' * 40}") == directory
+        assert check(directory) == kind
+        assert contents(pull(name, tmp_path / "pulled" / name)) == contents(source)
+    loaded, original = SparseAdapter.load(cached("lab/again", expert)), SparseAdapter.load(expert)
+    assert all(torch.equal(loaded[name].values, original[name].values) for name in original)
+    assert not hub.requests
+
+
+def test_only_what_belongs_to_it_is_pulled_from_the_cache(cached, lora, tmp_path):
+    directory = cached("lab/lora", lora)
+    (directory / "modeling.py").write_text("import os")
+    (directory / "pytorch_model.bin").write_bytes(b"pickle")
+    (directory / "sub").mkdir()
+    assert contents(pull("lab/lora", tmp_path / "pulled")) == contents(lora)
+
+
+def test_what_others_fetched_in_part_is_refused_offline_and_fetched_whole_online(cached, hub, base_dir, monkeypatch, tmp_path):
+    commit = hub.add("lab/model", contents(Path(base_dir)))
+    directory = cached("lab/model", base_dir, commit)
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"lab/model has no \*\.safetensors"):
+        fetch("lab/model")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert fetch(f"lab/model@{commit}") == directory
+    assert contents(directory) == contents(Path(base_dir))
+
+
+def test_the_command_line_finds_what_others_fetched(cached, cli, expert, lora, base_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    cached(NAME, expert)
+    snapshot = cached("lab/lora", lora)
+    tuned = tmp_path / "tuned"
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    model.model.layers[0].self_attn.q_proj.weight.data += 0.1
+    model.save_pretrained(tuned)
+    cached("lab/base", base_dir)
+    cached("lab/tuned", tuned)
+    commit = "a" * 40
+    for line in (
+        ["inspect", NAME],
+        ["merge", NAME, "lab/lora", "--out", tmp_path / "m1"],
+        ["merge", snapshot, f"lab/lora@{commit}", "--out", tmp_path / "m2"],
+        ["merge", "lab/tuned", "--model", "lab/base", "--out", tmp_path / "m3"],
+        ["merge", "lab/tuned", "--model", f"lab/base@{commit}", "--out", tmp_path / "m4"],
+        ["export", "lab/lora", "--to", "checkpoint", "--model", f"lab/base@{commit}", "--out", tmp_path / "e1"],
+        ["import", snapshot, "--out", tmp_path / "i1"],
+    ):
+        code, _, err = cli(*line)
+        assert (code, err.strip()) == (0, ""), line
+    ours, theirs = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("m3", "m4"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_links_out_of_the_repository_are_refused_wherever_they_lie(cached, expert, tmp_path):
+    directory, weights = cached(NAME, expert), (expert / WEIGHTS_FILE).read_bytes()
+    other = cached("lab/other", expert)
+    place = directory / WEIGHTS_FILE
+    (tmp_path / "secret").write_bytes(weights)
+    for target in (
+        tmp_path / "secret",
+        other.parent.parent / "blobs" / WEIGHTS_FILE,
+        directory.parent.parent / "refs" / "main",
+        "nowhere",
+    ):
+        place.unlink()
+        place.symlink_to(target)
+        with pytest.raises(UnsafePath, match="is a symbolic link that leaves its directory or leads nowhere"):
+            SparseAdapter.load(directory)
+    blobs = directory.parent.parent / "blobs"
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnsafePath):
+        SparseAdapter.load(directory)
+    plain = tmp_path / "plain" / "snapshots" / "main"  # no repository of the cache
+    plain.mkdir(parents=True)
+    (plain.parent.parent / "blobs").mkdir()
+    (plain.parent.parent / "blobs" / "config").write_bytes((expert / CONFIG_FILE).read_bytes())
+    (plain / CONFIG_FILE).symlink_to("../../blobs/config")
+    with pytest.raises(UnsafePath):
+        SparseAdapter.load(plain)
 
 
 # The hub does not answer, or says no
@@ -499,7 +613,6 @@ def test_a_hub_that_says_no_is_not_answered_from_the_cache(hub, expert):
 
 
 EVIL = [
-    "expert",
     "",
     "/",
     "lab/",
@@ -558,14 +671,13 @@ def test_a_hub_with_evil_answers_writes_nowhere_else(hub, expert, tmp_path):
         stored.branches["main"] = name
         with pytest.raises(ModelError, match="the hub calls its commit"):
             fetch(NAME)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "huggingface") == ["cache", "expert"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "expert"]
 
 
-@pytest.mark.parametrize("module", ["huggingface_hub", "filelock"])
-def test_a_missing_library_names_the_extra(hub, monkeypatch, module):
+def test_a_missing_library_names_the_extra(hub, monkeypatch):
     hub.add(NAME, {CONFIG_FILE: b"", WEIGHTS_FILE: b""})
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingExtra, match=re.escape(f"the hub needs {module}: pip install 'sparselet[hub]'.")):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingExtra, match=re.escape("the hub needs huggingface_hub: pip install 'sparselet[hub]'.")):
         fetch(NAME)
 
 

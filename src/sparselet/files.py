@@ -270,7 +270,8 @@ def read_object(file: Path) -> dict[str, Any]:
 def check_inside(directory: Path, name: str) -> Path:
     """The path of the file `name` in `directory`, once it is known to lie there.
 
-    Raises UnsafePath for a name with path parts or a symbolic link that leaves the directory.
+    A symbolic link may stay in the directory, or lead from a snapshot of the hub library's cache to a blob of the same
+    repository. Raises UnsafePath for all others, and for a name with path parts.
     """
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise UnsafePath(f"{name!r} is not a plain file name; path parts are not allowed.")
@@ -289,9 +290,13 @@ def cache_directory() -> Path:
 
 def _stays_inside(link: Path, directory: Path) -> bool:
     try:
-        return link.resolve(strict=True).is_relative_to(directory.resolve())
+        place, directory = link.resolve(strict=True), directory.resolve()
     except (OSError, RuntimeError):  # it leads nowhere, or round in a circle
         return False
+    # `models--org--name` holds `snapshots/COMMIT`, of links, and `blobs`.
+    snapshots = [parent.parent for parent in (directory, *directory.parents) if parent.parent.name == "snapshots"]
+    blobs = [path.parent / "blobs" for path in snapshots if path.parent.name.startswith("models--")]
+    return any(place.is_relative_to(inside) for inside in (directory, *blobs))
 
 
 @contextlib.contextmanager

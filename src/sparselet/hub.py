@@ -1,15 +1,14 @@
 """Adapters and checkpoints on the hub: `fetch` and `pull` them by name, `push` an adapter.
 
-A name is `org/name`, or `org/name@revision` with a branch, tag or commit. What is fetched lies in sparselet's own cache as
-plain files, one directory a commit. (The snapshots in the hub library's cache are symbolic links out of their directory,
-which the reader of adapters refuses.) Only the files that an adapter or a checkpoint consists of are ever fetched, none
-that could run code.
+A name is `org/name`, or `org/name@revision` with a branch, tag or commit. What is fetched lies in the hub library's cache, one
+snapshot a commit; what others fetched there is used as well. Only the files that an adapter or a checkpoint consists of are
+ever fetched, none that could run code.
 """
 
+import contextlib
 import fnmatch
 import glob
 import importlib
-import os
 import re
 import shutil
 import warnings
@@ -17,14 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, require_finite
 from sparselet.container import TensorFile
 from sparselet.errors import BadConfig, FormatError, MissingExtra, MissingFile, ModelError
 from sparselet.files import (
     atomic_directory,
-    cache_directory,
     check_inside,
     check_output,
     naming_failure,
@@ -54,7 +51,8 @@ CHECKPOINT_FILES = (
     CARD_FILE,
 )
 
-_NAME = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
+_SHAPE = re.compile(r"[\w.-]+/[\w.-]+(@.+)?", re.ASCII)
+_NAME = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)  # the oldest models have no organisation
 _REVISION = re.compile(r"\w[\w.+/-]{0,199}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -85,36 +83,48 @@ def parse_name(name: str) -> tuple[str, str]:
     return repository, revision
 
 
-def fetch(name: str) -> Path:
-    """The directory of an adapter or checkpoint on the hub, fetched unless this commit is in the cache already.
+def is_hub_name(name: str | Path, bare: bool = False) -> bool:
+    """Whether a name that is not on the disk can be one of the hub. bare: without an organisation, such as gpt2, too."""
+    shaped = _SHAPE.fullmatch(str(name) if not bare or "/" in str(name) else f"org/{name}")
+    return bool(shaped) and not str(name).startswith(".") and not Path(name).exists()
 
-    name: `org/name` or `org/name@revision`. The directory is one of sparselet's cache, named by the commit, and holds plain
-    files; it is whole and checked whenever it is there, and never changes. An interrupted fetch goes on when called again.
-    A branch is looked up each time; where the hub cannot be asked, what was fetched last is used, with a CachedCopyWarning
-    unless HF_HUB_OFFLINE asks for it.
+
+def directory_of(name: str | Path) -> Path | None:
+    """The directory of a path or hub name, which is fetched; None where a name is neither. Raises what `fetch` raises."""
+    if Path(name).is_dir():
+        return Path(name)
+    return fetch(str(name)) if is_hub_name(name) else None
+
+
+def fetch(name: str) -> Path:
+    """The directory of an adapter or checkpoint on the hub, fetched unless this commit is in the hub library's cache already.
+
+    name: `org/name` or `org/name@revision`. The directory is a snapshot of that cache (HF_HOME, HF_HUB_CACHE), whose files are
+    links to its blobs; what was found whole and checked is in it, and maybe more that others fetched. An interrupted fetch
+    goes on when called again. A branch is looked up each time; where the hub cannot be asked, the snapshot that the cache
+    has is used, whoever fetched it, with a CachedCopyWarning unless HF_HUB_OFFLINE asks for it.
 
     Raises ModelError (not a hub name, no such repository or revision, no access, no network and not in the cache, not an
     adapter or checkpoint in safetensors), FormatError for damaged files, MissingExtra, WriteFailed.
     """
     repository, revision = parse_name(name)
-    home = cache_directory() / "hub" / repository.replace("/", "--")
-    if _COMMIT.fullmatch(revision) and (home / revision).is_dir():
-        return home / revision
-    reference, api = home / "refs" / quote(revision, safe=""), _api()
+    api = _api()
+    if _COMMIT.fullmatch(revision):
+        with contextlib.suppress(ModelError, FormatError):  # not whole, so it is fetched
+            return _cached(name, f"cannot fetch {name}")
     try:
         info = api.model_info(repository, revision=revision)
     except Exception as error:  # the hub library's own kinds, and those of the HTTP library below it
-        return _fetched_before(name, home, reference, error)
+        return _fetched_before(name, error)
     commit = info.sha or ""
     if not _COMMIT.fullmatch(commit):
         raise ModelError(f"cannot fetch {name}: the hub calls its commit {commit!r:.80}.")
-    files = _choose(name, [sibling.rfilename for sibling in info.siblings or []])
-    with naming_failure(home):
-        if not (home / commit).is_dir():
-            _download(name, commit, files, home)
-        if not reference.is_file() or reference.read_text() != commit:
-            write_text(reference, commit)
-    return home / commit
+    directory = _download(name, commit, _choose(name, [sibling.rfilename for sibling in info.siblings or []]))
+    try:
+        check(directory)
+    except FormatError as error:
+        raise type(error)(f"{name} is damaged, on the hub or in its cache: {error}") from error
+    return directory
 
 
 def pull(name: str, output: str | Path) -> Path:
@@ -125,8 +135,8 @@ def pull(name: str, output: str | Path) -> Path:
     check_output(output)
     source = fetch(name)
     with atomic_directory(output) as directory:
-        for file in sorted(source.iterdir()):
-            shutil.copyfile(file, directory / file.name)
+        for file in _choose(name, [path.name for path in source.iterdir()]):
+            shutil.copyfile(source / file, directory / file)
         check(directory)
     return Path(output)
 
@@ -137,6 +147,8 @@ def prepare(path: str | Path, name: str, revision: str | None = None) -> Upload:
     Raises ModelError for a bad name, and FormatError.
     """
     path, (repository, branch) = Path(path), parse_name(f"{name}@{revision}" if revision else name)
+    if "/" not in repository:
+        raise ModelError(f"{name!r} is not a hub name to push to; expected org/name or org/name@revision.")
     if path.is_dir() and not (path / CONFIG_FILE).exists() and (path / "config.json").is_file():
         raise MissingFile(f"{path} is a checkpoint; only adapters are pushed, which have {CONFIG_FILE}.")
     kind = check(path)
@@ -238,51 +250,59 @@ def show_progress(shown: bool) -> None:
         (utils.enable_progress_bars if shown else utils.disable_progress_bars)()
 
 
-def _fetched_before(name: str, home: Path, reference: Path, error: Exception) -> Path:
-    """What was fetched last under this name, where the hub did not answer. Raises ModelError if it did, or nothing was."""
+def _fetched_before(name: str, error: Exception) -> Path:
+    """What the cache has under this name, where the hub did not answer. Raises ModelError if it did, or nothing is there."""
     errors, status = _hub().errors, _status(error)
     no = 400 <= status < 500 and status != 429  # too many requests
     if no or not isinstance(error, (OSError, errors.HTTPError)):
         raise ModelError(f"cannot fetch {name}: {_reason(error)}") from error
-    commit = reference.read_text() if reference.is_file() else ""
-    if not _COMMIT.fullmatch(commit) or not (home / commit).is_dir():
-        raise ModelError(f"cannot fetch {name}, and it was not fetched before: {_reason(error)}") from error
+    try:
+        directory = _cached(name, f"cannot fetch {name}, and it was not fetched before: {_reason(error)}")
+    except FormatError as damage:
+        raise type(damage)(f"{name} is in the hub's cache, but not whole ({_reason(error)}): {damage}") from damage
     if not isinstance(error, errors.OfflineModeIsEnabled):
-        message = f"the hub does not answer ({_reason(error)}); using {name} as fetched before, commit {commit}."
+        message = f"the hub does not answer ({_reason(error)}); using {name} as fetched before, commit {directory.name}."
         warnings.warn(message, CachedCopyWarning, stacklevel=3)
-    return home / commit
+    return directory
 
 
-def _download(name: str, commit: str, files: list[str], home: Path) -> None:
-    """Make `home/commit` of the files; until they are all there and checked they are in a directory of another name."""
-    hub, partial = _hub(), home / f"{commit}.partial"
-    home.mkdir(parents=True, exist_ok=True)
-    with _optional("filelock").FileLock(home / ".lock"):
-        if (home / commit).is_dir():  # another process has made it meanwhile
-            return
-        partial.mkdir(exist_ok=True)
+def _cached(name: str, absent: str) -> Path:
+    """The snapshot that the cache has of a name, checked. Raises ModelError, in the words of `absent`, and FormatError."""
+    repository, revision = parse_name(name)
+    for file in (CONFIG_FILE, "config.json"):
+        found = _hub().try_to_load_from_cache(repository, file, revision=revision)
+        if isinstance(found, str):
+            directory = Path(found).parent
+            _choose(name, [path.name for path in directory.iterdir()])
+            check(directory)
+            return directory
+    raise ModelError(absent)
+
+
+def _download(name: str, commit: str, files: list[str]) -> Path:
+    """The snapshot of a commit in the hub library's cache, with all the files in it. Raises ModelError, WriteFailed."""
+    hub, (repository, revision) = _hub(), parse_name(name)
+    with naming_failure(hub.constants.HF_HUB_CACHE):
         try:
-            hub.snapshot_download(
-                parse_name(name)[0],
-                revision=commit,
-                local_dir=partial,
-                allow_patterns=[glob.escape(file) for file in files],
-                library_name="sparselet",
+            directory = Path(
+                hub.snapshot_download(
+                    repository,
+                    revision=commit,
+                    allow_patterns=[glob.escape(file) for file in files],
+                    library_name="sparselet",
+                )
             )
         except Exception as error:
             if isinstance(error, OSError) and error.errno is not None:  # of the disk
                 raise
             raise ModelError(f"cannot fetch {name} whole: {_reason(error)} Run again to go on.") from error
-        absent = [file for file in files if not (partial / file).is_file()]
+        absent = [file for file in files if not (directory / file).is_file()]
         if absent:  # the hub library goes on with what is there when it loses the hub
             raise ModelError(f"cannot fetch {name} whole: {absent[0]} did not come. Run again to go on.")
-        shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub library's notes on the transfer
-        try:
-            check(partial)
-        except FormatError as error:
-            shutil.rmtree(partial)
-            raise type(error)(f"{name} on the hub is damaged: {error}") from error
-        os.replace(partial, home / commit)
+        reference = directory.parent.parent / "refs" / revision
+        if revision != commit and not (reference.is_file() and reference.read_text() == commit):
+            write_text(reference, commit)  # as the library does where it looks a branch up itself
+    return directory
 
 
 def _choose(name: str, present: list[str]) -> list[str]:

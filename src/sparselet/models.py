@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from sparselet import hub
 from sparselet.container import TensorFile
 from sparselet.errors import MissingExtra, ModelError, SparseletError
 from sparselet.files import atomic_directory, cache_directory
@@ -56,7 +57,7 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 def load_model(name: str, dtype: str = "float32") -> PreTrainedModel:
     """A base model for causal or encoder-decoder language modelling, in evaluation mode, on the CPU or first GPU.
 
-    name: a hub name, a local directory, or `packaged:smollm2-135m`. dtype: float32, bfloat16 or float16.
+    name: a hub name (`org/name[@revision]`), a local directory, or `packaged:smollm2-135m`. dtype: one of DTYPES.
     Only safetensors are read, and no code from the model's repository is run. Raises ModelError, MissingExtra.
     """
     if dtype not in DTYPES:
@@ -173,9 +174,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def local_path(name: str) -> str:
-    """What transformers can load: a directory for the packaged model, and otherwise the name itself.
+    """What transformers can load: a directory for the packaged model and for a name with a revision, else the name itself.
 
-    Raises ModelError for an unknown packaged model or a path that is not a model directory.
+    Raises ModelError for an unknown packaged model or a path that is not a model directory, and what `hub.fetch` raises.
     """
     if name.startswith("packaged:"):
         if name != PACKAGED:
@@ -185,6 +186,8 @@ def local_path(name: str) -> str:
     if path.is_dir() and not (path / "config.json").is_file():
         hint = " It is an adapter; name its base model." if (path / "adapter_config.json").is_file() else ""
         raise ModelError(f"{name} is a directory without config.json, so not a base model.{hint}")
+    if "@" in name and hub.is_hub_name(name, bare=True):  # transformers takes the revision apart from the name
+        return str(hub.fetch(name))
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"{name} does not exist; give a hub name, a model directory, or {PACKAGED}.")
     return name

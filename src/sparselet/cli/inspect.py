@@ -6,11 +6,12 @@ from typing import Any
 
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter
 from sparselet.cli.terminal import SHADES, facts, heading, print_json, quiet_libraries, say, table, word
+from sparselet.hub import directory_of
 from sparselet.masks import layer_of
 from sparselet.report.summary import Cell, layer_table
 
 
-def inspect_(adapter: Path, /, *, json: bool = False) -> None:
+def inspect_(adapter: str, /, *, json: bool = False) -> None:
     """Show what is in an adapter: task, base model, density, size, metrics, and where its entries lie.
 
     The heat map has a row for each projection and a column for each layer; darker means a larger change (root mean
@@ -21,14 +22,15 @@ def inspect_(adapter: Path, /, *, json: bool = False) -> None:
     Parameters
     ----------
     adapter
-        Adapter directory.
+        Adapter: a directory, or a hub name.
     json
         Print the facts as JSON.
     """
     quiet_libraries()
-    loaded = SparseAdapter.load(adapter)
+    directory = directory_of(adapter) or Path(adapter)
+    loaded = SparseAdapter.load(directory)
     cells = layer_table(loaded)
-    sizes = {name: (adapter / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    sizes = {name: (directory / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE)}
     if json:
         targets = {name: {"shape": list(d.shape), "entries": d.nnz, "block_size": d.block_size} for name, d in loaded.items()}
         print_json(
@@ -48,7 +50,7 @@ def inspect_(adapter: Path, /, *, json: bool = False) -> None:
         ("size on disk", f"{sum(sizes.values()) / 2**20:.1f} MiB"),
         *((key.replace("_", " "), value) for key, value in (metadata.get("metrics") or {}).items()),
     ]
-    facts(str(adapter), [(name, value) for name, value in known if value is not None])
+    facts(adapter, [(name, value) for name, value in known if value is not None])
     _show_entries(cells)
     _show_heat(cells)
     say(f"Next: sparselet eval --task TASK --adapter {word(adapter)}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from sparselet import hub
 from sparselet.adapter import CONFIG_FILE, AdapterFile
 from sparselet.errors import ConfigError, MissingFile, UnsupportedExpert
-from sparselet.experts.base_model import BaseModel, is_hub_name
+from sparselet.experts.base_model import BaseModel
 from sparselet.experts.checkpoint import CheckpointFile
 from sparselet.experts.convert import save_expert
 from sparselet.experts.entries import SHIRA, SUPER_TUNING, EntriesFile
@@ -92,8 +92,7 @@ def _placed(adapter: AdapterFile, base: BaseModel | None, without: Sequence[str]
 
 def _directory(path: str | Path) -> Path:
     """The local directory of a path or hub name. Raises MissingFile, ModelError."""
-    if Path(path).is_dir():
-        return Path(path)
-    if is_hub_name(path):
-        return hub.fetch(str(path))
-    raise MissingFile(f"{path} is not a directory; an expert is a directory or a hub name. What can be read: {KINDS}.")
+    directory = hub.directory_of(path)
+    if directory is None:
+        raise MissingFile(f"{path} is not a directory; an expert is a directory or a hub name. What can be read: {KINDS}.")
+    return directory

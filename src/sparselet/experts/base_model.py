@@ -15,7 +15,6 @@ from sparselet.model_config import read_config
 from sparselet.names import Names, as_rows, refuse_shared
 from sparselet.printable import reason
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@.+)?", re.ASCII)
 
 
 class BaseModel:
@@ -28,7 +27,7 @@ class BaseModel:
 
     def __init__(self, name: str | Path) -> None:
         self.name = str(name)
-        if not Path(name).is_dir() and not is_hub_name(name):
+        if not Path(name).is_dir() and not hub.is_hub_name(name, bare=True):
             raise MissingFile(f"{name} is not a directory or a hub name, so not a base model.")
 
     @cached_property
@@ -76,9 +75,6 @@ class BaseModel:
                 )
 
 
-def is_hub_name(name: str | Path) -> bool:
-    """Whether a name that is not on the disk can be one of the hub."""
-    return not Path(name).exists() and bool(_HUB_NAME.fullmatch(str(name))) and not str(name).startswith(".")
 
 
 def _model_class(config: Any) -> Any:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, SparseAdapter
 from sparselet.errors import ConfigError, OutputExists
 from sparselet.files import atomic_directory, check_output, naming_failure, parents_of, read_object, utf8_path, write_json
+from sparselet.hub import directory_of
 from sparselet.models import load_model, load_tokenizer
 from sparselet.prompts import PromptFormat, prompt_format
 from sparselet.resident import target_weights
@@ -93,8 +94,9 @@ def train(
                     check_output(output)
                     _check_work(work, resume)
             tasks = _load_tasks(settings)
-            start = None if settings.init_from is None else _load_start(Path(settings.init_from))
-            known = _described(settings, tasks)
+            place = None if settings.init_from is None else directory_of(settings.init_from) or Path(settings.init_from)
+            start = None if place is None else _load_start(place)
+            known = _described(settings, tasks, place)
             if finished:  # by a run that was killed before it had removed its checkpoints
                 _finish(output, work, known)
             elif is_first():
@@ -185,13 +187,13 @@ def _load_start(path: Path) -> SparseAdapter:
     return SparseAdapter({name: file[name] for name in file}, file.metadata, file.fingerprints)
 
 
-def _described(settings: TrainSettings, tasks: Sequence[Task]) -> dict[str, Any]:
-    """What a run is known by: its settings and what they refer to, as JSON gives it back."""
+def _described(settings: TrainSettings, tasks: Sequence[Task], start: Path | None) -> dict[str, Any]:
+    """What a run is known by: its settings and what they refer to, as JSON gives it back. start: of `init_from`."""
     described = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
     parts = [task.fingerprint() for task in tasks]
     described[DATA] = parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
-    if settings.init_from is not None:
-        with open(Path(settings.init_from) / WEIGHTS_FILE, "rb") as file:
+    if start is not None:
+        with open(start / WEIGHTS_FILE, "rb") as file:
             described[START] = hashlib.file_digest(file, "sha256").hexdigest()
     return described
 
