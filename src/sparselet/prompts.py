@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from sparselet.errors import ModelError, TaskError
 from sparselet.models import position_limit, vocabulary_size
 from sparselet.printable import reason
+from sparselet.rows import Prompt
 from sparselet.time_limit import time_limit
 
 _PROBES = ("probe one", "another")
@@ -78,16 +79,23 @@ def prompt_format(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ch
     )
 
 
-def prompt_tokens(form: PromptFormat, text: str) -> list[int]:
-    """The token ids of a prompt: one user's message through the chat template, or the text as it is.
+def prompt_tokens(form: PromptFormat, prompt: Prompt) -> list[int]:
+    """The token ids of a prompt: one user's message or a conversation through the chat template, or the text as it is.
 
     A control token that the text spells out is encoded as the text that it is. What the tokenizer puts behind a text, such as
-    an end token, goes to an encoder alone. Raises TaskError for a text that cannot be encoded so, or has no tokens.
+    an end token, goes to an encoder alone. Raises TaskError for a text that cannot be encoded so, or has no tokens, and for a
+    conversation without a template, or of which the template leaves out what is asked.
     """
-    if form.template:
-        return _checked(form, chat_tokens(form, [{"role": "user", "content": text}], generation_prompt=True))
-    tokens = _encode(form, text, add_special_tokens=True)
-    return _checked(form, tokens[: len(tokens) - form.appended])
+    if not form.template:
+        if not isinstance(prompt, str):
+            raise TaskError("is a conversation, which only a chat template makes a prompt of; none is used, or there is none.")
+        tokens = _encode(form, prompt, add_special_tokens=True)
+        return _checked(form, tokens[: len(tokens) - form.appended])
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(vars(m)) for m in prompt]
+    tokens = _checked(form, chat_tokens(form, messages, generation_prompt=True))
+    if not isinstance(prompt, str):
+        _refuse_left_out(form, messages)
+    return tokens
 
 
 def target_tokens(form: PromptFormat, text: str) -> list[int]:
@@ -199,6 +207,14 @@ def _content(messages: Sequence[Mapping[str, str]], parts: bool) -> list[dict[st
     if not parts:
         return [dict(message) for message in messages]
     return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def _refuse_left_out(form: PromptFormat, messages: Sequence[Mapping[str, str]]) -> None:
+    """Raise TaskError for a system's or user's message that a chat template leaves out."""
+    rendered = _rendered(form.tokenizer, messages, form.parts, True)
+    for number, message in enumerate(messages, 1):
+        if message["role"] in ("system", "developer", "user") and message["content"].strip() not in rendered:
+            raise TaskError(f"the chat template leaves out message {number}, the {message['role']}'s.")
 
 
 def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -34,6 +34,9 @@ class Message:
     content: str
 
 
+Prompt = str | Sequence[Message]
+
+
 @dataclass(frozen=True)
 class Row:
     """One example: the whole prompt, and the text to produce.
@@ -45,13 +48,6 @@ class Row:
     input: str | tuple[Message, ...]
     target: str
     first_learned: int = 0
-
-    @property
-    def text(self) -> str:
-        """The prompt where it is a text. Raises TaskError for a conversation."""
-        if not isinstance(self.input, str):
-            raise TaskError("a row is a conversation, which neither training nor evaluation takes yet.")
-        return self.input
 
     def as_json(self) -> dict[str, Any]:
         """`input` and `target`, or `messages` (those before the answer) and `target`."""

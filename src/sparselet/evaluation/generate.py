@@ -21,6 +21,7 @@ from sparselet.prompts import (
     prompt_tokens,
     shared_prefix,
 )
+from sparselet.rows import Prompt
 
 logger = logging.getLogger("sparselet")
 
@@ -31,7 +32,7 @@ TOKENS = 16384  # of a batch; 0.75 GB of keys and values of a model of 135M para
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     chat_template: bool = True,
     max_input_length: int = 2048,
@@ -39,7 +40,7 @@ def generate(
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The model's greedy continuation of each prompt, up to its end token, stripped of white space.
+    """The model's greedy continuation of each prompt, a text or a conversation, up to its end token, stripped of white space.
 
     An answer ends where training teaches it to end, or with an end token of the model's generation settings; that token is
     no part of it. Else the texts are those of the model's own `generate`, which is called for models that `decode` does not
@@ -69,7 +70,7 @@ def generate(
     return answers
 
 
-def _prompts(form: PromptFormat, texts: Sequence[str], longest: int, max_input_length: int) -> list[list[int]]:
+def _prompts(form: PromptFormat, prompts: Sequence[Prompt], longest: int, max_input_length: int) -> list[list[int]]:
     """The prompts as tokens, cut from the left. Raises ConfigError, TaskError."""
     if longest < 1:
         raise ConfigError(
@@ -77,13 +78,13 @@ def _prompts(form: PromptFormat, texts: Sequence[str], longest: int, max_input_l
             f"{'' if form.encoder_decoder else ' for prompt and answer together'}. Lower it."
         )
     tokens, cut = [], 0
-    for number, text in enumerate(texts, 1):
+    for number, prompt in enumerate(prompts, 1):
         try:
-            prompt = prompt_tokens(form, text)
+            ids = prompt_tokens(form, prompt)
         except TaskError as error:
             raise TaskError(f"prompt {number}: {error}") from error
-        cut += longest < min(len(prompt), max_input_length)
-        tokens.append(prompt[-longest:])
+        cut += longest < min(len(ids), max_input_length)
+        tokens.append(ids[-longest:])
     if cut:
         logger.warning("%d prompts are cut from the left to leave the model positions for its answers.", cut)
     return tokens

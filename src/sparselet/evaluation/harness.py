@@ -79,7 +79,7 @@ def evaluate(
             answers = generate(
                 model,
                 tokenizer,
-                [row.text for row in rows],
+                [row.input for row in rows],
                 chat_template=settings.chat_template,
                 max_input_length=settings.max_input_length,
                 max_new_tokens=settings.max_new_tokens,

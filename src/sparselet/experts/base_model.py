@@ -1,6 +1,5 @@
 """A base model as its configuration tells it, without its weights: what its layers are called, how they lie, what is tied."""
 
-import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,6 @@ from sparselet.experts.model_files import ModelFiles
 from sparselet.model_config import read_config
 from sparselet.names import Names, as_rows, refuse_shared
 from sparselet.printable import reason
-
 
 
 class BaseModel:
@@ -73,8 +71,6 @@ class BaseModel:
                 raise WrongBase(
                     f"{where}: {target}: expected a weight of shape {list(shape)}, but {self.name} has shape {own}."
                 )
-
-
 
 
 def _model_class(config: Any) -> Any:

@@ -12,7 +12,7 @@ from sparselet.batching import forward_parameters, padding_side, positions, with
 from sparselet.errors import ModelError, TaskError
 from sparselet.models import decoder_start
 from sparselet.prompts import PromptFormat, longest_prompt, pad, padding_token, prompt_tokens, shared_prefix, target_tokens
-from sparselet.tasks import Row
+from sparselet.rows import ASSISTANT, Message, Row
 from sparselet.training.prefix import SHARED, can_share
 
 logger = logging.getLogger("sparselet")
@@ -27,26 +27,62 @@ Encoded = dict[str, list[int]]
 def encode(rows: Sequence[Row], form: PromptFormat, max_input_length: int, where: str) -> list[Encoded]:
     """Each row as `prompt` and `target` token ids. The prompt is cut from the left, the target kept whole.
 
-    A prompt is cut to `max_input_length`, and further where the model has no positions for it and the target. where: what
-    the rows are, for messages. Raises TaskError, naming the row, for a target without room, and what `prompts` raises.
+    A prompt is cut to `max_input_length`, and further where the model has no positions for it and the target. Of a
+    conversation the target begins with the first answer that is learned, and `labels` [target] tells what is learned of it;
+    what is cut is all before the last answer. where: what the rows are, for messages. Raises TaskError, naming the row, for a
+    target without room, and what `prompts` raises.
     """
     encoded, cut = [], 0
     for number, row in enumerate(rows, 1):
         try:
-            prompt, target = prompt_tokens(form, row.text), target_tokens(form, row.target)
+            sequences = _sequences(row, form)
         except TaskError as error:
             raise TaskError(f"{where}, row {number}: {error}") from error
-        longest = longest_prompt(form, max_input_length, len(target))
-        if longest < 1:
-            raise TaskError(
-                f"{where}, row {number}: the target has {len(target)} tokens, but the model has {form.positions} positions"
-                f"{'' if form.encoder_decoder else ' for prompt and target together'}. Shorten it, or leave the row out."
-            )
-        cut += longest < min(len(prompt), max_input_length)
-        encoded.append({"prompt": prompt[-longest:], "target": target})
+        for before, labels, answer in sequences:
+            longest = longest_prompt(form, max_input_length, len(answer))
+            if longest < 1:
+                raise TaskError(
+                    f"{where}, row {number}: the target has {len(answer)} tokens, but the model has {form.positions} positions"
+                    f"{'' if form.encoder_decoder else ' for prompt and target together'}. Shorten it, or leave the row out."
+                )
+            cut += longest < min(len(before), max_input_length)
+            encoded.append(_divided(before[-longest:], labels[-longest:], answer))
     if cut:
         logger.warning("%s: %d prompts are cut from the left to fit the model's positions.", where, cut)
     return encoded
+
+
+def _sequences(row: Row, form: PromptFormat) -> list[tuple[list[int], list[int], list[int]]]:
+    """The sequences that a row is learned in: what goes before its last answer, the labels of that, and that answer.
+
+    Each answer of a conversation follows just what the model is asked with there. Where the prompt of one begins with the
+    sequence that ends in the one before it, as most chat templates have it, both are learned in one pass.
+    """
+    if isinstance(row.input, str):
+        prompt = prompt_tokens(form, row.input)
+        return [(prompt, [IGNORED] * len(prompt), target_tokens(form, row.target))]
+    messages = (*row.input, Message(ASSISTANT, row.target))
+    sequences: list[tuple[list[int], list[int], list[int]]] = []
+    for i in range(row.first_learned, len(messages)):
+        if messages[i].role != ASSISTANT:
+            continue
+        prompt, answer = prompt_tokens(form, messages[:i]), target_tokens(form, messages[i].content)
+        before, labels, last = sequences[-1] if sequences else ([], [], [])
+        if prompt[: len(before) + len(last)] == before + last and sequences and not form.encoder_decoder:
+            sequences.pop()
+            labels = labels + last
+        else:
+            labels = []
+        sequences.append((prompt, labels + [IGNORED] * (len(prompt) - len(labels)), answer))
+    return sequences
+
+
+def _divided(before: list[int], labels: list[int], answer: list[int]) -> Encoded:
+    """A sequence as `prompt` and `target`, with `labels` where not all of the target is learned."""
+    first = next((i for i in range(1, len(labels)) if labels[i] != IGNORED), len(labels))
+    if first == len(labels):
+        return {"prompt": before, "target": answer}
+    return {"prompt": before[:first], "target": before[first:] + answer, "labels": labels[first:] + answer}
 
 
 @dataclass(frozen=True)
@@ -79,7 +115,8 @@ class CompletionCollator:
         sequences = [row["prompt"] + row["target"] for row in rows]
         ids = torch.tensor(pad(sequences, self.pad_token, self.left))
         mask = torch.tensor(pad([[1] * len(s) for s in sequences], 0, self.left))
-        labels = torch.tensor(pad([[IGNORED] * len(row["prompt"]) + row["target"] for row in rows], IGNORED, self.left))
+        learned = [[IGNORED] * len(row["prompt"]) + row.get("labels", row["target"]) for row in rows]
+        labels = torch.tensor(pad(learned, IGNORED, self.left))
         batch: dict[str, Tensor | int] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         if not self.left and "attention_mask" not in self.accepts:
             del batch["attention_mask"]
