@@ -88,7 +88,10 @@ def prompt_tokens(form: PromptFormat, prompt: Prompt) -> list[int]:
     """
     if not form.template:
         if not isinstance(prompt, str):
-            raise TaskError("is a conversation, which only a chat template makes a prompt of; none is used, or there is none.")
+            raise TaskError(
+                "is a conversation, which only a chat template makes a prompt of: leave out --no-chat-template (in Python: "
+                "chat_template=False), or give a model whose tokenizer has one."
+            )
         tokens = _encode(form, prompt, add_special_tokens=True)
         return _checked(form, tokens[: len(tokens) - form.appended])
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(vars(m)) for m in prompt]
