@@ -10,7 +10,7 @@ def pull_(name: str, /, *, out: Path, json: bool = False) -> None:
     """Download an adapter or checkpoint from the hub.
 
     Only safetensors, configuration and tokenizer are fetched. The directory appears when all files are there and checked.
-    What was fetched stays in the cache ($SPARSELET_CACHE), so that the same commit is never fetched twice.
+    What was fetched stays in the hub library's cache (HF_HUB_CACHE), so that the same commit is never fetched twice.
 
         sparselet pull my-name/my-expert --out my-expert
         sparselet pull my-name/my-expert@v1 --out my-expert

@@ -41,13 +41,13 @@ class TrainSettings:
     model: str = "packaged:smollm2-135m"
     """Base model: a hub name, a local directory, or packaged:smollm2-135m."""
     task: tuple[str, ...] | str = ""
-    """Task: a directory with train, validation and test as .jsonl or .parquet; builtin:NAME; a hub data set. Several mix."""
+    """Task: a directory with train, validation and test (.jsonl, .json, .parquet), builtin:NAME or a hub data set."""
     method: Method = "sparse"
     """A sparse expert, or a baseline: lora, full (all weights), full-qkv (all of the targets), multitask (full, many tasks)."""
     init_from: str | None = None
-    """For a second stage: the adapter whose entries are trained on, or that full methods add to the base model first."""
+    """For a second stage: an adapter whose entries are trained on, or that full methods add to the base model first."""
     input_column: str = "input"
-    """What the task's rows call the prompt."""
+    """What the task's rows call the prompt, or the conversation; by default input, prompt or messages, whichever they have."""
     target_column: str = "target"
     """What the task's rows call the text to produce."""
 
