@@ -251,3 +251,14 @@ def test_dense_values_that_change_before_the_backward_pass_are_refused(how):
             (values[1] if how == "add" else values[1].data).add_(1)
     with pytest.raises(SelectionError, match=r"2: .*was changed between"):
         losses[0].backward()
+
+
+@pytest.mark.parametrize("initial_mask", ["dense", "random"])
+def test_a_state_that_was_loaded_stays_as_it_is_when_training_goes_on(initial_mask):
+    model = get_peft_model(net(), SparseletConfig(target_modules=["0", "2"], initial_mask=initial_mask, reselect_every=0))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    model.load_state_dict(state)
+    for layer in sparselet_layers(model).values():
+        layer.sparse_values["default"].data.add_(1)
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())

@@ -160,7 +160,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         parameter = self._materialized(name)
         self.sparse_mask[name].dense = True
         self.sparse_indices[name] = torch.empty(0, dtype=torch.int32, device=self.base_weight.device)
-        _reshape_parameter(parameter, values.to(device=self.base_weight.device, dtype=parameter.dtype))
+        _reshape_parameter(parameter, values.to(device=self.base_weight.device, dtype=parameter.dtype, copy=True))
         self.refresh()
 
     def _materialized(self, name: str) -> nn.Parameter:
