@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, Traini
 
 import sparselet
 from sparselet import MaskSchedule, SparseAdapter, SparseletConfig, SparseletModel
-from sparselet.errors import NonFiniteValue, SelectionError, SparseletError, UnknownTensor
+from sparselet.errors import BadContainer, NonFiniteValue, SelectionError, SparseletError, UnknownTensor
 from sparselet.tuner import SparseletLayer, sparselet_layers, to_adapter
 
 RANDOM = {"initial_mask": "random", "reselect_every": 0, "density": 0.5, "target_modules": ["q_proj", "v_proj"]}
@@ -270,6 +270,27 @@ def test_nothing_but_the_adapter_is_loaded_from_a_pickle_or_a_state_dict(saved, 
     with pytest.raises(UnknownTensor, match="embed_tokens"):
         set_peft_model_state_dict(model, {**tensors, FOREIGN: torch.zeros(64, 32)})
     assert torch.equal(answer(model, batch), wanted)
+
+
+def test_an_adapter_in_the_cache_of_the_hub_library_is_read_and_checked(saved, make_llama, batch, tmp_path):
+    """Whose files are links into another directory."""
+    directory, wanted = saved
+    repository = tmp_path / "cache" / "models--org--expert"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    for place in (snapshot, repository / "blobs", repository / "refs"):
+        place.mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    for file in list(directory.iterdir()):
+        file.rename(repository / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    for place in ("org/expert", snapshot):
+        model = PeftModel.from_pretrained(make_llama(), place, cache_dir=tmp_path / "cache")
+        assert torch.equal(answer(model, batch), wanted)
+    weights = repository / "blobs" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    for place in ("org/expert", snapshot):
+        with pytest.raises(BadContainer):
+            PeftModel.from_pretrained(make_llama(), place, cache_dir=tmp_path / "cache")
 
 
 def test_a_configuration_saved_by_itself_is_read_again(tmp_path):
