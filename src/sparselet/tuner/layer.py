@@ -294,14 +294,14 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         names, compiling = self._active(), torch.compiler.is_compiling()
         if self.merged_adapters or (not names and self._resident is None) or (not compiling and self._leased(names)):
             return self.base_layer(x, *args, **kwargs)
-        weight = self.base_weight
+        weight, bias = self.base_weight, cast("Tensor | None", self.base_layer.bias)
         learns = torch.is_grad_enabled()
         self._require_usable(names if learns else ())
         if self.recorder is not None and names:
             self.calls += 1
         changes = self._changes(names, learns)
         if compiling:
-            return linear(x, differentiable_weight(weight, changes), self.base_layer.bias, self.transposed)
+            return linear(x, differentiable_weight(weight, changes), bias, self.transposed)
         if args or kwargs or self._is_watched():
             replaced = {"weight": differentiable_weight(without(weight, self._resident), changes)}
             return torch.func.functional_call(self.base_layer, replaced, (x, *args), kwargs)
@@ -309,7 +309,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         kept = zip(names, changes, strict=True) if learns else ()
         marks = {name: self._mark(name) for name, change in kept if change.trained or change.units is None}
         check = functools.partial(self._require_unchanged, self._base_version(), marks)
-        return changed_linear(x, weight, self.base_layer.bias, changes, self._build, check, self.transposed, recorder)
+        return changed_linear(x, weight, bias, changes, self._build, check, self.transposed, recorder)
 
     def _leased(self, names: tuple[str, ...]) -> bool:
         """Whether a call of `generate` has these adapters in the weight; they are written when it comes by again."""

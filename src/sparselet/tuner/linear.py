@@ -89,7 +89,10 @@ class _ChangedLinear(torch.autograd.Function):
             if needs_weight or ctx.recorder is not None:
                 dense = kernels.weight_gradient(x, grad_output, ctx.transposed)
             if ctx.recorder is None:
-                gradients = [_at_mask(x, grad_output, dense, *mask, ctx.transposed) for mask in ctx.masks]
+                gradients = [
+                    _at_mask(x, grad_output, dense, units, block_size, dtype, ctx.transposed)
+                    for units, block_size, dtype in ctx.masks
+                ]
             elif dense is not None:
                 ctx.recorder(dense)
             dense = dense.to(ctx.dtypes[1]) if needs_weight and dense is not None else None
