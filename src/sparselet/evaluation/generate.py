@@ -44,8 +44,8 @@ def generate(
 
     An answer ends where training teaches it to end, or with an end token of the model's generation settings; that token is
     no part of it. Else the texts are those of the model's own `generate`, which is called for models that `decode` does not
-    know to answer alike. Prompts of like length share a batch, padded where the model does not see it, with a key-value
-    cache; those of equal length alone, where it sees its padding anywhere.
+    know to answer alike. Prompts of like length share a batch, with a key-value cache; of a model that sees padding where
+    it would have to be, each is answered alone.
     batch_size: prompts of a batch; by default as many as hold 16,384 tokens with their answers.
     progress: called with the number of prompts just answered.
     Raises ConfigError where the model's positions hold no answer of `max_new_tokens`, and what `prompts` raises.
@@ -60,7 +60,7 @@ def generate(
     if padded and can_decode(model):
         prefix = encode_prefix(model, shared_prefix(tokens))
         answer = partial(decode, model, prefix, padding_token(form), form.ends, max_new_tokens)
-    for rows in _batches(order, [len(prompt) + max_new_tokens for prompt in tokens], batch_size, padded):
+    for rows in _batches(order, [len(prompt) + max_new_tokens for prompt in tokens], batch_size if padded else 1):
         ended = [_without_end(form, answer) for answer in answer([tokens[i] for i in rows])]
         texts = tokenizer.batch_decode(ended, skip_special_tokens=True)
         for i, text in zip(rows, texts, strict=True):
@@ -96,17 +96,13 @@ def _without_end(form: PromptFormat, answer: Sequence[int]) -> list[int]:
     return list(answer[:end])
 
 
-def _batches(order: Sequence[int], lengths: Sequence[int], size: int | None, padded: bool = True) -> Iterator[Sequence[int]]:
-    """The rows in `order`, which ascends by length, in batches of `size` rows, or of at most `TOKENS` tokens padded.
-
-    padded: rows of unlike lengths may share a batch.
-    """
+def _batches(order: Sequence[int], lengths: Sequence[int], size: int | None) -> Iterator[Sequence[int]]:
+    """The rows in `order`, which ascends by length, in batches of `size` rows, or of at most `TOKENS` tokens padded."""
     start = 0
     for end in range(1, len(order) + 1):
         rows = end - start
         full = rows == size if size is not None else end < len(order) and (rows + 1) * lengths[order[end]] > TOKENS
-        unlike = not padded and end < len(order) and lengths[order[end]] != lengths[order[start]]
-        if full or unlike or end == len(order):
+        if full or end == len(order):
             yield order[start:end]
             start = end
 
@@ -121,8 +117,7 @@ def _by_model(model: Any, form: PromptFormat, max_new_tokens: int, prompts: Sequ
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            min_length=0,  # a least length would keep answers from ending
-            min_new_tokens=0,
+            min_new_tokens=0,  # a least length would keep answers from ending
             do_sample=False,
             num_beams=1,
             num_return_sequences=1,
