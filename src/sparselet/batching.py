@@ -31,7 +31,10 @@ def padding_side(model: PreTrainedModel) -> Side | None:
     with _evaluating(model):
         if model.config.is_encoder_decoder:
             return "right" if _off(_seq2seq(model, [row, other]), _seq2seq(model, [row])) <= close else None
-        alone = _causal(model, [row], "right")
+        try:
+            alone = _causal(model, [row], "right")
+        except Exception as error:  # whatever a model raises
+            raise ModelError(f"the model ({model.config.model_type}) does not answer a row of tokens: {error}") from error
         if not alone.isfinite().all():
             return "left"  # weights that are lost already; whoever computes with them says so
         if _off(_causal(model, [row + other], "right")[:, :_SHORT], alone) > _FAR:
@@ -41,8 +44,9 @@ def padding_side(model: PreTrainedModel) -> Side | None:
             )
         sides: dict[Side, slice] = {"left": slice(-_SHORT, None), "right": slice(0, _SHORT)}
         for side, columns in sides.items():
-            if _off(_causal(model, [row, other], side)[:, columns], alone) <= close:
-                return side
+            with contextlib.suppress(Exception):  # whatever a model raises that takes no mask or positions
+                if _off(_causal(model, [row, other], side)[:, columns], alone) <= close:
+                    return side
     return None
 
 
