@@ -1,11 +1,12 @@
 """Prompts and targets as tokens, against what transformers' tokenizers and templates give."""
 
 import pytest
+import torch
 from tiny import END, PAD, TEMPLATE, make_gpt2, make_model, make_t5, make_tokenizer
 from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 
-from sparselet.errors import ConfigError, ModelError, TaskError
+from sparselet.errors import ModelError, TaskError
 from sparselet.evaluation import generate
 from sparselet.prompts import chat_tokens, padding_token, prompt_format, prompt_tokens, target_tokens
 from sparselet.tasks import Row
@@ -222,11 +223,20 @@ def test_rows_are_cut_to_the_models_positions_or_refused():
 
 def test_answers_are_given_within_the_models_positions():
     model, tokenizer = make_gpt2(), make_tokenizer()
-    short, long = generate(model, tokenizer, ["ant", "x" * 60], max_new_tokens=8)
-    assert generate(model, tokenizer, ["x" * 25], max_new_tokens=8) == [long]
-    assert generate(model, tokenizer, ["ant"], max_new_tokens=8) == [short]
-    with pytest.raises(ConfigError, match="max_new_tokens leaves no room for a prompt: the model has 32 positions"):
-        generate(model, tokenizer, ["ant"], max_new_tokens=33)
+    model.generation_config.eos_token_id = None
+    form = prompt_format(model, tokenizer, False)
+
+    def alone(prompt, new):
+        ids = torch.tensor([prompt_tokens(form, prompt)])
+        settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": 1, "pad_token_id": 0}
+        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0, ids.shape[1] :].tolist()
+        return tokenizer.decode(found[: found.index(1)] if 1 in found else found).strip()
+
+    # 32 positions: all that an answer reads must fit, and a prompt loses no more than half of them.
+    prompts = ["ant", "bee", "x" * 20, "y" * 30, "z" * 60]
+    assert generate(model, tokenizer, prompts, max_new_tokens=8) == [alone(p[-25:], 8) for p in prompts]
+    rooms = {"ant": 30, "bee": 30, "x" * 20: 17, "y" * 30: 17, "z" * 60: 17}
+    assert generate(model, tokenizer, prompts, max_new_tokens=99) == [alone(p[-16:], rooms[p]) for p in prompts]
 
 
 def test_a_row_without_tokens_is_refused():

@@ -16,6 +16,7 @@ from sparselet import SparseAdapter, merge
 from sparselet.errors import ArgumentError, ConfigError, NonFiniteScore, NoTargets, TrainingDiverged, UnsupportedExpert
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.models import load_model, load_tokenizer
+from sparselet.prompts import prompt_format
 from sparselet.resident import applied
 from sparselet.tasks import load_task
 from sparselet.training import Trained, TrainSettings, train
@@ -33,11 +34,12 @@ QKV = ("q_proj", "k_proj", "v_proj")
 
 def spelt_out(settings, model, trained):
     """Train by hand: linear warm-up and decay, gradients clipped at norm 1, AdamW, the batches of the sampler."""
-    tokenizer, rows = load_tokenizer(settings.model), []
+    base, rows = load_model(settings.model), []
+    form = prompt_format(base, load_tokenizer(settings.model), settings.chat_template)
     for source in settings.tasks:
         task = load_task(source, ("train",)).rows("train")
-        rows.append(encode(task, tokenizer, settings.chat_template, settings.max_input_length, False))
-    flat, collate = [row for own in rows for row in own], collator(load_model(settings.model), tokenizer)
+        rows.append(encode(task, form, settings.max_input_length, source))
+    flat, collate = [row for own in rows for row in own], collator(base, form)
     lengths = [len(row["prompt"] + row["target"]) for row in flat]
     sampler = LengthGroupedSampler(lengths, settings.batch_size, settings.seed, [len(own) for own in rows])
     total = math.ceil(len(flat) / settings.batch_size) * int(settings.epochs)

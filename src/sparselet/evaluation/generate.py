@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparselet.batching import forward_parameters, padding_side, without_router_loss
-from sparselet.errors import ConfigError, ModelError, TaskError
+from sparselet.errors import ModelError, TaskError
 from sparselet.evaluation.decode import can_decode, decode, encode_prefix
 from sparselet.printable import reason
 from sparselet.prompts import (
@@ -48,35 +49,37 @@ def generate(
     it would have to be, each is answered alone.
     batch_size: prompts of a batch; by default as many as hold 16,384 tokens with their answers.
     progress: called with the number of prompts just answered.
-    Raises ConfigError where the model's positions hold no answer of `max_new_tokens`, and what `prompts` raises.
+    Where the model's positions hold no prompt and answer of these lengths, a prompt is cut to leave room for `max_new_tokens`,
+    at most to half of them, and an answer ends with the last. Raises what `prompts` raises.
     """
     form = prompt_format(model, tokenizer, chat_template)
-    tokens = _prompts(form, prompts, longest_prompt(form, max_input_length, max_new_tokens - 1), max_input_length)
+    tokens = _prompts(form, prompts, max_input_length, max_new_tokens)
+    rooms = [_room(form, len(prompt), max_new_tokens) for prompt in tokens]
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     answers = [""] * len(tokens)
     side = padding_side(model) if tokens else None
     padded = side == ("right" if form.encoder_decoder else "left")  # on the right there is no room for an answer
-    answer = partial(_by_model, model, form, max_new_tokens)
+    answer = partial(_by_model, model, form)
     if padded and can_decode(model):
         prefix = encode_prefix(model, shared_prefix(tokens))
-        answer = partial(decode, model, prefix, padding_token(form), form.ends, max_new_tokens)
-    for rows in _batches(order, [len(prompt) + max_new_tokens for prompt in tokens], batch_size if padded else 1):
-        ended = [_without_end(form, answer) for answer in answer([tokens[i] for i in rows])]
-        texts = tokenizer.batch_decode(ended, skip_special_tokens=True)
-        for i, text in zip(rows, texts, strict=True):
-            answers[i] = text.strip()
-        if progress is not None:
-            progress(len(rows))
+        answer = partial(decode, model, prefix, padding_token(form), form.ends)
+    lengths = [len(prompt) + room for prompt, room in zip(tokens, rooms, strict=True)]
+    for room, group in groupby(order, lambda i: rooms[i]):
+        for rows in _batches(list(group), lengths, batch_size if padded else 1):
+            ended = [_without_end(form, tokens_) for tokens_ in answer(room, [tokens[i] for i in rows])]
+            for i, text in zip(rows, tokenizer.batch_decode(ended, skip_special_tokens=True), strict=True):
+                answers[i] = text.strip()
+            if progress is not None:
+                progress(len(rows))
     return answers
 
 
-def _prompts(form: PromptFormat, prompts: Sequence[Prompt], longest: int, max_input_length: int) -> list[list[int]]:
-    """The prompts as tokens, cut from the left. Raises ConfigError, TaskError."""
-    if longest < 1:
-        raise ConfigError(
-            f"max_new_tokens leaves no room for a prompt: the model has {form.positions} positions"
-            f"{'' if form.encoder_decoder else ' for prompt and answer together'}. Lower it."
-        )
+def _prompts(form: PromptFormat, prompts: Sequence[Prompt], max_input_length: int, max_new_tokens: int) -> list[list[int]]:
+    """The prompts as tokens, cut from the left. Raises TaskError."""
+    answer = max_new_tokens - 1  # the last token of an answer is not read
+    if form.positions is not None:
+        answer = min(answer, form.positions if form.encoder_decoder else form.positions // 2)
+    longest = longest_prompt(form, max_input_length, answer)
     tokens, cut = [], 0
     for number, prompt in enumerate(prompts, 1):
         try:
@@ -88,6 +91,13 @@ def _prompts(form: PromptFormat, prompts: Sequence[Prompt], longest: int, max_in
     if cut:
         logger.warning("%d prompts are cut from the left to leave the model positions for its answers.", cut)
     return tokens
+
+
+def _room(form: PromptFormat, prompt: int, max_new_tokens: int) -> int:
+    """The most tokens of an answer, beside a prompt of so many."""
+    if form.positions is None:
+        return max_new_tokens
+    return min(max_new_tokens, form.positions if form.encoder_decoder else form.positions + 1 - prompt)
 
 
 def _without_end(form: PromptFormat, answer: Sequence[int]) -> list[int]:
