@@ -25,7 +25,7 @@ def padding_side(model: PreTrainedModel) -> Side | None:
 
     Of a causal model the left, where it goes, since all targets then end in one column; of an encoder-decoder model the
     right. None where the model sees its padding on both. Raises ModelError for a causal model that sees the tokens which are
-    to be predicted.
+    to be predicted, or counts its positions in a way of its own (RoBERTa's kind), which `generate` does not keep to.
     """
     row, other, close = *_rows(model), _close(model)
     with _evaluating(model):
@@ -42,11 +42,17 @@ def padding_side(model: PreTrainedModel) -> Side | None:
                 f"the model ({model.config.model_type}) sees the tokens that it is to predict, so it is no causal language "
                 "model; it may be an encoder, or need is_decoder in its config.json."
             )
+        counted = _attempt(model, [row], "left")
+        if counted is not None and _off(counted, alone) > _FAR:
+            raise ModelError(
+                f"the model ({model.config.model_type}) counts positions otherwise than transformers' `generate` gives them, "
+                "so its answers would not be those that it is trained to give."
+            )
         sides: dict[Side, slice] = {"left": slice(-_SHORT, None), "right": slice(0, _SHORT)}
         for side, columns in sides.items():
-            with contextlib.suppress(Exception):  # whatever a model raises that takes no mask or positions
-                if _off(_causal(model, [row, other], side)[:, columns], alone) <= close:
-                    return side
+            filled = _attempt(model, [row, other], side)
+            if filled is not None and _off(filled[:, columns], alone) <= close:
+                return side
     return None
 
 
@@ -110,6 +116,14 @@ def _causal(model: Any, rows: Sequence[Sequence[int]], side: Side) -> Tensor:
     known = forward_parameters(model)
     taken = {key: value for key, value in taken.items() if key in known}
     return model(input_ids=ids, **taken, **without_router_loss(known)).logits[:1]
+
+
+def _attempt(model: Any, rows: Sequence[Sequence[int]], side: Side) -> Tensor | None:
+    """`_causal`, or None of a model that takes no such mask or positions."""
+    try:
+        return _causal(model, rows, side)
+    except Exception:  # whatever a model raises
+        return None
 
 
 def _seq2seq(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:

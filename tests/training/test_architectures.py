@@ -51,7 +51,6 @@ CAUSAL = {
     "mixtral": ("left", {"num_local_experts": 4, "num_key_value_heads": 2, "output_router_logits": True}),
     "mamba": ("left", {"state_size": 4}),
     "rwkv": ("right", {"attention_hidden_size": 32, "context_length": 64}),
-    "roberta": ("right", {"is_decoder": True, "max_position_embeddings": 66}),
     "openai-gpt": ("left", N),
     "ctrl": ("left", {**N, "dff": 48}),
 }
@@ -142,6 +141,11 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused(kind, changes):
         padding_side(made(kind, changes))
 
 
+def test_a_model_that_counts_positions_in_its_own_way_is_refused():
+    with pytest.raises(ModelError, match=r"\(roberta\) counts positions otherwise"):
+        padding_side(made("roberta", {"is_decoder": True, "max_position_embeddings": 66}))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_with_its_padding_in_its_logits_is_refused(dtype, monkeypatch):
     model = made("bart", BART).to(dtype)
@@ -164,7 +168,7 @@ def test_rows_go_on_from_a_cache_where_that_changes_nothing(kind, can):
     [
         ("gpt2", N, 64, 64),
         ("mpt", CAUSAL["mpt"][1], 64, 64),
-        ("roberta", CAUSAL["roberta"][1], 65, 65),
+        ("roberta", {"is_decoder": True, "max_position_embeddings": 66}, 65, 65),
         ("bart", BART, 64, 64),
         (
             "led",
