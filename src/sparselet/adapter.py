@@ -36,6 +36,7 @@ from sparselet.errors import (
     SparseletError,
 )
 from sparselet.files import atomic_directory, atomic_write, check_inside, json_bytes, read_object, replaced_directory
+from sparselet.temporaries import remove_left
 
 _STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -92,6 +93,8 @@ class SparseAdapter(Mapping[str, SparseDelta]):
         Raises BadDtype, NonFiniteValue, WriteFailed.
         """
         path = Path(path)
+        with contextlib.suppress(OSError, ValueError):  # of names that no output can have, which is told below
+            remove_left(Path(os.path.realpath(path)))
         with contextlib.ExitStack() as stack:
             directory = path
             if os.path.lexists(path / CONFIG_FILE):
