@@ -31,8 +31,9 @@ SHAPES = {
 }
 # Library, name, script, what it does, and whose base weights are then compared.
 SWITCHING = [
-    (OURS, "set_adapter", "by_sparselet.py", "set_adapter"),
+    (OURS, "unmerge and merge", "by_sparselet.py", "merge"),
     (OURS, "resident.applied, in and out", "by_sparselet.py", "enter and exit"),
+    (OURS, "set_adapter (unmerged)", "by_sparselet.py", "set_adapter"),
     ("PEFT", "LoRA r 64, unmerge and merge", "by_peft.py", "merge"),
     ("PEFT", "LoRA r 64, set_adapter (unmerged)", "by_peft.py", "set_adapter"),
     ("PEFT", "LoRA r 64, hot swap (unmerged, from the file)", "by_peft.py", "hotswap"),

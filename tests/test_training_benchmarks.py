@@ -118,7 +118,7 @@ def test_aims_are_read_from_the_rows(train: dict) -> None:
     assert step["found"] == named(train, "element 0.1")["times_floor"]["cpu"][1]
     assert step["aim"] == "at most 1.06"
     assert step["met"] == (step["found"] <= 1.06)
-    rest = found(train, "gather, optimizer and write-back, tiles of 16, 0.1: times the floor")
+    rest = found(train, "gather, optimizer and weights twice, tiles of 16, 0.1: times the floor")
     parts = [named(train, f"tiles of 16, 0.1: {part}")["times_floor"]["wall"][1] for part in ("gather", "optimizer")]
     assert rest["found"] == sum(parts)
     assert found(train, "selection (dense): times an ordinary step")["met"] is None
@@ -152,7 +152,7 @@ def test_switching_back_leaves_no_trace_of_a_sparse_adapter(tmp_path: Path) -> N
     assert changed.pop("LoRA r 64, unmerge and merge") > 0  # the comparison can tell
     assert set(changed.values()) == {0}
     assert len(changed) == 4
-    assert found(results, "set_adapter: base entries changed after switching back")["met"]
+    assert found(results, "unmerge and merge: base entries changed after switching back")["met"]
 
 
 def test_choices_and_gradients_are_those_of_torch(tmp_path: Path) -> None:

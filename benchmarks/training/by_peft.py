@@ -10,7 +10,7 @@ from peft.utils.hotswap import hotswap_adapter
 from racing.worker import serve
 
 from training.models import equal_rank, make_model, target_names, targets
-from training.steps import Training, model_and_batch, step_job, trained
+from training.steps import Training, model_and_batch, step_job, swap_merged, trained
 
 A, B, NEW = "a", "b", "new"
 
@@ -79,17 +79,7 @@ def load(job: dict[str, Any]) -> Callable[[], Any]:
 
 
 def merge(job: dict[str, Any]) -> Callable[[], None]:
-    """The merged adapter out of the weights, the other one in. The first time, a is merged before the clock starts."""
-    model = model_of(job)
-    if not any(module.merged_adapters for module in _layers(model)):
-        model.merge_adapter([A])
-
-    def start() -> None:
-        merged = next(module.merged_adapters for module in _layers(model))[0]
-        model.unmerge_adapter()
-        model.merge_adapter([B if merged == A else A])
-
-    return start
+    return swap_merged(model_of(job), (A, B))
 
 
 def set_adapter(job: dict[str, Any]) -> Callable[[], None]:

@@ -16,7 +16,7 @@ from sparselet.resident import applied
 from sparselet.tuner import SparseletLayer, sparselet_layers
 from training.inputs import gradient_inputs, random_scores
 from training.models import make_model, random_entries, targets
-from training.steps import Training, kept, model_and_batch, several, step_job, trained
+from training.steps import Training, kept, model_and_batch, several, step_job, swap_merged, trained
 
 NAME = "default"  # PEFT's name for the only adapter
 A, B, NEW = "a", "b", "new"
@@ -73,7 +73,7 @@ def part(job: dict[str, Any]) -> Callable[[], Any]:
     """One part of a step of all targets, by itself; `part` says which.
 
     product: the dense ∂L/∂W. gather: its masked entries. gradient: both, as the backward pass computes them. optimizer: its
-    step, which writes the values back. write-back: that alone.
+    step. weights: the weights that a pass uses, all targets' once; a step builds them twice.
     """
     training = kept(job, build)
     if training.first is None:
@@ -100,12 +100,12 @@ def part(job: dict[str, Any]) -> Callable[[], Any]:
             units, block = layer.sparse_indices[NAME], layer.sparse_mask[NAME].block_size
             kernels.masked_weight_gradient(x, passed, units, block, layer.transposed)
 
-    def write_back() -> None:
+    def weights() -> None:
         for layer in layers:
             layer.effective_weight()
 
     assert training.optimizer is not None
-    parts = {"product": product, "gather": gather, "gradient": gradient, "write-back": write_back}
+    parts = {"product": product, "gather": gather, "gradient": gradient, "weights": weights}
     return {**parts, "optimizer": training.optimizer.step}[job["part"]]
 
 
@@ -168,9 +168,14 @@ def load(job: dict[str, Any]) -> Callable[[], Any]:
     return lambda: model.load_adapter(f"{job['work']}/sparse-{B}", NEW)
 
 
+def merge(job: dict[str, Any]) -> Callable[[], None]:
+    return swap_merged(model_of(job), (A, B))
+
+
 def set_adapter(job: dict[str, Any]) -> Callable[[], None]:
-    """The active adapter out of the weights, the other one in."""
+    """The other adapter active; each pass then builds its weights. What is merged is taken out before the clock starts."""
     model = model_of(job)
+    model.unmerge_adapter()
     return lambda: model.set_adapter(B if model.active_adapter == A else A)
 
 
@@ -198,8 +203,7 @@ def changed(job: dict[str, Any]) -> Callable[[], dict[str, int]]:
 
     def start() -> dict[str, int]:
         if wrapped:
-            with model_of(job).disable_adapter():
-                return _different(model, before)
+            model_of(job).unmerge_adapter()
         return _different(model, before)
 
     return start
@@ -274,6 +278,7 @@ JOBS = {
     "write": write,
     "load file": load_file,
     "load": load,
+    "merge": merge,
     "set_adapter": set_adapter,
     "enter and exit": enter_and_exit,
     "changed": changed,

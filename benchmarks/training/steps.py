@@ -101,3 +101,17 @@ def several(steps: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
         return steps[-1]()
 
     return start
+
+
+def swap_merged(model: Any, names: tuple[str, str]) -> Callable[[], None]:
+    """The merged adapter out of a `PeftModel`'s weights, the other one in. The first is merged before the clock starts."""
+    layer = next(module for module in model.modules() if hasattr(module, "merged_adapters"))
+    if not layer.merged_adapters:
+        model.merge_adapter([names[0]])
+
+    def start() -> None:
+        other = names[layer.merged_adapters[0] == names[0]]
+        model.unmerge_adapter()
+        model.merge_adapter([other])
+
+    return start
