@@ -15,7 +15,7 @@ from strategies import few
 from sparselet import SparseletConfig
 from sparselet.training.sampling import LengthGroupedSampler, balanced_rows
 from sparselet.training.scoring import draw_rows
-from sparselet.tuner.layer import seeded
+from sparselet.tuner.mask_state import seeded
 
 sizes_of_tasks = st.lists(st.integers(1, 60), min_size=1, max_size=5)
 seeds, epochs = st.integers(0, 2**31), st.integers(0, 9)

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 from sparselet import MaskSchedule, SparseletConfig, freeze_masks, reselect, to_adapter
 from sparselet.errors import SelectionError
 from sparselet.tuner import sparselet_layers
-from sparselet.tuner.layer import seeded
+from sparselet.tuner.mask_state import seeded
 
 ROWS = 24
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from sparselet.tuner.layer import seeded
+from sparselet.tuner.mask_state import seeded
 
 UNCOUNTED = -1  # the number of a row whose labels do not count
 

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from sparselet.errors import SelectionError
 from sparselet.tuner import SparseletConfig
-from sparselet.tuner.layer import seeded
+from sparselet.tuner.mask_state import seeded
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ The rules of residence. They hold whatever PEFT, torch or other code does in bet
 A pass holds the built weight of one target at a time; nothing of it is kept for the backward pass, which builds it again.
 """
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
@@ -140,6 +142,21 @@ class Lease:
         """Take out whatever was written."""
         for give_back in self.returns:
             give_back()
+
+
+LEASE: ContextVar[Lease | None] = ContextVar("sparselet_lease", default=None)
+
+
+@contextlib.contextmanager
+def leased() -> Iterator[None]:
+    """One call of a model: if it passes through its layers again and again without gradients, they need one write for all."""
+    lease = Lease()
+    token = LEASE.set(lease)
+    try:
+        yield
+    finally:
+        LEASE.reset(token)
+        lease.end()
 
 
 def _widest(base: Tensor, changes: Sequence[Change]) -> torch.dtype:

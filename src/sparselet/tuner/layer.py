@@ -4,12 +4,8 @@ The forward pass is the base layer's own at W + Ŵ·M of the active adapters. Th
 at the masked entries only.
 """
 
-import contextlib
 import functools
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,6 +21,7 @@ from sparselet.fingerprint import fingerprint_weight
 from sparselet.masks import units_to_keep
 from sparselet.tuner.config import SparseletConfig
 from sparselet.tuner.effective import (
+    LEASE,
     WRITING,
     Change,
     Lease,
@@ -35,32 +32,9 @@ from sparselet.tuner.effective import (
     without,
 )
 from sparselet.tuner.linear import changed_linear, linear
-
-LEASE: ContextVar[Lease | None] = ContextVar("sparselet_lease", default=None)
+from sparselet.tuner.mask_state import MaskState, random_units, seeded
 
 Recorder = Callable[["SparseletLayer", Tensor], None]
-
-
-@dataclass
-class MaskState:
-    """What is known of one adapter's mask on one target, beside its indices.
-
-    dense: no mask yet, all entries are trained; the parameter then has the weight's shape.
-    selecting: the selection phase has not ended.
-    pending: Ŵ of all entries, float32 [rows, columns], while off-mask values may still return; else None.
-    selections: how often the mask was selected.
-    """
-
-    block_size: int
-    dense: bool
-    selecting: bool
-    pending: Tensor | None = None
-    selections: int = 0
-
-    @property
-    def unread(self) -> bool:
-        """Whether the adapter was added by a saved configuration whose tensors have not been loaded."""
-        return not self.selecting and not self.selections
 
 
 class SparseletLayer(nn.Module, BaseTunerLayer):
@@ -123,14 +97,8 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
             total = weight.numel() // config.block_size**2
             count = units_to_keep(config.density, total)
             if config.initial_mask == "random":
-                # Drawn on the CPU, so that the mask is the same on every device.
-                chosen = (
-                    torch.rand(total, generator=seeded(config.seed, config.data_fingerprint, self.target_name))
-                    .topk(count)
-                    .indices.sort()
-                    .values
-                )
-                self.set_mask(name, chosen.to(weight.device))
+                generator = seeded(config.seed, config.data_fingerprint, self.target_name)
+                self.set_mask(name, random_units(total, count, generator).to(weight.device))
                 state.selections = 1
             else:
                 self.set_mask(name, torch.arange(count, device=weight.device))
@@ -480,18 +448,6 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
             self.sparse_mask[name].selections = max(1, self.sparse_mask[name].selections)
 
 
-@contextlib.contextmanager
-def leased() -> Iterator[None]:
-    """One call of a model: if it passes through its layers again and again without gradients, they need one write for all."""
-    lease = Lease()
-    token = LEASE.set(lease)
-    try:
-        yield
-    finally:
-        LEASE.reset(token)
-        lease.end()
-
-
 class SparseletLinear(SparseletLayer):
     """A layer in a model. By the word Linear in its class's name PEFT counts it among the targets of "all-linear"."""
 
@@ -504,12 +460,6 @@ def is_sharded(weight: Tensor) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor itself, or all of a DTensor, which every process then has to ask for."""
     return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
-
-
-def seeded(seed: int, *salt: object) -> torch.Generator:
-    """A CPU generator that depends on the seed and the salt only, not on process, order or hash seed."""
-    digest = hashlib.sha256(repr((seed, *salt)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _reshape_parameter(parameter: nn.Parameter, data: Tensor) -> None:
