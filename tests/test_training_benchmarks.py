@@ -119,8 +119,8 @@ def test_aims_are_read_from_the_rows(train: dict) -> None:
     assert step["aim"] == "at most 1.06"
     assert step["met"] == (step["found"] <= 1.06)
     rest = found(train, "gather, optimizer and weights twice, tiles of 16, 0.1: times the floor")
-    parts = [named(train, f"tiles of 16, 0.1: {part}")["times_floor"]["wall"][1] for part in ("gather", "optimizer")]
-    assert rest["found"] == sum(parts)
+    parts = [named(train, f"tiles of 16, 0.1: {part}")["times_floor"]["wall"][1] for part in ("gather", "optimizer", "weights")]
+    assert rest["found"] == pytest.approx(sum(parts) + parts[-1])
     assert found(train, "selection (dense): times an ordinary step")["met"] is None
 
 
@@ -151,7 +151,7 @@ def test_switching_back_leaves_no_trace_of_a_sparse_adapter(tmp_path: Path) -> N
     changed = {row["name"]: row["value"]["changed"] for row in results["rows"] if row["group"] == "switch" and row["value"]}
     assert changed.pop("LoRA r 64, unmerge and merge") > 0  # the comparison can tell
     assert set(changed.values()) == {0}
-    assert len(changed) == 4
+    assert len(changed) == 5
     assert found(results, "unmerge and merge: base entries changed after switching back")["met"]
 
 
@@ -187,9 +187,10 @@ def test_all_answers_are_those_of_generate_and_their_products_are_repeated(tmp_p
     ]
     assert results["rows"][1]["value"] == {"answers": 8, "same": 8}
     steps = 2 * 4  # tasks, tokens of an answer; every linear layer makes a product for each
+    tried = 2 * 6  # passes that find out on which side the model's rows may be padded, at most
     layers = 2 * 7 + 1
     assert results["rows"][2]["value"]["products"] % layers == 0
-    assert steps * layers <= results["rows"][2]["value"]["products"] <= 2 * steps * layers
+    assert steps * layers <= results["rows"][2]["value"]["products"] <= (2 * steps + tried) * layers
 
 
 def test_without_tasks_there_is_no_whole_job(tmp_path: Path) -> None:

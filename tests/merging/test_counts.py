@@ -317,7 +317,7 @@ WRONG = {
     "no merge": (lambda p: reconfigure(p, lambda c: c.pop("merge")), BadConfig, "merge is None"),
     "merge is text": (lambda p: reconfigure(p, lambda c: c.update(merge="yes")), BadConfig, "merge is 'yes'"),
     "no experts": (lambda p: reconfigure(p, lambda c: c["merge"].pop("experts")), BadConfig, "merge.experts is None"),
-    "a number": (lambda p: reconfigure(p, lambda c: c["merge"].update(experts=[1])), BadConfig, "expected a list of objects"),
+    "a number": (lambda p: reconfigure(p, lambda c: c["merge"].update(experts=[1])), BadConfig, "list of experts"),
     "no digest": (
         lambda p: reconfigure(p, lambda c: c["merge"]["experts"][0].pop("digest")),
         BadConfig,

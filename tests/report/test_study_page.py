@@ -204,7 +204,7 @@ def test_a_study_without_any_result_yet_has_a_page(tmp_path):
     text = write_report(tmp_path, given, {}).read_text()
     assert text.count("(6 missing)") > 50
     assert "<figure" not in text
-    assert not list((tmp_path / "figures").iterdir())
+    assert not list(tmp_path.glob("figures/*"))
 
 
 def test_a_study_without_claims_has_a_page(tmp_path):

@@ -58,7 +58,8 @@ def add_at(base: Tensor, units: Tensor, values: Tensor, block_size: int = 1) -> 
     values: [n], or [n, B, B] for tiles.
     """
     total = base.clone(memory_format=torch.contiguous_format)
-    if block_size == 1 and base.device.type == "cpu" and base.dtype == values.dtype:
+    plain = base.device.type == "cpu" and not writes_in_one_pass(base.device)
+    if plain and block_size == 1 and base.dtype == values.dtype:
         return total.view(-1).index_add_(0, units, values).view(base.shape)  # one pass, where reading and writing take three
     add_and_write(total, units, reference.gather(base, units, block_size), values, block_size)
     return total
