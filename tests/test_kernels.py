@@ -105,3 +105,20 @@ def test_as_tiles_is_a_view():
     kernels.as_tiles(matrix, 3)[1, 2] = 1.0
     assert matrix[3:, 6:9].all()
     assert matrix.sum() == 9
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_added_values_are_those_of_the_dense_sum_rounded_once(block_size, dtype, contiguous):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(8, 12, generator=generator).to(dtype)
+    base = base if contiguous else base.t().contiguous().t()
+    units = torch.randperm(96 // block_size**2, generator=generator)[:5].sort().values.to(torch.int32)
+    tile = (block_size, block_size) if block_size > 1 else ()
+    values = torch.randn(5, *tile, generator=generator, dtype=torch.promote_types(dtype, torch.float32))
+    dense = torch.zeros(8, 12, dtype=values.dtype)
+    kernels.write(dense, units, values, block_size)
+    before = base.clone()
+    assert torch.equal(kernels.add_at(base, units, values, block_size), (base.to(values.dtype) + dense).to(dtype))
+    assert torch.equal(base, before)
