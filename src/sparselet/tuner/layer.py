@@ -4,8 +4,9 @@ The forward pass is the base layer's own at W + Ŵ·M of the active adapters. Th
 at the masked entries only.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -176,27 +177,39 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
 
     def restore(self) -> None:
         """Put displaced base entries back, bit for bit; the weight is the base model's then."""
-        with WRITING, torch.no_grad():
-            resident, self._resident = self._resident, None
-            if resident is not None:
-                weight = self.base_weight
-                self._overwrite(without(weight.detach(), resident))
+        with WRITING, self._own_write() as weight:
+            self._take_out(weight)
+
+    def _take_out(self, weight: Tensor) -> None:
+        resident = self._resident
+        if resident is None:
+            return
+        if resident.units is not None and weight.is_contiguous():
+            kernels.write(weight, resident.units, resident.displaced, resident.block_size)
+        else:
+            weight.copy_(without(weight, resident))
+        self._resident = None  # not before: an interrupt may come while it writes
 
     def _make_resident(self, names: tuple[str, ...], lease: Lease | None) -> None:
         """Write these adapters into the weight, in the place of what is resident there."""
-        with WRITING, torch.no_grad():
-            base = without(self.base_weight.detach(), self._resident)
+        with WRITING, self._own_write() as weight:
+            self._take_out(weight)
             changes = self._changes(names)
             versions = tuple(_version(self.sparse_values[name]) for name in names)
-            resident = Resident(names, versions, *displace(base, changes), lease=lease)
-            self._overwrite(effective_weight(base, changes))
-            self._resident = resident
+            units, block_size, displaced = displace(weight, changes)
+            self._resident = Resident(names, versions, units, block_size, displaced, lease)
+            if len(changes) == 1 and units is not None and weight.is_contiguous():
+                kernels.add_and_write(weight, units, displaced, changes[0].values, block_size)
+            else:
+                weight.copy_(effective_weight(weight, changes))
 
-    def _overwrite(self, values: Tensor) -> None:
-        weight = self.base_weight
-        before = _version(weight)
-        weight.copy_(values)
-        self._own_writes += _version(weight) - before
+    @contextlib.contextmanager
+    def _own_write(self) -> Iterator[Tensor]:
+        """The weight, to be written to; what moves its version counter meanwhile counts as our own."""
+        before = _version(self.base_weight)
+        with torch.no_grad():
+            yield self.base_weight.detach()
+        self._own_writes += _version(self.base_weight) - before
 
     def _is_current(self, names: tuple[str, ...]) -> bool:
         """Whether the weight holds these adapters as they are now, as far as their version counters tell."""
