@@ -58,14 +58,13 @@ def add_at(base: Tensor, units: Tensor, values: Tensor, block_size: int = 1) -> 
     values: [n], or [n, B, B] for tiles.
     """
     total = base.clone(memory_format=torch.contiguous_format)
-    if base.device.type != "cpu" or writes_in_one_pass(base.device):
-        add_and_write(total, units, reference.gather(base, units, block_size), values, block_size)
-    elif block_size > 1:
+    plain = base.device.type == "cpu" and not writes_in_one_pass(base.device)
+    if plain and block_size > 1:
         columns = base.shape[1] // block_size
         tiles, places = as_tiles(total, block_size), (units.long() // columns, units.long() % columns)
         tiles[places] = (tiles[places] + values).to(base.dtype)
-    elif base.dtype == values.dtype:
+    elif plain and base.dtype == values.dtype:
         total.view(-1).index_add_(0, units, values)  # one pass, where reading and writing take three
     else:
-        reference.add_and_write(total, units, reference.gather(base, units), values)
+        add_and_write(total, units, reference.gather(base, units, block_size), values, block_size)
     return total

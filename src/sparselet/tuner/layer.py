@@ -110,13 +110,12 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         The parameter keeps its identity and changes its shape, so that optimizers and schedulers still hold it; its
         gradient is dropped.
         """
-        state, parameter = self.sparse_mask[name], self.sparse_values[name]
+        state, parameter = self.sparse_mask[name], self._materialized(name)
         state.block_size = block_size or state.block_size
         tile = (state.block_size, state.block_size) if state.block_size > 1 else ()
         if values is None:
             values = torch.zeros((len(units), *tile), dtype=parameter.dtype)
         device = self.base_weight.device
-        parameter = self._materialized(name)
         state.dense = False
         dtype = index_dtype(self.shape[0] * self.shape[1] // state.block_size**2)
         # New tensors, since a backward pass may still need the old ones.
