@@ -8,7 +8,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparselet import SparseletConfig, freeze_masks, merge, reselect, to_adapter
-from sparselet.resident import applied
+from sparselet.apply import applied
 
 
 def tiny_model() -> LlamaForCausalLM:

@@ -12,6 +12,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+pytest_plugins = ("helpers.training_fixtures", "helpers.study_fixtures")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
@@ -32,7 +34,7 @@ def caches_of_their_own(tmp_path_factory):
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory) -> str:
     """A Llama of two layers without a chat template."""
-    from tiny import save_base
+    from helpers.tiny import save_base
 
     return save_base(tmp_path_factory.mktemp("models") / "base")
 
@@ -40,7 +42,7 @@ def base_dir(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def chat_dir(tmp_path_factory) -> str:
     """The same model with a chat template."""
-    from tiny import save_base
+    from helpers.tiny import save_base
 
     return save_base(tmp_path_factory.mktemp("models") / "chat", template=True)
 
@@ -48,7 +50,7 @@ def chat_dir(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def task_dir(tmp_path_factory) -> str:
     """Twelve training rows, four for validation, five for the test."""
-    from tiny import save_task
+    from helpers.tiny import save_task
 
     return save_task(tmp_path_factory.mktemp("tasks") / "backwards")
 
@@ -107,7 +109,7 @@ def refused(cli):
 @pytest.fixture(scope="session")
 def experts(tmp_path_factory, base_dir) -> list[str]:
     """Two random experts of the base model: single entries and tiles."""
-    from tiny import make_adapter, make_model
+    from helpers.tiny import make_adapter, make_model
 
     directory, model = tmp_path_factory.mktemp("experts"), make_model()
     for name, block_size, seed in (("one", 1, 1), ("two", 4, 2)):

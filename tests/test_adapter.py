@@ -9,7 +9,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from strategies import random_delta
+from helpers.strategies import random_delta
 
 from sparselet import SparseAdapter, SparseDelta
 from sparselet.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile, UnfinishedAdapterWarning

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from helpers.strategies import BLOCKS, SHAPES, assert_is, deltas, few, random_delta, same_shape, spelt_out, tile_sums
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import BLOCKS, SHAPES, assert_is, deltas, few, random_delta, same_shape, spelt_out, tile_sums
 
 from sparselet import SparseDelta
 from sparselet.delta import MAX_SIDE, check_indices, index_dtype
@@ -25,7 +25,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @few
 @given(deltas())
-def test_to_dense_and_mask_are_the_units_spelt_out(delta):
+def test_to_dense_and_mask_are_the_blocks_spelt_out(delta):
     dense, mask = spelt_out(delta)
     assert torch.equal(delta.to_dense().double(), dense)
     assert torch.equal(delta.mask(), mask)
@@ -90,7 +90,7 @@ def test_sizes_count_selected_entries(delta):
     _, mask = spelt_out(delta)
     assert delta.nnz == int(mask.sum())
     assert delta.size == mask.numel()
-    assert delta.units * delta.block_size**2 == delta.size
+    assert delta.blocks * delta.block_size**2 == delta.size
     assert delta.density == int(mask.sum()) / mask.numel()
 
 
@@ -157,7 +157,7 @@ def test_empty_changes_nothing():
     assert_is(delta + empty, *spelt_out(delta))
 
 
-def test_indices_are_int32_until_they_cannot_number_the_units():
+def test_indices_are_int32_until_they_cannot_number_the_blocks():
     assert random_delta((6, 6)).indices.dtype == torch.int32
     assert index_dtype(2**31 - 1) == torch.int32
     assert index_dtype(2**31) == torch.int64
@@ -176,12 +176,12 @@ def element(indices, values=None, shape=(4, 6)):
 
 @pytest.mark.parametrize("index", [-1, 24, 2**31 - 1, -(2**31)])
 def test_an_index_outside_the_target_is_refused(index):
-    with pytest.raises(IndexOutOfBounds, match=f"index {index} lies outside the target, which has 24 units"):
+    with pytest.raises(IndexOutOfBounds, match=f"index {index} lies outside the target, which has 24 blocks"):
         element(sorted([3, index]))
 
 
 def test_a_tile_outside_the_target_is_refused():
-    with pytest.raises(IndexOutOfBounds, match="which has 6 units"):
+    with pytest.raises(IndexOutOfBounds, match="which has 6 blocks"):
         SparseDelta((4, 6), torch.tensor([6]), torch.ones(1, 2, 2), 2)
 
 

@@ -5,9 +5,9 @@ import shutil
 import signal
 from pathlib import Path
 
-import kills
 import pytest
-from tiny import make_adapter, make_model, save_base, save_task
+from helpers import kills
+from helpers.tiny import make_adapter, make_model, save_base, save_task
 
 from sparselet import SparseAdapter
 from sparselet.cli.main import run as run_verb

@@ -2,19 +2,19 @@
 
 import pytest
 import torch
+from helpers.strategies import few
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import few
 
 from sparselet.errors import DensityOutOfRange, NonFiniteScore
 from sparselet.masks import (
+    blocks_to_keep,
     check_density,
     dropped_layers,
     global_threshold,
     layer_of,
     top_k,
     top_k_global,
-    units_to_keep,
 )
 
 # Few distinct values make ties common.
@@ -108,15 +108,15 @@ def test_top_k_keeps_exactly_k_in_every_dtype(dtype):
 
 @few
 @given(st.floats(1e-6, 1.0), st.integers(1, 10**7))
-def test_units_to_keep_is_the_rounded_fraction_and_at_least_one(density, units):
-    kept = units_to_keep(density, units)
-    assert 1 <= kept <= units
-    assert kept == 1 or abs(kept - density * units) <= 0.5
+def test_blocks_to_keep_is_the_rounded_fraction_and_at_least_one(density, blocks):
+    kept = blocks_to_keep(density, blocks)
+    assert 1 <= kept <= blocks
+    assert kept == 1 or abs(kept - density * blocks) <= 0.5
 
 
 @pytest.mark.parametrize("density", [0, 2, -1, True, False, float("nan"), float("inf"), 1.0000001, "0.1", None])
 def test_a_density_that_is_no_fraction_is_refused(density):
-    for refuse in (check_density, lambda d: units_to_keep(d, 100), lambda d: dropped_layers({"a": torch.ones(2)}, d)):
+    for refuse in (check_density, lambda d: blocks_to_keep(d, 100), lambda d: dropped_layers({"a": torch.ones(2)}, d)):
         with pytest.raises(DensityOutOfRange, match=r"density must be in \(0, 1\].*not a percentage"):
             refuse(density)
 

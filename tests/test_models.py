@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny import END, make_adapter, make_model, make_t5, save_base
 from safetensors.torch import load_file, save_file
-from tiny import END, make_adapter, make_model, make_t5, save_base
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparselet import models
 from sparselet.errors import AbsurdShape, ModelError
-from sparselet.experts.base_model import BaseModel
+from sparselet.formats.base_model import BaseModel
 from sparselet.models import (
     PACKAGED,
     cache_directory,

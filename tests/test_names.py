@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import make_gpt2, make_model, make_t5
+from helpers.tiny import make_gpt2, make_model, make_t5
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gemma3Config, Qwen3MoeConfig
 
 from sparselet.errors import UnknownTarget, UnsupportedExpert

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from strategies import tile_sums
+from helpers.strategies import tile_sums
 
 from sparselet.errors import UnknownScore
 from sparselet.masks import top_k
@@ -41,7 +41,7 @@ def test_a_score_reads_transposed_matrices_in_their_own_order(name):
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_a_score_is_one_number_a_unit_and_changes_nothing(name):
+def test_a_score_is_one_number_a_block_and_changes_nothing(name):
     for block_size in (1, 3):
         c = candidate((6, 12), block_size, kept=3, mask=torch.tensor([0, 2, 5]))
         before = c.values.clone(), c.gradient.clone(), c.mask.clone()
@@ -53,14 +53,14 @@ def test_a_score_is_one_number_a_unit_and_changes_nothing(name):
 @pytest.mark.parametrize("kept", [1, 2, 5, 9])
 @pytest.mark.parametrize("seed", range(4))
 def test_grow_and_drop_exchanges_the_least_moved_for_the_steepest_outside(block_size, kept, seed):
-    units = 72 // block_size**2
-    mask = torch.randperm(units, generator=torch.Generator().manual_seed(seed))[:kept].sort().values.int()
+    blocks = 72 // block_size**2
+    mask = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))[:kept].sort().values.int()
     c = candidate((6, 12), block_size, kept, mask, seed)
     moved = tile_sums(c.values.abs(), block_size).tolist()
     growth = tile_sums(c.gradient.abs(), block_size).tolist()
     inside = set(mask.tolist())
     stay = set(sorted(inside, key=lambda u: -moved[u])[: kept - round(REPLACED * kept)])
-    outside = sorted(set(range(units)) - inside, key=lambda u: -growth[u])
+    outside = sorted(set(range(blocks)) - inside, key=lambda u: -growth[u])
     assert set(top_k(SCORES["gd"](c), kept).tolist()) == stay | set(outside[: kept - len(stay)])
 
 
@@ -69,7 +69,7 @@ def test_grow_and_drop_without_a_mask_keeps_what_moved_most():
     torch.testing.assert_close(SCORES["gd"](c), tile_sums(c.values.abs(), 2))
 
 
-def test_grow_and_drop_takes_dropped_units_back_only_when_nothing_else_is_left():
+def test_grow_and_drop_takes_dropped_blocks_back_only_when_nothing_else_is_left():
     c = candidate((2, 5), kept=10, mask=torch.arange(10))
     assert top_k(SCORES["gd"](c), 10).tolist() == list(range(10))
 
@@ -82,7 +82,7 @@ def test_grow_and_drop_shrinks_and_grows_to_the_number_kept():
     assert set(range(5)) <= set(top_k(SCORES["gd"](many_kept), 20).tolist())
 
 
-def test_a_dropped_unit_does_not_return_at_once_even_where_every_gradient_is_zero():
+def test_a_dropped_block_does_not_return_at_once_even_where_every_gradient_is_zero():
     c = candidate(kept=5, mask=torch.arange(5))
     still = Candidate(c.values, torch.zeros_like(c.gradient), 1, 5, c.mask, c.generator)
     stay = c.values.view(-1)[:5].abs().topk(4).indices.tolist()

@@ -7,7 +7,7 @@ from typing import Any
 from racing.worker import serve
 
 from sparselet import merge
-from sparselet.export import export_checkpoint
+from sparselet.formats.checkpoint.write import export_checkpoint
 from sparselet.models import load_model, load_tokenizer
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from sparselet import models
 from sparselet.evaluation import EvalSettings, evaluate
-from sparselet.tasks import load_task
+from sparselet.tasks.task import load_task
 from training.models import DTYPES
 from training.plain_lora import generate, load_tokenizer, read_rows
 

@@ -10,9 +10,9 @@ from racing.worker import serve
 from torch import Tensor
 
 from sparselet import SparseAdapter, SparseDelta, SparseletConfig, freeze_masks, kernels, reselect
+from sparselet.apply import applied
 from sparselet.fingerprint import fingerprint_weight
-from sparselet.masks import top_k, top_k_global, units_to_keep
-from sparselet.resident import applied
+from sparselet.masks import blocks_to_keep, top_k, top_k_global
 from sparselet.tuner import SparseletLayer, sparselet_layers
 from training.inputs import gradient_inputs, random_scores
 from training.models import make_model, random_entries, targets
@@ -97,8 +97,8 @@ def part(job: dict[str, Any]) -> Callable[[], Any]:
     def gradient() -> None:
         for layer in layers:
             x, passed = passing[layer.in_features], passing[layer.out_features]
-            units, block = layer.sparse_indices[NAME], layer.sparse_mask[NAME].block_size
-            kernels.masked_weight_gradient(x, passed, units, block, layer.transposed)
+            blocks, side = layer.sparse_indices[NAME], layer.sparse_mask[NAME].block_size
+            kernels.masked_weight_gradient(x, passed, blocks, side, layer.transposed)
 
     def weights() -> None:
         for layer in layers:
@@ -244,30 +244,30 @@ def same_top(job: dict[str, Any]) -> Callable[[], dict[str, int]]:
 
 
 def masked_gradient(job: dict[str, Any]) -> Callable[[], Tensor]:
-    """The masked entries of ∂L/∂W, at random units."""
+    """The masked entries of ∂L/∂W, at random blocks."""
     x, gradient = gradient_inputs(job)
-    units = _units(tuple(job["shape"]), job["density"], job["block"], job["device"])
-    return lambda: kernels.masked_weight_gradient(x, gradient, units, job["block"])
+    blocks = _blocks(tuple(job["shape"]), job["density"], job["block"], job["device"])
+    return lambda: kernels.masked_weight_gradient(x, gradient, blocks, job["block"])
 
 
 def same_gradient(job: dict[str, Any]) -> Callable[[], dict[str, float]]:
     """The largest difference from the entries of the dense product, over the largest of these."""
     x, gradient = gradient_inputs(job)
-    units = _units(tuple(job["shape"]), job["density"], job["block"], job["device"])
+    blocks = _blocks(tuple(job["shape"]), job["density"], job["block"], job["device"])
 
     def start() -> dict[str, float]:
-        expected = kernels.gather((gradient.t() @ x).contiguous(), units, job["block"])
-        found = kernels.masked_weight_gradient(x, gradient, units, job["block"])
+        expected = kernels.gather((gradient.t() @ x).contiguous(), blocks, job["block"])
+        found = kernels.masked_weight_gradient(x, gradient, blocks, job["block"])
         return {"difference": float((found - expected).abs().max() / expected.abs().max())}
 
     return start
 
 
 @functools.cache
-def _units(shape: tuple[int, int], density: float, block: int, device: str) -> Tensor:
-    total = shape[0] * shape[1] // block**2
+def _blocks(shape: tuple[int, int], density: float, side: int, device: str) -> Tensor:
+    total = shape[0] * shape[1] // side**2
     generator = torch.Generator().manual_seed(0)
-    return torch.randperm(total, generator=generator)[: units_to_keep(density, total)].sort().values.to(torch.int32).to(device)
+    return torch.randperm(total, generator=generator)[: blocks_to_keep(density, total)].sort().values.to(torch.int32).to(device)
 
 
 JOBS = {

@@ -9,11 +9,11 @@ stops there. There is no optimizer, no selection of a mask, no validation, no ch
 import argparse
 from pathlib import Path
 
+from sparselet.generation.prefix import loss_of
+from sparselet.generation.prompts import prompt_format
 from sparselet.models import load_model, load_tokenizer
-from sparselet.prompts import prompt_format
-from sparselet.tasks import load_task
+from sparselet.tasks.task import load_task
 from sparselet.training.collate import collator, encode
-from sparselet.training.prefix import loss_of
 from sparselet.training.sampling import LengthGroupedSampler
 from sparselet.training.settings import TrainSettings
 from sparselet.training.trainer import length

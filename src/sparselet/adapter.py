@@ -27,7 +27,6 @@ from sparselet.adapter_format import (
     check_target_name,
     check_tensors,
 )
-from sparselet.container import TensorFile, TensorStream
 from sparselet.delta import SparseDelta
 from sparselet.errors import (
     BadDtype,
@@ -35,8 +34,9 @@ from sparselet.errors import (
     NonFiniteValue,
     SparseletError,
 )
-from sparselet.files import atomic_directory, atomic_write, check_inside, json_bytes, read_object, replaced_directory
-from sparselet.temporaries import remove_left
+from sparselet.io.files import atomic_directory, atomic_write, check_inside, json_bytes, read_object, replaced_directory
+from sparselet.io.temporaries import remove_left
+from sparselet.io.tensor_files import TensorFile, TensorStream
 
 _STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

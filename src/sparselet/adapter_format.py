@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparselet.container import DTYPES, TensorFile
 from sparselet.delta import check_shape, index_dtype
 from sparselet.errors import (
     BadConfig,
@@ -22,6 +21,7 @@ from sparselet.errors import (
     UnsafePath,
     UnsupportedVersion,
 )
+from sparselet.io.tensor_files import DTYPES, TensorFile
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -184,12 +184,12 @@ def _check_target(
     tiles = len(shape) == 3 and shape[1] == shape[2] > 1
     if len(count) != 1 or not (len(shape) == 1 or tiles) or shape[0] != count[0]:
         raise BadShape(f"{where}: values {shape} and indices {count}; expected [n] or [n, B, B], and [n].")
-    block = shape[1] if tiles else 1
-    if rows % block or columns % block:
-        raise BadShape(f"{where}: tiles of {block}×{block} do not divide a target of {rows}×{columns}.")
-    units = rows * columns // block**2
-    if count[0] > units:
-        raise BadShape(f"{where}: {count[0]} indices, but the target has only {units} units.")
-    expected = "I32" if index_dtype(units) == torch.int32 else "I64"
+    side = shape[1] if tiles else 1
+    if rows % side or columns % side:
+        raise BadShape(f"{where}: tiles of {side}×{side} do not divide a target of {rows}×{columns}.")
+    blocks = rows * columns // side**2
+    if count[0] > blocks:
+        raise BadShape(f"{where}: {count[0]} indices, but the target has only {blocks} blocks.")
+    expected = "I32" if index_dtype(blocks) == torch.int32 else "I64"
     if dtypes[indices] != expected:
-        raise BadDtype(f"{where}{INDICES} is {dtypes[indices]}; expected {expected} for {units} units.")
+        raise BadDtype(f"{where}{INDICES} is {dtypes[indices]}; expected {expected} for {blocks} blocks.")

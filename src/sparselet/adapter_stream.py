@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter, adapter_config, add_delta, require_finite, tensor_names
-from sparselet.container import TensorStream
 from sparselet.delta import SparseDelta
-from sparselet.files import atomic_write, write_json
+from sparselet.io.files import atomic_write, write_json
+from sparselet.io.tensor_files import TensorStream
 
 
 class AdapterStream:

@@ -17,7 +17,7 @@ from sparselet.errors import (
     ShapeMismatch,
     UnsortedIndices,
 )
-from sparselet.memory import require_memory
+from sparselet.io.memory import require_memory
 
 MAX_SIDE = 2**26  # the largest vocabulary is near 2**20
 MAX_ENTRIES = 2**38  # a terabyte of float32: beyond any weight of any model
@@ -32,7 +32,7 @@ class SparseDelta:
 
     shape: (rows, columns) of the target's parameter as the base model stores it: (out, in) for `nn.Linear`, (in, out)
         for GPT-2's `Conv1D`.
-    indices: int32 [n] (int64 where the target has more than 2³¹ − 1 units), ascending and unique. Flat row-major
+    indices: int32 [n] (int64 where the target has more than 2³¹ − 1 blocks), ascending and unique. Flat row-major
         entries when `block_size` is 1, flat row-major tiles otherwise.
     values: floating, [n], or [n, block_size, block_size] for tiles. A selected entry may be exactly 0 and stays
         selected.
@@ -59,8 +59,8 @@ class SparseDelta:
                 f"indices {list(self.indices.shape)} and values {list(self.values.shape)} do not belong together; "
                 f"expected [n] and {['n', *tile]}."
             )
-        check_indices(self.indices, self.units)
-        object.__setattr__(self, "indices", self.indices.to(index_dtype(self.units)))
+        check_indices(self.indices, self.blocks)
+        object.__setattr__(self, "indices", self.indices.to(index_dtype(self.blocks)))
 
     @classmethod
     def from_dense(cls, dense: Tensor, mask: Tensor | None = None, block_size: int = 1) -> "SparseDelta":
@@ -79,8 +79,8 @@ class SparseDelta:
             )
         if tuple(mask.shape) != grid:
             mask = kernels.as_tiles(mask.contiguous(), block_size).any(dim=-1).any(dim=-1)
-        units = mask.reshape(-1).nonzero().squeeze(1)
-        return cls((dense.shape[0], dense.shape[1]), units, kernels.gather(dense.contiguous(), units, block_size), block_size)
+        blocks = mask.reshape(-1).nonzero().squeeze(1)
+        return cls((dense.shape[0], dense.shape[1]), blocks, kernels.gather(dense.contiguous(), blocks, block_size), block_size)
 
     @classmethod
     def empty(cls, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> "SparseDelta":
@@ -110,7 +110,7 @@ class SparseDelta:
         return self.shape[0] * self.shape[1]
 
     @property
-    def units(self) -> int:
+    def blocks(self) -> int:
         """What a mask of this block size chooses from: entries of the target, or its tiles."""
         return self.size // self.block_size**2
 
@@ -142,13 +142,13 @@ class SparseDelta:
         """
         if isinstance(mask, Tensor):
             mask = SparseDelta.from_dense(torch.zeros(mask.shape), mask)
-        mine, other = self._on_common_units(mask)
+        mine, other = self._on_common_blocks(mask)
         kept = torch.isin(mine.indices, other.indices, assume_unique=True)
         return SparseDelta(mine.shape, mine.indices[kept], mine.values[kept], mine.block_size)
 
     def overlap(self, other: "SparseDelta") -> int:
         """How many entries both masks select. Raises ShapeMismatch."""
-        mine, other = self._on_common_units(other)
+        mine, other = self._on_common_blocks(other)
         shared = torch.isin(mine.indices, other.indices, assume_unique=True).sum().item()
         return int(shared) * mine.block_size**2
 
@@ -163,7 +163,7 @@ class SparseDelta:
 
     def __add__(self, other: "SparseDelta") -> "SparseDelta":
         """The sum of both changes; its mask is the union of both masks. Raises ShapeMismatch."""
-        mine, other = self._on_common_units(other)
+        mine, other = self._on_common_blocks(other)
         union = torch.unique(torch.cat([mine.indices, other.indices]))
         dtype = torch.promote_types(mine.values.dtype, other.values.dtype)
         total = torch.zeros((len(union), *mine.values.shape[1:]), dtype=dtype, device=mine.values.device)
@@ -180,15 +180,15 @@ class SparseDelta:
         kind = "element" if self.block_size == 1 else f"block {self.block_size}"
         return f"SparseDelta({self.shape[0]}×{self.shape[1]}, {kind}, nnz {self.nnz}, density {self.density:.4g})"
 
-    def _on_common_units(self, other: "SparseDelta") -> tuple["SparseDelta", "SparseDelta"]:
+    def _on_common_blocks(self, other: "SparseDelta") -> tuple["SparseDelta", "SparseDelta"]:
         if self.shape != other.shape:
             raise ShapeMismatch(f"one delta has shape {list(self.shape)}, the other {list(other.shape)}.")
         return (self, other) if self.block_size == other.block_size else (self.expand(), other.expand())
 
 
-def index_dtype(units: int) -> torch.dtype:
-    """int32, or int64 where a target has more units than int32 can number."""
-    return torch.int32 if units <= 2**31 - 1 else torch.int64
+def index_dtype(blocks: int) -> torch.dtype:
+    """int32, or int64 where a target has more blocks than int32 can number."""
+    return torch.int32 if blocks <= 2**31 - 1 else torch.int64
 
 
 def check_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -229,15 +229,15 @@ def check_block_size(block_size: int, shape: tuple[int, int], name: str | None =
         )
 
 
-def check_indices(indices: Tensor, units: int) -> None:
-    """Raise unless `indices` [n] ascend strictly and lie in [0, units)."""
+def check_indices(indices: Tensor, blocks: int) -> None:
+    """Raise unless `indices` [n] ascend strictly and lie in [0, blocks)."""
     if indices.numel() == 0:
         return
     flat = indices.cpu().numpy()  # whose comparisons are several times as fast as torch's
     wrong = flat[1:] <= flat[:-1]
     lowest, highest = (flat.min(), flat.max()) if wrong.any() else (flat[0], flat[-1])
-    if lowest < 0 or highest >= units:
-        raise IndexOutOfBounds(f"index {lowest if lowest < 0 else highest} lies outside the target, which has {units} units.")
+    if lowest < 0 or highest >= blocks:
+        raise IndexOutOfBounds(f"index {lowest if lowest < 0 else highest} lies outside the target, which has {blocks} blocks.")
     if wrong.any():
         at = int(wrong.argmax())
         if flat[at] == flat[at + 1]:

@@ -1,4 +1,4 @@
-"""From scores to masks: exactly k units, ties to the lower index, per target or over all targets."""
+"""From scores to masks: exactly k blocks, ties to the lower index, per target or over all targets."""
 
 import re
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ def check_density(density: float) -> float:
     return float(density)
 
 
-def units_to_keep(density: float, units: int) -> int:
-    """k = max(1, round(density · units)) (paper, Eq. 3, for tiles). Raises DensityOutOfRange."""
-    return max(1, round(check_density(density) * units))
+def blocks_to_keep(density: float, blocks: int) -> int:
+    """k = max(1, round(density · blocks)) (paper, Eq. 3, for tiles). Raises DensityOutOfRange."""
+    return max(1, round(check_density(density) * blocks))
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
-    """The ids of the k largest of `scores` [units], ascending; of equal scores the lower ids are taken.
+    """The ids of the k largest of `scores` [blocks], ascending; of equal scores the lower ids are taken.
 
     Raises NonFiniteScore.
     """
@@ -66,11 +66,11 @@ def global_threshold(scores: Mapping[str, Tensor], k: int) -> Tensor:
 def dropped_layers(scores: Mapping[str, Tensor], density: float) -> set[str]:
     """The targets of the layers to drop (paper, Eq. 6): all those whose every score lies below the global threshold.
 
-    The threshold is Eq. 5's with k = density · all units. The targets of one layer, told by the first number in their
+    The threshold is Eq. 5's with k = density · all blocks. The targets of one layer, told by the first number in their
     names, stand or fall together; a target without a number is a layer of its own.
     Raises DensityOutOfRange, NonFiniteScore.
     """
-    threshold = global_threshold(scores, units_to_keep(density, sum(target.numel() for target in scores.values())))
+    threshold = global_threshold(scores, blocks_to_keep(density, sum(target.numel() for target in scores.values())))
     kept = {layer_of(name) for name, target in scores.items() if bool((target >= threshold).any())}
     return {name for name in scores if layer_of(name) not in kept}
 

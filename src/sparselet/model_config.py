@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselet.errors import AbsurdShape, MissingExtra, ModelError
-from sparselet.printable import reason
+from sparselet.io.printable import reason
 
 _MANY = 4096  # layers or experts: beyond any model, and each is made for the skeleton
 _COUNTED = re.compile(r"(^|_)(layers?|experts|depth)$")

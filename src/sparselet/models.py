@@ -26,13 +26,13 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from sparselet import hub
-from sparselet.container import TensorFile
 from sparselet.errors import MissingExtra, ModelError, SparseletError
-from sparselet.files import atomic_directory, cache_directory
+from sparselet.hub import sources as hub
+from sparselet.io.files import atomic_directory, cache_directory
+from sparselet.io.printable import reason
+from sparselet.io.temporaries import scratch_directory
+from sparselet.io.tensor_files import TensorFile
 from sparselet.model_config import read_config
-from sparselet.printable import reason
-from sparselet.temporaries import scratch_directory
 
 _PER_BYTE = 8  # weights of a model for each byte of its files, at most: four times as many as 4 bits make
 _CONSTANTS = 2**26  # numbers that a model has beside its weights, such as masks, whatever its size

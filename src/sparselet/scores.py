@@ -1,6 +1,6 @@
-"""How much each unit of a target matters: one function a score, all listed in `SCORES`.
+"""How much each block of a target matters: one function a score, all listed in `SCORES`.
 
-A unit is an entry, or a tile whose score is the sum over its entries (paper, "Block Sparsity"). Ŵ is the delta being
+A block is an entry, or a tile whose score is the sum over its entries (paper, "Block Sparsity"). Ŵ is the delta being
 trained, g = ∂L/∂Ŵ at W + Ŵ with no mask applied.
 """
 
@@ -23,8 +23,8 @@ class Candidate:
     values: Ŵ, float [rows, columns], 0 where nothing was trained yet.
     gradient: g, float [rows, columns], the mean over the scoring batches.
     block_size: 1, or B for tiles.
-    kept: how many units the mask will keep.
-    mask: the present mask as ascending unit ids, int [n]; None while all entries are trained.
+    kept: how many blocks the mask will keep.
+    mask: the present mask as ascending block ids, int [n]; None while all entries are trained.
     generator: the source of randomness, seeded by target and selection.
     """
 
@@ -71,10 +71,10 @@ def wm(c: Candidate) -> Tensor:
 def gd(c: Candidate) -> Tensor:
     """Grow and drop (Ansell et al. 2024): drop by |Ŵ − Ŵ₀|, grow by |g|.
 
-    Ŵ₀ = 0. Of the present mask, the (1 − 0.2)·k units with the largest |Ŵ| stay; the other places go to the units
-    outside it with the largest |g|, so a dropped unit does not return at once. Without a present mask the k largest |Ŵ|
+    Ŵ₀ = 0. Of the present mask, the (1 − 0.2)·k blocks with the largest |Ŵ| stay; the other places go to the blocks
+    outside it with the largest |g|, so a dropped block does not return at once. Without a present mask the k largest |Ŵ|
     are kept. Deviation: the replaced fraction is constant, SpIEL's decays over the run.
-    Returned as ranks: units that stay above those that may grow, dropped units last.
+    Returned as ranks: blocks that stay above those that may grow, dropped blocks last.
     """
     moved = tile_sum(c.values.abs(), c.block_size)
     if c.mask is None:
@@ -90,9 +90,9 @@ def gd(c: Candidate) -> Tensor:
 
 
 def random(c: Candidate) -> Tensor:
-    """A uniform number for each unit: the baseline that every score must beat. Drawn on the CPU, so that devices agree."""
-    units = c.values.numel() // c.block_size**2
-    return torch.rand(units, generator=c.generator).to(c.values.device)
+    """A uniform number for each block: the baseline that every score must beat. Drawn on the CPU, so that devices agree."""
+    blocks = c.values.numel() // c.block_size**2
+    return torch.rand(blocks, generator=c.generator).to(c.values.device)
 
 
 SCORES: dict[str, Score] = {

@@ -10,11 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from sparselet import SparseAdapter, SparseDelta, memory
+from sparselet import SparseAdapter, SparseDelta
 from sparselet.delta import check_block_size
 from sparselet.errors import AbsurdShape, BlockSizeError, NotEnoughMemory
-from sparselet.experts import open_expert, save_expert
-from sparselet.export import export_lora, export_shira, export_super_tuning
+from sparselet.formats import open_expert, save_expert
+from sparselet.formats.lora.write import export_lora
+from sparselet.formats.single_entries.write import export_shira, export_super_tuning
+from sparselet.io import memory
 
 NAME = "base_model.model.layer"
 
@@ -91,7 +93,7 @@ def test_block_sizes_that_fit_are_found_at_once():
 def test_a_limit_of_the_process_counts():
     code = """
 import resource
-from sparselet.memory import available
+from sparselet.io.memory import available
 with open("/proc/self/statm") as file:
     now = int(file.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + 2**28,) * 2)

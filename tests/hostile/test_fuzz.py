@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from mutations import WRONG, damage, damage_header
+from helpers.mutations import WRONG, damage, damage_header
+from helpers.tiny import make_model, save_base, save_task
 from peft import LoraConfig, get_peft_model
-from tiny import make_model, save_base, save_task
 
-from sparselet.experts import open_expert
-from sparselet.export import export_shira, export_super_tuning
+from sparselet.formats import open_expert
+from sparselet.formats.single_entries.write import export_shira, export_super_tuning
 from sparselet.merging import merge_with_counts
 
 MODEL = ["--model", "base"]

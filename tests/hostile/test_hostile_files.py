@@ -385,12 +385,12 @@ def test_values_of_a_dtype_that_is_not_allowed(tmp_path, dtype):
 )
 def test_indices_of_a_dtype_that_is_not_allowed(tmp_path, dtype, name):
     path = write(tmp_path / "a", tensors={**good_tensors(), INDICES: torch.tensor([0, 1, 2]).to(dtype)})
-    assert_refused(path, BadDtype, path / WEIGHTS, f"{TARGET}.sparse_indices is {name}; expected I32 for 24 units")
+    assert_refused(path, BadDtype, path / WEIGHTS, f"{TARGET}.sparse_indices is {name}; expected I32 for 24 blocks")
 
 
-def test_int32_indices_where_they_cannot_number_the_units(tmp_path):
+def test_int32_indices_where_they_cannot_number_the_blocks(tmp_path):
     path = write(tmp_path / "a", good_config(targets={TARGET: {"shape": [2**20, 2**12]}}))
-    assert_refused(path, BadDtype, path / WEIGHTS, f"{TARGET}.sparse_indices is I32; expected I64 for {2**32} units")
+    assert_refused(path, BadDtype, path / WEIGHTS, f"{TARGET}.sparse_indices is I32; expected I64 for {2**32} blocks")
 
 
 @pytest.mark.parametrize(
@@ -417,12 +417,12 @@ def test_values_and_indices_that_do_not_belong_together(tmp_path, values, indice
 
 def test_more_indices_than_entries(tmp_path):
     path = write(tmp_path / "a", tensors={VALUES: torch.ones(25), INDICES: torch.arange(25).int()})
-    assert_refused(path, BadShape, path / WEIGHTS, TARGET, "25 indices, but the target has only 24 units")
+    assert_refused(path, BadShape, path / WEIGHTS, TARGET, "25 indices, but the target has only 24 blocks")
 
 
 def test_more_indices_than_tiles(tmp_path):
     path = write(tmp_path / "a", tensors={VALUES: torch.ones(7, 2, 2), INDICES: torch.arange(7).int()})
-    assert_refused(path, BadShape, path / WEIGHTS, TARGET, "7 indices, but the target has only 6 units")
+    assert_refused(path, BadShape, path / WEIGHTS, TARGET, "7 indices, but the target has only 6 blocks")
 
 
 @pytest.mark.parametrize("block_size", [3, 4, 5, 16])
@@ -437,14 +437,16 @@ def test_tiles_that_do_not_divide_the_target(tmp_path, block_size):
 def test_an_index_outside_the_target(tmp_path, index):
     indices = torch.tensor(sorted([1, 5, index]), dtype=torch.int32)
     path = write(tmp_path / "a", tensors={**good_tensors(), INDICES: indices})
-    assert_refused(path, IndexOutOfBounds, path / WEIGHTS, TARGET, f"index {index} lies outside the target, which has 24 units")
+    assert_refused(
+        path, IndexOutOfBounds, path / WEIGHTS, TARGET, f"index {index} lies outside the target, which has 24 blocks"
+    )
 
 
 @pytest.mark.parametrize("index", [-1, 6])
 def test_a_tile_outside_the_target(tmp_path, index):
     tensors = {VALUES: torch.ones(1, 2, 2), INDICES: torch.tensor([index], dtype=torch.int32)}
     path = write(tmp_path / "a", tensors=tensors)
-    assert_refused(path, IndexOutOfBounds, path / WEIGHTS, TARGET, f"index {index} lies outside the target, which has 6 units")
+    assert_refused(path, IndexOutOfBounds, path / WEIGHTS, TARGET, f"index {index} lies outside the target, which has 6 blocks")
 
 
 def test_indices_that_do_not_ascend(tmp_path):
@@ -500,5 +502,5 @@ def test_nothing_is_read_of_a_large_tensor_that_is_wrong(tmp_path):
     path = write(tmp_path / "a", tensors=raw)
     os.truncate(path / WEIGHTS, len(raw) + 8 * entries)  # sparse: takes no room on the disk
     before = peak_memory()
-    assert_refused(path, BadShape, path / WEIGHTS, f"{entries} indices, but the target has only 24 units")
+    assert_refused(path, BadShape, path / WEIGHTS, f"{entries} indices, but the target has only 24 blocks")
     assert peak_memory() - before < 64 * MEBIBYTE

@@ -4,10 +4,10 @@ import builtins
 from pathlib import Path
 
 import pytest
+from helpers.made_experts import contents, expert, patterns, saved, weights
+from helpers.strategies import few
 from hypothesis import given
 from hypothesis import strategies as st
-from made import contents, expert, patterns, saved, weights
-from strategies import few
 
 from sparselet.errors import ArgumentError, ConfigError, MissingExtra, SparseletError, UnknownMethod
 from sparselet.merging import METHODS, Recipe, merge_to, read_recipe, recipe_text

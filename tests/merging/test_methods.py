@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import distinct, normal
+from helpers.dense_merges import distinct, normal
+from helpers.strategies import few, random_delta, spelt_out
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import few, random_delta, spelt_out
 
 from sparselet import SparseDelta
 from sparselet.errors import ArgumentError, UnknownMethod

@@ -6,10 +6,10 @@ import struct
 
 import pytest
 import torch
+from helpers.made_experts import OTHER, Q, V, expert, saved
+from helpers.strategies import few, random_delta
 from hypothesis import given
 from hypothesis import strategies as st
-from made import OTHER, Q, V, expert, saved
-from strategies import few, random_delta
 
 from sparselet import SparseAdapter, SparseDelta, merge
 from sparselet.adapter import AdapterFile
@@ -42,9 +42,9 @@ def test_a_digest_is_of_the_values_whatever_their_dtype(tmp_path):
 def test_the_digest_is_what_the_format_says():
     tiles, many = random_delta((6, 12), 3, 0.9, 4), SparseDelta((32, 32), torch.arange(200), torch.arange(200.0))
     parts = b""
-    for name, delta, block, step in (("a.q", tiles, 3, 1), ("b.v", many, 1, 3)):
+    for name, delta, side, step in (("a.q", tiles, 3, 1), ("b.v", many, 1, 3)):
         n = len(delta.indices)
-        text = f"({delta.shape[0]}, {delta.shape[1]}) {block} {n} ".encode()
+        text = f"({delta.shape[0]}, {delta.shape[1]}) {side} {n} ".encode()
         places = range(0, n, step)
         indices = b"".join(struct.pack("<q", delta.indices[i]) for i in places)
         values = b"".join(struct.pack("<d", value) for i in places for value in delta.values[i].reshape(-1).tolist())
@@ -60,24 +60,24 @@ def test_a_target_without_entries_is_none():
 
 @few
 @given(st.sampled_from([1, 3]), st.integers(0, 20), st.sampled_from(["value", "index", "shape", "block", "count", "name"]))
-def test_a_digest_changes_with_every_kind_of_content(block, seed, what):
-    delta = random_delta((6, 12), block, 0.5, seed)
+def test_a_digest_changes_with_every_kind_of_content(side, seed, what):
+    delta = random_delta((6, 12), side, 0.5, seed)
     if not delta.nnz:
         return
     values, indices = delta.values.clone(), delta.indices.clone()
     if what == "value":
         values.view(-1)[seed % values.numel()] += 1
-        other = SparseDelta(delta.shape, indices, values, block)
+        other = SparseDelta(delta.shape, indices, values, side)
     elif what == "index":
-        free = sorted(set(range(delta.units)) - set(indices.tolist()))
+        free = sorted(set(range(delta.blocks)) - set(indices.tolist()))
         indices = torch.tensor(sorted([*indices.tolist()[1:], free[seed % len(free)]]))
-        other = SparseDelta(delta.shape, indices, values, block)
+        other = SparseDelta(delta.shape, indices, values, side)
     elif what == "shape":
-        other = SparseDelta((12, 6), indices, values, block)
+        other = SparseDelta((12, 6), indices, values, side)
     elif what == "block":
-        other = delta.expand() if block > 1 else random_delta((6, 12), 3, 0.5, seed)
+        other = delta.expand() if side > 1 else random_delta((6, 12), 3, 0.5, seed)
     elif what == "count":
-        other = SparseDelta(delta.shape, indices[:-1], values[:-1], block)
+        other = SparseDelta(delta.shape, indices[:-1], values[:-1], side)
     else:
         assert expert_digest({Q: delta}) != expert_digest({V: delta})
         return

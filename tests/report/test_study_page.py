@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from made_results import cost, results
+from helpers.made_results import cost, results
 
 from sparselet.errors import UnsafePath
 from sparselet.report import charts

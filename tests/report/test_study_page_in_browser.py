@@ -3,8 +3,8 @@
 from itertools import pairwise
 
 import pytest
-from browser import Browser, find
-from made_results import cost, results
+from helpers.browser import Browser, find
+from helpers.made_results import cost, results
 
 from sparselet.report.study_page import write_report
 

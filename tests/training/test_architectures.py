@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from tiny import make_tokenizer
+from helpers.tiny import make_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from sparselet.batching import continues, padding_side
 from sparselet.errors import ModelError
-from sparselet.evaluation import generate
+from sparselet.generation.generate import generate
+from sparselet.generation.padding import continues, padding_side
+from sparselet.generation.prefix import loss_of
+from sparselet.generation.prompts import prompt_format
 from sparselet.models import decoder_start, position_limit
-from sparselet.prompts import prompt_format
-from sparselet.tasks import Row
+from sparselet.tasks.task import Row
 from sparselet.training.collate import collator, encode
-from sparselet.training.prefix import loss_of
 
 SIZES = {
     "vocab_size": 258,

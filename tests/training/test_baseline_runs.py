@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Look, StopAt, bytes_of, killed_run
-from tiny import save_base
+from helpers.tiny import save_base
+from helpers.training_runs import Look, StopAt, bytes_of, killed_run
 
 from sparselet.errors import SparseletError
 from sparselet.models import load_model, load_tokenizer

@@ -6,19 +6,19 @@ import warnings
 
 import pytest
 import torch
+from helpers.tiny import make_model, make_t5, save_base
+from helpers.training_runs import Look, logits
 from peft import LoraConfig, PeftModel, get_peft_model
-from runs import Look, logits
-from tiny import make_model, make_t5, save_base
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
 
 from sparselet import SparseAdapter, merge
+from sparselet.apply import applied
 from sparselet.errors import ArgumentError, ConfigError, NonFiniteScore, NoTargets, TrainingDiverged, UnsupportedExpert
 from sparselet.fingerprint import fingerprint_weight
+from sparselet.generation.prompts import prompt_format
 from sparselet.models import load_model, load_tokenizer
-from sparselet.prompts import prompt_format
-from sparselet.resident import applied
-from sparselet.tasks import load_task
+from sparselet.tasks.task import load_task
 from sparselet.training import Trained, TrainSettings, train
 from sparselet.training.collate import collator, encode
 from sparselet.training.methods import find_targets

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from tiny import TEMPLATE, make_model, make_t5, make_tokenizer
+from helpers.tiny import TEMPLATE, make_model, make_t5, make_tokenizer
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sparselet.batching import forward_parameters
-from sparselet.prompts import prompt_format
-from sparselet.tasks import Row
+from sparselet.generation.padding import forward_parameters
+from sparselet.generation.prefix import loss_of
+from sparselet.generation.prompts import prompt_format
+from sparselet.tasks.task import Row
 from sparselet.training import collate
 from sparselet.training.collate import IGNORED, CompletionCollator, Seq2SeqCollator, encode
-from sparselet.training.prefix import loss_of
 
 ROWS = (
     Row("ant?", "tna"),

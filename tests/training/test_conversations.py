@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_model, make_t5, make_tokenizer, save_base
+from helpers.tiny import make_model, make_t5, make_tokenizer, save_base
 from tokenizers import AddedToken
 
 from sparselet.errors import TaskError
-from sparselet.evaluation import EvalSettings, evaluate, generate
-from sparselet.prompts import prompt_format
-from sparselet.rows import Message, Row
-from sparselet.tasks import Task
+from sparselet.evaluation import EvalSettings, evaluate
+from sparselet.generation.generate import generate
+from sparselet.generation.prefix import loss_of
+from sparselet.generation.prompts import prompt_format
+from sparselet.tasks.rows import Message, Row
+from sparselet.tasks.task import Task
 from sparselet.training.collate import IGNORED, collator, encode
-from sparselet.training.prefix import loss_of
 
 SYSTEM, FIRST, SECOND = ("system", "Be brief."), ("user", "ant?"), ("user", "bee?")
 CHAT = (SYSTEM, FIRST, ("assistant", "tna"), SECOND, ("assistant", "eeb yes"))

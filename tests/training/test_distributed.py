@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.process_runs import CASES, REFUSED, RUNS, prepared
+from helpers.tiny import make_model
 from peft import get_peft_model
-from process_runs import CASES, REFUSED, RUNS, prepared
 from safetensors.torch import load_file
-from tiny import make_model
 from transformers import TrainingArguments
 
 import sparselet
@@ -21,12 +21,12 @@ from sparselet.errors import ConfigError, SelectionError
 from sparselet.training import TrainSettings, train
 from sparselet.training.processes import refuse_sharding
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def start(module, *arguments):
     """Run a module in a process of its own."""
-    paths = [str(Path(sparselet.__file__).parents[1]), str(HERE.parent), str(HERE)]
+    paths = [str(Path(sparselet.__file__).parents[1]), str(TESTS)]
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
@@ -40,7 +40,7 @@ def start(module, *arguments):
 def two(tmp_path_factory):
     """The directory that two processes wrote all runs into."""
     directory = tmp_path_factory.mktemp("two")
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "process_runs.py"]
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", TESTS / "helpers/process_runs.py"]
     done = start(*launch, directory)
     assert done.returncode == 0, done.stderr[-4000:]
     return directory
@@ -161,7 +161,7 @@ def test_a_run_that_one_process_ends_says_why_once_and_is_gone_on_with(tmp_path)
     settings = prepared(tmp_path, score="mcs_neg", save_steps=2)
     command = ["train", "--model", settings.model, "--task", settings.task, "--out", tmp_path / "out", "--epochs", 2]
     command += ["--batch-size", 4, "--learning-rate", 5e-3, "--score", "mcs_neg", "--no-chat-template", "--save-steps", 2]
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "process_failure"]
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "helpers.process_failure"]
     failed = start(*launch, *command)
     assert failed.returncode
     assert [line for line in failed.stderr.splitlines() if line.startswith("error: ")] == ["error: no more"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_model, save_base, save_task, write_rows
+from helpers.tiny import make_model, save_base, save_task, write_rows
 from transformers import Trainer, TrainerCallback
 
 from sparselet import SparseAdapter
@@ -618,7 +618,7 @@ def test_a_base_model_handed_in_computes_as_before(settings, tmp_path, base_dir)
 
 
 def test_an_encoder_decoder_trains(settings, tmp_path):
-    from tiny import make_t5
+    from helpers.tiny import make_t5
 
     base = save_base(tmp_path / "t5", model=make_t5())
     adapter = train(replace(settings, model=base, epochs=1), tmp_path / "expert")

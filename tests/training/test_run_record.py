@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import StopAt, bytes_of
-from tiny import WORDS, make_model, make_tokenizer, save_base, write_rows
+from helpers.tiny import WORDS, make_model, make_tokenizer, save_base, write_rows
+from helpers.training_runs import StopAt, bytes_of
 from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, TrainerCallback
 
 from sparselet import SparseAdapter
 from sparselet.evaluation import evaluate
 from sparselet.models import load_model
-from sparselet.tasks import load_task
+from sparselet.tasks.task import load_task
 from sparselet.training import TrainSettings, train
 from sparselet.training.recipe import RUN_FILE
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.strategies import few
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import few
 
 from sparselet import SparseletConfig
 from sparselet.training.sampling import LengthGroupedSampler, balanced_rows

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.tiny import make_model
+from helpers.training_runs import QUIET
 from peft import LoraConfig, get_peft_model
-from runs import QUIET
-from tiny import make_model
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 

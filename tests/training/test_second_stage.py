@@ -5,15 +5,15 @@ import warnings
 
 import pytest
 import torch
+from helpers.tiny import make_adapter, make_model, save_base
+from helpers.training_runs import Look, StopAt, bytes_of, killed_run, logits
 from peft import PeftModel
-from runs import Look, StopAt, bytes_of, killed_run, logits
-from tiny import make_adapter, make_model, save_base
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from sparselet import SparseAdapter, SparseDelta, SparseletConfig, merge
+from sparselet.apply import applied
 from sparselet.errors import ConfigError, MissingFile, ShapeMismatch, UnknownTarget, WrongBase
 from sparselet.models import load_model, load_tokenizer
-from sparselet.resident import applied
 from sparselet.training import TrainSettings, train
 from sparselet.training.recipe import work_directory
 

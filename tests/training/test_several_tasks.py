@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
+from helpers.tiny import save_task
+from helpers.training_runs import Look, StopAt
 from peft import PeftModel
-from runs import Look, StopAt
-from tiny import save_task
 
 from sparselet.errors import ConfigError, TaskError
+from sparselet.generation.prompts import prompt_format
 from sparselet.models import load_tokenizer
-from sparselet.prompts import prompt_format
-from sparselet.tasks import load_task
+from sparselet.tasks.task import load_task
 from sparselet.training import train
 from sparselet.training.collate import encode
 from sparselet.training.recipe import RUN_FILE

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from helpers.tiny import WORDS, logits, make_model, make_tokenizer
+from helpers.training_runs import QUIET
 from peft import PeftModel, get_peft_model
-from runs import QUIET
-from tiny import WORDS, logits, make_model, make_tokenizer
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 

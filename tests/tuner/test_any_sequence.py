@@ -217,8 +217,8 @@ class AnySequence(RuleBasedStateMachine):
         for target, layer in self.layers().items():
             for name in self.used(layer):
                 if layer.sparse_values[name].requires_grad:
-                    units = None if layer.sparse_mask[name].dense else layer.sparse_indices[name].clone()
-                    expected.append((layer, name, units, gradients[f"{target}.weight"]))
+                    blocks = None if layer.sparse_mask[name].dense else layer.sparse_indices[name].clone()
+                    expected.append((layer, name, blocks, gradients[f"{target}.weight"]))
         loss = loss_of(self.model, X)
         assert torch.equal(loss, dense)
         self.alive = (loss, expected, None)
@@ -229,7 +229,7 @@ class AnySequence(RuleBasedStateMachine):
         (loss, expected, broken), self.alive = self.alive, None
         self.model.zero_grad()
         moved = any(name not in layer.sparse_values for layer, name, _, _ in expected)
-        dense = any(units is None for _, _, units, _ in expected)
+        dense = any(blocks is None for _, _, blocks, _ in expected)
         try:
             loss.backward()
         except SelectionError:
@@ -238,14 +238,14 @@ class AnySequence(RuleBasedStateMachine):
             self.model.zero_grad()
             return
         assert not broken
-        for layer, name, units, gradient in expected:
+        for layer, name, blocks, gradient in expected:
             value = layer.sparse_values[name]
             if not value.requires_grad:  # switched off meanwhile: torch drops the gradient of any such leaf
                 continue
-            if units is None:
+            if blocks is None:
                 wanted = gradient
             else:
-                wanted = sparselet.kernels.gather(gradient, units, layer.sparse_mask[name].block_size)
+                wanted = sparselet.kernels.gather(gradient, blocks, layer.sparse_mask[name].block_size)
             torch.testing.assert_close(value.grad, wanted.to(value.dtype), rtol=2e-2, atol=2e-3)
         self.model.zero_grad()
 

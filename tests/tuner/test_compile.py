@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.tiny import make_gpt2, make_model
 from peft import get_peft_model
-from tiny import make_gpt2, make_model
 
 import sparselet
 from sparselet import SparseletConfig

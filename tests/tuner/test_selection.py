@@ -10,7 +10,7 @@ from torch import nn
 import sparselet
 from sparselet import SparseAdapter, SparseletConfig
 from sparselet.errors import ConfigError, NonFiniteScore, SelectionError
-from sparselet.masks import units_to_keep
+from sparselet.masks import blocks_to_keep
 from sparselet.tuner import sparselet_layers, to_adapter
 
 
@@ -76,7 +76,7 @@ def test_target_scope_keeps_the_same_fraction_in_each_target(make_llama, make_ba
     model, _ = start(make_llama(), density=0.1)
     selection = sparselet.reselect(model, make_batches(1))
     for layer in layers(model).values():
-        assert layer.sparse_indices["default"].numel() == units_to_keep(0.1, layer.get_base_layer().weight.numel())
+        assert layer.sparse_indices["default"].numel() == blocks_to_keep(0.1, layer.get_base_layer().weight.numel())
     assert (selection.targets, selection.active_layers) == (6, 2)
 
 
@@ -101,7 +101,7 @@ def test_layer_drop_leaves_layers_below_the_threshold_out(make_llama, make_batch
         if ".1." in name:
             assert not mask
         elif scope == "target":
-            assert len(mask) == units_to_keep(0.1, layers(model)[name].get_base_layer().weight.numel() // block_size**2)
+            assert len(mask) == blocks_to_keep(0.1, layers(model)[name].get_base_layer().weight.numel() // block_size**2)
     train(model, optimizer, batches)
     sparselet.freeze_masks(model)
     for name, layer in layers(model).items():
@@ -163,7 +163,7 @@ def test_sparse_starts_hold_nothing_dense(make_llama, make_batches):
             train(model, optimizer, batches)
         for layer in layers(model).values():
             assert layer.sparse_mask["default"].pending is None
-            assert layer.sparse_values["default"].numel() == units_to_keep(0.1, layer.get_base_layer().weight.numel())
+            assert layer.sparse_values["default"].numel() == blocks_to_keep(0.1, layer.get_base_layer().weight.numel())
 
 
 @pytest.mark.parametrize("score", ["mcs", "mcs_neg", "cs", "wm"])

@@ -10,13 +10,13 @@ from sparselet.adapter import SparseAdapter
 from sparselet.cli.terminal import TrainingProgress, note, print_json, progress, quiet_libraries, say, status, table, word
 from sparselet.errors import OutputExists
 from sparselet.evaluation import EvalSettings, evaluate
-from sparselet.files import write_json
+from sparselet.io.files import write_json
+from sparselet.io.temporaries import remove_left
 from sparselet.merging import merge_to
 from sparselet.models import PACKAGED, load_model, load_tokenizer, packaged_model
 from sparselet.report.pictures import draw_demo
 from sparselet.report.summary import layer_table
-from sparselet.tasks import BUILTIN_PREFIX, load_task
-from sparselet.temporaries import remove_left
+from sparselet.tasks.task import BUILTIN_PREFIX, load_task
 from sparselet.training import TrainSettings, train
 from sparselet.training.recipe import work_directory
 from sparselet.tuner.model import versions

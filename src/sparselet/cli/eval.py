@@ -14,10 +14,10 @@ from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, t
 from sparselet.delta import SparseDelta
 from sparselet.evaluation import EvalSettings, Result, evaluate
 from sparselet.evaluation.metrics import DEFAULT_METRICS, choose_metrics
-from sparselet.experts import Expert
-from sparselet.files import check_output, write_text
+from sparselet.formats import Expert
+from sparselet.io.files import check_output, write_text
 from sparselet.models import load_model, load_tokenizer
-from sparselet.tasks import load_task
+from sparselet.tasks.task import load_task
 
 _TITLES = {"rougeL": "Rouge-L", "exact_match": "exact match", "chrf": "chrF"}
 

@@ -8,9 +8,12 @@ from cyclopts import Parameter
 from sparselet.cli.opening import open_experts
 from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, table, word
 from sparselet.errors import ConfigError
-from sparselet.experts import Expert
-from sparselet.export import export_checkpoint, export_gguf_checkpoint, export_lora, export_shira, export_super_tuning
-from sparselet.files import check_output
+from sparselet.formats import Expert
+from sparselet.formats.checkpoint.write import export_checkpoint
+from sparselet.formats.gguf import export_gguf_checkpoint
+from sparselet.formats.lora.write import export_lora
+from sparselet.formats.single_entries.write import export_shira, export_super_tuning
+from sparselet.io.files import check_output
 from sparselet.models import DTYPES, directory_of, load_model, load_tokenizer, lossless_dtype, skeleton
 
 Format = Literal["shira", "supertuning", "lora", "checkpoint", "gguf"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter
 from sparselet.cli.terminal import SHADES, facts, heading, print_json, quiet_libraries, say, table, word
-from sparselet.hub import directory_of
+from sparselet.hub.sources import directory_of
 from sparselet.masks import layer_of
 from sparselet.report.summary import Cell, layer_table
 

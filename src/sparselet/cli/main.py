@@ -15,8 +15,8 @@ from cyclopts.config import Dict
 
 from sparselet.cli.streams import lenient_streams
 from sparselet.errors import ConfigError, SparseletError
-from sparselet.files import read_toml
-from sparselet.printable import printable, reason
+from sparselet.io.files import read_toml
+from sparselet.io.printable import printable, reason
 
 HELP = """Sparse experts for language models: train one for each task, merge them into one model, measure it.
 

@@ -14,9 +14,9 @@ from sparselet.cli.opening import open_experts, template_of
 from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, table, word
 from sparselet.errors import ConfigError
 from sparselet.evaluation import EvalSettings
-from sparselet.experts import Expert
-from sparselet.export.checkpoint import write_checkpoint
-from sparselet.files import atomic_directory, check_output, write_json, write_text
+from sparselet.formats import Expert
+from sparselet.formats.checkpoint.write import write_checkpoint
+from sparselet.io.files import atomic_directory, check_output, write_json, write_text
 from sparselet.merging import (
     METHODS,
     PER_TASK,
@@ -30,8 +30,8 @@ from sparselet.merging import (
     recipe_text,
 )
 from sparselet.models import DTYPES, directory_of, load_model, load_tokenizer, lossless_dtype
-from sparselet.study import SearchResult, SearchSettings, search
-from sparselet.tasks import load_task
+from sparselet.tasks.task import load_task
+from sparselet.workflows.search import SearchResult, SearchSettings, search
 
 RECIPE_FILE = "recipe.toml"
 SEARCH_FILE = "search.json"

@@ -7,7 +7,7 @@ from pathlib import Path
 from sparselet.cli.terminal import note
 from sparselet.delta import SparseDelta
 from sparselet.errors import ConfigError
-from sparselet.experts import BaseModel, Expert, open_expert
+from sparselet.formats import BaseModel, Expert, open_expert
 from sparselet.models import local_path
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sparselet.cli.terminal import facts, print_json, quiet_libraries, say, word
-from sparselet.hub import check, pull, show_progress
+from sparselet.hub.sources import check, pull, show_progress
 
 
 def pull_(name: str, /, *, out: Path, json: bool = False) -> None:

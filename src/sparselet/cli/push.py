@@ -6,7 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from sparselet.cli.terminal import print_json, quiet_libraries, say, table
-from sparselet.hub import CARD_FILE, Upload, prepare, send, show_progress
+from sparselet.hub.sources import CARD_FILE, Upload, prepare, send, show_progress
 
 
 def push_(

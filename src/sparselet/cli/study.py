@@ -16,20 +16,20 @@ from sparselet.cli.study_view import live, tell_failures, tell_plan, tell_result
 from sparselet.cli.terminal import note, print_json, quiet_libraries, say, word
 from sparselet.cli.terminal import status as showing
 from sparselet.errors import ConfigError, StudyIncomplete, WriteFailed
-from sparselet.files import write_json
+from sparselet.io.files import write_json
 from sparselet.models import local_path, model_fingerprint
 from sparselet.report.study_page import write_report
-from sparselet.study.arms import Study
-from sparselet.study.cost import total
-from sparselet.study.local import LocalExecutor
-from sparselet.study.on_ray import RayExecutor
-from sparselet.study.perform import Places
-from sparselet.study.plan import Progress, describe_plan, describe_state, learn, plan
-from sparselet.study.results import results
-from sparselet.study.run import claimed, gather, run_study
-from sparselet.study.settings import describe_tasks, read_study, task_places
-from sparselet.study.store import Store
-from sparselet.study.tables import make_tables
+from sparselet.studies.arms import Study
+from sparselet.studies.engine.cost import total
+from sparselet.studies.engine.local import LocalExecutor
+from sparselet.studies.engine.on_ray import RayExecutor
+from sparselet.studies.engine.perform import Places
+from sparselet.studies.engine.plan import Progress, describe_plan, describe_state, learn, plan
+from sparselet.studies.engine.run import claimed, gather, run_study
+from sparselet.studies.engine.store import Store
+from sparselet.studies.paper.tables import make_tables
+from sparselet.studies.results import results
+from sparselet.studies.settings import describe_tasks, read_study, task_places
 from sparselet.tuner.model import versions
 
 RESULTS, COST, ABOUT, REPORT, FIGURES = "results.json", "cost.json", "study.json", "report.html", "figures"

@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from sparselet.cli.terminal import err, note, say, table
-from sparselet.printable import printable
+from sparselet.io.printable import printable
 from sparselet.report.quantities import clock, size
-from sparselet.study.plan import Progress
-from sparselet.study.run import Watch
+from sparselet.studies.engine.plan import Progress
+from sparselet.studies.engine.run import Watch
 
 MINUTE = 60.0
 BAR = 24

@@ -26,7 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging as transformers_logging
 
 from sparselet.errors import WriteFailed
-from sparselet.printable import printable
+from sparselet.io.printable import printable
 
 # No markup: square brackets are what files, paths and rows have in them.
 out = Console(markup=False, emoji=False, highlight=False)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparselet.apply import applied
 from sparselet.delta import SparseDelta
 from sparselet.errors import ConfigError, TaskError
-from sparselet.evaluation.generate import generate
 from sparselet.evaluation.metrics import DEFAULT_METRICS, Metric, choose_metrics, measure
-from sparselet.resident import applied
+from sparselet.generation.generate import generate
 from sparselet.setting_checks import check_settings
-from sparselet.tasks import Row, Task
+from sparselet.tasks.task import Row, Task
 
 
 @dataclass(frozen=True)

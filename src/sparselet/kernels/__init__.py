@@ -31,29 +31,29 @@ __all__ = [
 
 
 def masked_weight_gradient(
-    x: Tensor, grad_output: Tensor, units: Tensor, block_size: int = 1, transposed: bool = False
+    x: Tensor, grad_output: Tensor, blocks: Tensor, block_size: int = 1, transposed: bool = False
 ) -> Tensor:
-    """`reference.masked_weight_gradient`, by the version that is fastest (`choice.choose`). units: ascending."""
+    """`reference.masked_weight_gradient`, by the version that is fastest (`choice.choose`). blocks: ascending."""
     inside, outside = x.shape[-1], grad_output.shape[-1]
     shape = (inside, outside) if transposed else (outside, inside)
-    chosen = choose(shape, math.prod(x.shape[:-1]), len(units), block_size, x.device)
+    chosen = choose(shape, math.prod(x.shape[:-1]), len(blocks), block_size, x.device)
     if chosen == "triton":
         triton = importlib.import_module(TRITON)
         if block_size == 1:
-            return triton.entry_gradient(x, grad_output, units, transposed)
-        return triton.tile_gradient(x, grad_output, units, block_size, transposed)
+            return triton.entry_gradient(x, grad_output, blocks, transposed)
+        return triton.tile_gradient(x, grad_output, blocks, block_size, transposed)
     version = banded_weight_gradient if chosen == "bands" else reference.masked_weight_gradient
-    return version(x, grad_output, units, block_size, transposed)
+    return version(x, grad_output, blocks, block_size, transposed)
 
 
-def add_and_write(weight: Tensor, units: Tensor, displaced: Tensor, values: Tensor, block_size: int = 1) -> None:
+def add_and_write(weight: Tensor, blocks: Tensor, displaced: Tensor, values: Tensor, block_size: int = 1) -> None:
     """`reference.add_and_write`, in one pass where Triton was chosen (`choice.writes_in_one_pass`)."""
     version = importlib.import_module(TRITON) if writes_in_one_pass(weight.device) else reference
-    version.add_and_write(weight, units, displaced, values, block_size)
+    version.add_and_write(weight, blocks, displaced, values, block_size)
 
 
-def add_at(base: Tensor, units: Tensor, values: Tensor, block_size: int = 1) -> Tensor:
-    """`base` [rows, columns] with `values` added at the units, as a new tensor: summed in the wider dtype, rounded once.
+def add_at(base: Tensor, blocks: Tensor, values: Tensor, block_size: int = 1) -> Tensor:
+    """`base` [rows, columns] with `values` added at the blocks, as a new tensor: summed in the wider dtype, rounded once.
 
     values: [n], or [n, B, B] for tiles.
     """
@@ -61,10 +61,10 @@ def add_at(base: Tensor, units: Tensor, values: Tensor, block_size: int = 1) -> 
     plain = base.device.type == "cpu" and not writes_in_one_pass(base.device)
     if plain and block_size > 1:
         columns = base.shape[1] // block_size
-        tiles, places = as_tiles(total, block_size), (units.long() // columns, units.long() % columns)
+        tiles, places = as_tiles(total, block_size), (blocks.long() // columns, blocks.long() % columns)
         tiles[places] = (tiles[places] + values).to(base.dtype)
     elif plain and base.dtype == values.dtype:
-        total.view(-1).index_add_(0, units, values)  # one pass, where reading and writing take three
+        total.view(-1).index_add_(0, blocks, values)  # one pass, where reading and writing take three
     else:
-        add_and_write(total, units, reference.gather(base, units, block_size), values, block_size)
+        add_and_write(total, blocks, reference.gather(base, blocks, block_size), values, block_size)
     return total

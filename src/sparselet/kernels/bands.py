@@ -12,38 +12,38 @@ HEIGHT = 16
 
 
 def banded_weight_gradient(
-    x: Tensor, grad_output: Tensor, units: Tensor, block_size: int = 1, transposed: bool = False
+    x: Tensor, grad_output: Tensor, blocks: Tensor, block_size: int = 1, transposed: bool = False
 ) -> Tensor:
-    """`reference.masked_weight_gradient`, in another order of summation. units: ascending."""
+    """`reference.masked_weight_gradient`, in another order of summation. blocks: ascending."""
     above, beside = (x, grad_output) if transposed else (grad_output, x)  # ∂L/∂W = aboveᵀ · beside
     rows = above.reshape(-1, above.shape[-1]).t().contiguous()  # [rows, tokens]
     columns = beside.reshape(-1, beside.shape[-1]).t().contiguous()
-    if not len(units):
+    if not len(blocks):
         return rows.new_empty((0, block_size, block_size) if block_size > 1 else (0,))
-    return _entries(rows, columns, units) if block_size == 1 else _tiles(rows, columns, units, block_size)
+    return _entries(rows, columns, blocks) if block_size == 1 else _tiles(rows, columns, blocks, block_size)
 
 
-def _tiles(rows: Tensor, columns: Tensor, units: Tensor, block_size: int) -> Tensor:
+def _tiles(rows: Tensor, columns: Tensor, blocks: Tensor, block_size: int) -> Tensor:
     per_row = len(columns) // block_size
     tokens = columns.shape[1]
     tiles = columns.view(per_row, block_size * tokens)  # a tile's columns lie together
-    where = units % per_row
-    result = rows.new_empty(len(units), block_size, block_size)
-    for band, start, end in _bands(units, per_row):
+    where = blocks % per_row
+    result = rows.new_empty(len(blocks), block_size, block_size)
+    for band, start, end in _bands(blocks, per_row):
         chosen = tiles.index_select(0, where[start:end]).view((end - start) * block_size, tokens)
         product = rows[band * block_size : (band + 1) * block_size] @ chosen.t()
         result[start:end] = product.view(block_size, end - start, block_size).transpose(0, 1)
     return result
 
 
-def _entries(rows: Tensor, columns: Tensor, units: Tensor) -> Tensor:
-    units, width = units.long(), len(columns)
-    band_of = units // (HEIGHT * width)
-    needed, place = torch.unique(band_of * width + units % width, return_inverse=True)
-    firsts = torch.searchsorted(needed, torch.arange(-(-len(rows) // HEIGHT) + 1, device=units.device) * width).tolist()
-    within = units // width % HEIGHT
-    result = rows.new_empty(len(units))
-    for band, start, end in _bands(units, HEIGHT * width):
+def _entries(rows: Tensor, columns: Tensor, blocks: Tensor) -> Tensor:
+    blocks, width = blocks.long(), len(columns)
+    band_of = blocks // (HEIGHT * width)
+    needed, place = torch.unique(band_of * width + blocks % width, return_inverse=True)
+    firsts = torch.searchsorted(needed, torch.arange(-(-len(rows) // HEIGHT) + 1, device=blocks.device) * width).tolist()
+    within = blocks // width % HEIGHT
+    result = rows.new_empty(len(blocks))
+    for band, start, end in _bands(blocks, HEIGHT * width):
         first, last = firsts[band], firsts[band + 1]
         chosen = columns.index_select(0, needed[first:last] % width)
         product = rows[band * HEIGHT : (band + 1) * HEIGHT] @ chosen.t()
@@ -52,8 +52,8 @@ def _entries(rows: Tensor, columns: Tensor, units: Tensor) -> Tensor:
     return result
 
 
-def _bands(units: Tensor, size: int) -> list[tuple[int, int, int]]:
-    """Each band of `size` units that has some: its number, and where its units begin and end."""
-    present, counts = torch.unique_consecutive(units // size, return_counts=True)
+def _bands(blocks: Tensor, size: int) -> list[tuple[int, int, int]]:
+    """Each band of `size` blocks that has some: its number, and where its blocks begin and end."""
+    present, counts = torch.unique_consecutive(blocks // size, return_counts=True)
     ends = counts.cumsum(0).tolist()
     return list(zip(present.tolist(), [0, *ends[:-1]], ends, strict=True))

@@ -21,13 +21,13 @@ _SORT = 60.0  # one masked entry on its way to its band
 _BAND = 10_000.0  # calling the operations of one band, which does not divide among cores
 
 
-def choose(shape: tuple[int, int], tokens: int, units: int, block_size: int, device: torch.device) -> str:
+def choose(shape: tuple[int, int], tokens: int, blocks: int, block_size: int, device: torch.device) -> str:
     """The version that is expected to be fastest, or the one that SPARSELET_KERNEL names.
 
     "dense": the product and a gather; "bands": `bands`, on a CPU; "triton": `triton`, on CUDA, which is made only where it is
     named until its time has been measured.
 
-    shape: (rows, columns) of the weight. tokens: rows of the batch, of all sequences together. units: of the mask.
+    shape: (rows, columns) of the weight. tokens: rows of the batch, of all sequences together. blocks: of the mask.
     Raises ArgumentError for another name.
     """
     forced = _forced()
@@ -35,7 +35,7 @@ def choose(shape: tuple[int, int], tokens: int, units: int, block_size: int, dev
         return forced
     if device.type != "cpu":
         return "dense"  # the product of a band is too small to fill such a device
-    expected = costs(shape, tokens, units, block_size, torch.get_num_threads())
+    expected = costs(shape, tokens, blocks, block_size, torch.get_num_threads())
     return min(expected, key=lambda name: expected[name])
 
 
@@ -55,18 +55,18 @@ def _forced() -> str | None:
     return forced
 
 
-def costs(shape: tuple[int, int], tokens: int, units: int, block_size: int, threads: int = 1) -> dict[str, float]:
+def costs(shape: tuple[int, int], tokens: int, blocks: int, block_size: int, threads: int = 1) -> dict[str, float]:
     """What each version is expected to take on a CPU, in nanoseconds. Parameters as of `choose`."""
     rows, columns = shape
-    entries = units * block_size**2
+    entries = blocks * block_size**2
     dense = _MULTIPLY * rows * columns * tokens + _PICK * entries
     height = HEIGHT if block_size == 1 else block_size
-    present = min(-(-rows // height), units)  # bands with entries
+    present = min(-(-rows // height), blocks)  # bands with entries
     if block_size == 1:
-        touched = 1 - (1 - units / (rows * columns)) ** height  # of a band's columns, for a mask without structure
+        touched = 1 - (1 - blocks / (rows * columns)) ** height  # of a band's columns, for a mask without structure
         wanted, sorting = present * columns * touched, _SORT * entries
     else:
-        wanted, sorting = units * block_size, 0.0  # columns of all bands together
+        wanted, sorting = blocks * block_size, 0.0  # columns of all bands together
     inputs = _TURN * (rows + columns) * tokens
     bands = _NARROW * height * wanted * tokens + _COPY * wanted * tokens + inputs + sorting
     return {"dense": dense / threads, "bands": bands / threads + _BAND * present}

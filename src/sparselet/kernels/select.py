@@ -48,7 +48,7 @@ def kth_largest(parts: Sequence[Tensor], k: int) -> Tensor:
 
 
 def selected(marks: Tensor) -> Tensor:
-    """The places [n] at which `marks` [units] is not 0, ascending, int64."""
+    """The places [n] at which `marks` [blocks] is not 0, ascending, int64."""
     if marks.device.type != "cpu":
         return marks.nonzero().squeeze(1)
     return torch.from_numpy((marks.numpy() != 0).nonzero()[0])  # of bool, and numpy's: many times as fast as torch's

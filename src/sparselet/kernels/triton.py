@@ -1,7 +1,7 @@
 """Operations on masked entries as Triton kernels for CUDA; `reference` defines what they compute.
 
 Nothing here waits for the device, and equal inputs give equal bits: where the sum over tokens is split, the split depends on
-the shapes alone and the parts are added in order. Unit ids are not checked against the weight. Importing this needs triton.
+the shapes alone and the parts are added in order. Block ids are not checked against the weight. Importing this needs triton.
 
 Where a gradient can win, by what it must read: for W 3072×9216 and T = 2048 tokens in 16 bits, an H100 (600 TFLOP/s; 5.5 TB/s
 from its L2 cache) takes 0.23 ms for the dense product and the gather. G tiles of one row read 2·T·B·(G + 1) bytes together: at
@@ -39,12 +39,12 @@ STEP = 128  # tokens that an entry's sum takes at a time
 
 
 def tile_gradient(
-    x: Tensor, grad_output: Tensor, units: Tensor, block_size: int, transposed: bool = False, dtype: torch.dtype | None = None
+    x: Tensor, grad_output: Tensor, blocks: Tensor, block_size: int, transposed: bool = False, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The tiles `units` of ∂L/∂W, [n, B, B]: `reference.masked_weight_gradient` without the dense product.
+    """The tiles `blocks` of ∂L/∂W, [n, B, B]: `reference.masked_weight_gradient` without the dense product.
 
     x [..., in], grad_output [..., out], of one dtype among GRADIENT_DTYPES, with any strides; W is [out, in], or [in, out]
-    when `transposed`. units: ascending, int32 or int64 [n]. Summed in float32; returned in `dtype`, or the inputs' dtype.
+    when `transposed`. blocks: ascending, int32 or int64 [n]. Summed in float32; returned in `dtype`, or the inputs' dtype.
     Raises BlockSizeError, ShapeMismatch, ArgumentError.
     """
     left, right = _as_tokens(x, grad_output, transposed)
@@ -53,17 +53,17 @@ def tile_gradient(
     _check_sides((left.shape[2], right.shape[2]), block_size)
     outer, inner, columns = left.shape[0], left.shape[1], right.shape[2]
     settings = tile_settings(block_size, x.dtype)
-    groups = triton.cdiv(len(units), settings["GROUP"])
+    groups = triton.cdiv(len(blocks), settings["GROUP"])
     part = tokens_of_a_part(groups, outer * inner)
     parts = max(1, triton.cdiv(outer * inner, part))
     dtype = dtype or x.dtype
-    shape = (parts, len(units), block_size, block_size)
+    shape = (parts, len(blocks), block_size, block_size)
     result = torch.empty(shape, dtype=dtype if parts == 1 else torch.float32, device=x.device)
-    if len(units):
+    if len(blocks):
         with torch.cuda.device_of(x):
             _tile_gradient[groups, parts](
-                *(left, right, units.contiguous(), result),
-                *(len(units), columns // block_size, outer * inner, inner, part, *left.stride(), *right.stride()),
+                *(left, right, blocks.contiguous(), result),
+                *(len(blocks), columns // block_size, outer * inner, inner, part, *left.stride(), *right.stride()),
                 B=block_size,
                 NESTED=outer > 1,
                 **settings,
@@ -72,18 +72,18 @@ def tile_gradient(
 
 
 def entry_gradient(
-    x: Tensor, grad_output: Tensor, units: Tensor, transposed: bool = False, dtype: torch.dtype | None = None
+    x: Tensor, grad_output: Tensor, blocks: Tensor, transposed: bool = False, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The entries `units` of ∂L/∂W, [n]: `reference.masked_weight_gradient` without the dense product.
+    """The entries `blocks` of ∂L/∂W, [n]: `reference.masked_weight_gradient` without the dense product.
 
     Arguments and errors are those of `tile_gradient`. Both inputs are first transposed in memory.
     """
     left, right = (_by_feature(side) for side in _as_tokens(x, grad_output, transposed))
-    result = torch.empty(len(units), dtype=dtype or x.dtype, device=x.device)
-    if len(units):
+    result = torch.empty(len(blocks), dtype=dtype or x.dtype, device=x.device)
+    if len(blocks):
         with torch.cuda.device_of(x):
-            _entry_gradient[triton.cdiv(len(units), 16),](
-                *(left, right, units.contiguous(), result, len(units), right.shape[0], left.shape[1]), ENTRIES=16, STEP=STEP
+            _entry_gradient[triton.cdiv(len(blocks), 16),](
+                *(left, right, blocks.contiguous(), result, len(blocks), right.shape[0], left.shape[1]), ENTRIES=16, STEP=STEP
             )
     return result
 
@@ -100,7 +100,7 @@ def _token_offsets(token, inner, outer_stride, inner_stride, NESTED: tl.constexp
 def _tile_gradient(
     left,
     right,
-    units,
+    blocks,
     result,
     count,
     tile_columns,
@@ -120,7 +120,7 @@ def _tile_gradient(
 ):
     """result[p, u] = Σ left[t, rows of u]ᵀ right[t, columns of u] over the `part` tokens t from p · part on.
 
-    left, right: [outer, inner, features] by their strides. A program takes GROUP units; those of one row of tiles, nearly
+    left, right: [outer, inner, features] by their strides. A program takes GROUP blocks; those of one row of tiles, nearly
     always all of them, share what is read of `left`.
     """
     first = tl.program_id(0).to(tl.int64) * GROUP
@@ -130,13 +130,13 @@ def _tile_gradient(
     down = tl.arange(0, B)
     across = tl.arange(0, GROUP * B)
     place = first + across // B
-    unit = tl.load(units + place, mask=place < count, other=0)
-    row = tl.where(place < count, unit // tile_columns, -1)
-    right_features = right + ((unit % tile_columns).to(tl.int64) * B + across % B) * right_feature
+    block = tl.load(blocks + place, mask=place < count, other=0)
+    row = tl.where(place < count, block // tile_columns, -1)
+    right_features = right + ((block % tile_columns).to(tl.int64) * B + across % B) * right_feature
     tiles = result + (p.to(tl.int64) * count + place) * (B * B) + across % B
     for i in range(GROUP):
-        this = tl.load(units + first + i, mask=first + i < count, other=-tile_columns) // tile_columns
-        before = tl.load(units + first + i - 1, mask=(i > 0) & (first + i <= count), other=-tile_columns) // tile_columns
+        this = tl.load(blocks + first + i, mask=first + i < count, other=-tile_columns) // tile_columns
+        before = tl.load(blocks + first + i - 1, mask=(i > 0) & (first + i <= count), other=-tile_columns) // tile_columns
         if (this >= 0) & (this != before):
             mine = row == this
             left_features = left + (this.to(tl.int64) * B + down) * left_feature
@@ -153,13 +153,13 @@ def _tile_gradient(
 
 
 @triton.jit(do_not_specialize=["count"])
-def _entry_gradient(left, right, units, result, count, columns, tokens, ENTRIES: tl.constexpr, STEP: tl.constexpr):
+def _entry_gradient(left, right, blocks, result, count, columns, tokens, ENTRIES: tl.constexpr, STEP: tl.constexpr):
     """result[u] = Σ left[row of u, t] · right[column of u, t] over all tokens t, a multiple of STEP."""
     place = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     inside = place < count
-    unit = tl.load(units + place, mask=inside, other=0)
-    left_rows = left + (unit // columns).to(tl.int64)[:, None] * tokens
-    right_rows = right + (unit % columns).to(tl.int64)[:, None] * tokens
+    block = tl.load(blocks + place, mask=inside, other=0)
+    left_rows = left + (block // columns).to(tl.int64)[:, None] * tokens
+    right_rows = right + (block % columns).to(tl.int64)[:, None] * tokens
     total = tl.zeros((ENTRIES, STEP), dtype=tl.float32)
     for t in range(0, tokens, STEP):
         token = (t + tl.arange(0, STEP))[None, :]
@@ -213,41 +213,41 @@ def _by_feature(side: Tensor) -> Tensor:
 # Reading and writing
 
 
-def gather(weight: Tensor, units: Tensor, block_size: int = 1) -> Tensor:
+def gather(weight: Tensor, blocks: Tensor, block_size: int = 1) -> Tensor:
     """`reference.gather` of a contiguous weight. Raises BlockSizeError, ShapeMismatch."""
     _check_weight(weight, block_size)
     tile = (block_size, block_size) if block_size > 1 else ()
-    values = torch.empty((len(units), *tile), dtype=weight.dtype, device=weight.device)
-    if len(units):
+    values = torch.empty((len(blocks), *tile), dtype=weight.dtype, device=weight.device)
+    if len(blocks):
         with torch.cuda.device_of(weight):
             _gather[triton.cdiv(values.numel(), AT_ONCE),](
-                *(weight, units.contiguous(), values, values.numel(), weight.shape[1]), B=block_size, AT_ONCE=AT_ONCE
+                *(weight, blocks.contiguous(), values, values.numel(), weight.shape[1]), B=block_size, AT_ONCE=AT_ONCE
             )
     return values
 
 
-def write(weight: Tensor, units: Tensor, values: Tensor, block_size: int = 1) -> None:
+def write(weight: Tensor, blocks: Tensor, values: Tensor, block_size: int = 1) -> None:
     """`reference.write`, in one pass. Raises BlockSizeError, ShapeMismatch."""
-    add_and_write(weight, units, None, values, block_size)
+    add_and_write(weight, blocks, None, values, block_size)
 
 
-def add_and_write(weight: Tensor, units: Tensor, displaced: Tensor | None, values: Tensor, block_size: int = 1) -> None:
-    """weight[units] = displaced + values, in place and in one pass: added in the wider of both dtypes, rounded once.
+def add_and_write(weight: Tensor, blocks: Tensor, displaced: Tensor | None, values: Tensor, block_size: int = 1) -> None:
+    """weight[blocks] = displaced + values, in place and in one pass: added in the wider of both dtypes, rounded once.
 
     weight: contiguous [rows, columns]. displaced (None for 0), values: [n], or [n, B, B] for tiles.
     Raises BlockSizeError, ShapeMismatch.
     """
     _check_weight(weight, block_size)
-    shape = (len(units), *((block_size, block_size) if block_size > 1 else ()))
+    shape = (len(blocks), *((block_size, block_size) if block_size > 1 else ()))
     for name, tensor in (("values", values), ("displaced", displaced)):
         if tensor is not None and tensor.shape != shape:
-            raise ShapeMismatch(f"{name} of {len(units)} units have the shape {list(shape)}, got {list(tensor.shape)}.")
-    if not len(units):
+            raise ShapeMismatch(f"{name} of {len(blocks)} blocks have the shape {list(shape)}, got {list(tensor.shape)}.")
+    if not len(blocks):
         return
     wide = torch.float64 in (weight.dtype, values.dtype)
     with torch.cuda.device_of(weight):
         _write[triton.cdiv(values.numel(), AT_ONCE),](
-            *(weight, units.contiguous(), None if displaced is None else displaced.contiguous(), values.contiguous()),
+            *(weight, blocks.contiguous(), None if displaced is None else displaced.contiguous(), values.contiguous()),
             *(values.numel(), weight.shape[1]),
             B=block_size,
             WIDE=tl.float64 if wide else tl.float32,
@@ -257,34 +257,34 @@ def add_and_write(weight: Tensor, units: Tensor, displaced: Tensor | None, value
 
 
 @triton.jit
-def _entries(units, place, inside, columns, B: tl.constexpr):
+def _entries(blocks, place, inside, columns, B: tl.constexpr):
     """Where in the weight the values `place` of a mask lie, int64."""
-    unit = tl.load(units + place // (B * B), mask=inside, other=0)
-    entries = unit.to(tl.int64)
+    block = tl.load(blocks + place // (B * B), mask=inside, other=0)
+    entries = block.to(tl.int64)
     if B > 1:
         tile_columns = columns // B
         within = place % (B * B)
-        row = (unit // tile_columns).to(tl.int64) * B + within // B
-        entries = row * columns + (unit % tile_columns).to(tl.int64) * B + within % B
+        row = (block // tile_columns).to(tl.int64) * B + within // B
+        entries = row * columns + (block % tile_columns).to(tl.int64) * B + within % B
     return entries
 
 
 @triton.jit
-def _gather(weight, units, values, size, columns, B: tl.constexpr, AT_ONCE: tl.constexpr):
+def _gather(weight, blocks, values, size, columns, B: tl.constexpr, AT_ONCE: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * AT_ONCE + tl.arange(0, AT_ONCE)
     inside = place < size
-    value = tl.load(weight + _entries(units, place, inside, columns, B), mask=inside)
+    value = tl.load(weight + _entries(blocks, place, inside, columns, B), mask=inside)
     tl.store(values + place, value, mask=inside)
 
 
 @triton.jit
-def _write(weight, units, displaced, values, size, columns, B: tl.constexpr, WIDE: tl.constexpr, AT_ONCE: tl.constexpr):
+def _write(weight, blocks, displaced, values, size, columns, B: tl.constexpr, WIDE: tl.constexpr, AT_ONCE: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * AT_ONCE + tl.arange(0, AT_ONCE)
     inside = place < size
     value = tl.load(values + place, mask=inside)
     if displaced is not None:
         value = value.to(WIDE) + tl.load(displaced + place, mask=inside).to(WIDE)
-    tl.store(weight + _entries(units, place, inside, columns, B), value.to(weight.dtype.element_ty), mask=inside)
+    tl.store(weight + _entries(blocks, place, inside, columns, B), value.to(weight.dtype.element_ty), mask=inside)
 
 
 def _check_weight(weight: Tensor, block_size: int) -> None:

@@ -1,11 +1,11 @@
 """Merging experts into one. A method is a function of deltas and weights, and a line in `METHODS`."""
 
-from sparselet.merging.average import overlap, uniform
-from sparselet.merging.counts import change_merge, merge_with_counts
+from sparselet.merging.engine.per_task import is_per_task, merge_per_task
+from sparselet.merging.engine.stream import merge, merge_to
+from sparselet.merging.incremental import change_merge, merge_with_counts
 from sparselet.merging.methods import METHODS, PER_TASK
-from sparselet.merging.per_task import is_per_task, merge_per_task
+from sparselet.merging.methods.average import overlap, uniform
 from sparselet.merging.recipe import Recipe, read_recipe, recipe_text
-from sparselet.merging.stream import merge, merge_to
 
 __all__ = [
     "METHODS",

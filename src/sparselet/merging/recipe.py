@@ -24,9 +24,9 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from sparselet.errors import ConfigError, MissingExtra, SparseletError
-from sparselet.files import read_toml
+from sparselet.io.files import read_toml
+from sparselet.merging.engine.plan import Weight, check_weights
 from sparselet.merging.methods import complete_parameters
-from sparselet.merging.plan import Weight, check_weights
 
 _FILE = "file://"
 _KINDS = {str: "text", bool: "true or false", dict: "a table", list: "a list of tables"}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sparselet.delta import SparseDelta
-from sparselet.merging.plan import Plan, metadata_of
+from sparselet.merging.engine.plan import Plan, metadata_of
 
 SAMPLE = 64
 
@@ -30,7 +30,7 @@ class Digests:
 
 
 def delta_digest(delta: SparseDelta) -> bytes:
-    """SHA-256 of a delta's shape, block size, count of units, and some 64 of its indices and values, evenly spread."""
+    """SHA-256 of a delta's shape, block size, count of blocks, and some 64 of its indices and values, evenly spread."""
     step = max(1, len(delta.indices) // SAMPLE)
     indices = delta.indices[::step].cpu().to(torch.int64).numpy().astype("<i8").tobytes()
     values = delta.values[::step].detach().cpu().to(torch.float64).numpy().astype("<f8").tobytes()

@@ -8,12 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparselet.batching import forward_parameters, padding_side, positions, without_router_loss
 from sparselet.errors import ModelError, TaskError
+from sparselet.generation.padding import forward_parameters, padding_side, positions, without_router_loss
+from sparselet.generation.prefix import SHARED, can_share
+from sparselet.generation.prompts import (
+    PromptFormat,
+    longest_prompt,
+    pad,
+    padding_token,
+    prompt_tokens,
+    shared_prefix,
+    target_tokens,
+)
 from sparselet.models import decoder_start
-from sparselet.prompts import PromptFormat, longest_prompt, pad, padding_token, prompt_tokens, shared_prefix, target_tokens
-from sparselet.rows import ASSISTANT, Message, Row
-from sparselet.training.prefix import SHARED, can_share
+from sparselet.tasks.rows import ASSISTANT, Message, Row
 
 logger = logging.getLogger("sparselet")
 

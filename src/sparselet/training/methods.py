@@ -22,13 +22,13 @@ from transformers.pytorch_utils import Conv1D
 
 from sparselet import kernels
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter
+from sparselet.apply import add
 from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError, ConfigError, NoTargets, TrainingDiverged
-from sparselet.files import atomic_write, write_json
 from sparselet.fingerprint import fingerprint_weight
+from sparselet.generation.prompts import PromptFormat, end_tokens
+from sparselet.io.files import atomic_write, write_json
 from sparselet.names import Names, refuse_shared
-from sparselet.prompts import PromptFormat, end_tokens
-from sparselet.resident import add
 from sparselet.training.sampling import balanced_rows
 from sparselet.training.schedule import MaskSchedule
 from sparselet.training.settings import TrainSettings

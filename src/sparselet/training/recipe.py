@@ -18,14 +18,14 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, SparseAdapter
+from sparselet.apply import target_weights
 from sparselet.errors import ConfigError, OutputExists
-from sparselet.files import atomic_directory, check_output, naming_failure, parents_of, read_object, utf8_path, write_json
-from sparselet.hub import directory_of
+from sparselet.generation.prompts import PromptFormat, prompt_format
+from sparselet.hub.sources import directory_of
+from sparselet.io.files import atomic_directory, check_output, naming_failure, parents_of, read_object, utf8_path, write_json
+from sparselet.io.temporaries import fitting_name, held, remove_directory, remove_left
 from sparselet.models import load_model, load_tokenizer
-from sparselet.prompts import PromptFormat, prompt_format
-from sparselet.resident import target_weights
-from sparselet.tasks import Task, load_task
-from sparselet.temporaries import fitting_name, held, remove_directory, remove_left
+from sparselet.tasks.task import Task, load_task
 from sparselet.training.collate import Collator, Encoded, collator, encode
 from sparselet.training.methods import METHODS, Job, Ready
 from sparselet.training.processes import (

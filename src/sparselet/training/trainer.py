@@ -26,9 +26,9 @@ from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from sparselet.errors import MissingTensor, TrainingDiverged
-from sparselet.files import atomic_write, flush, naming_failure
+from sparselet.generation.prefix import begun, token_loss
+from sparselet.io.files import atomic_write, flush, naming_failure
 from sparselet.training.collate import IGNORED, Encoded
-from sparselet.training.prefix import begun, token_loss
 from sparselet.training.processes import needs_cpu, share_of_batch
 from sparselet.training.sampling import LengthGroupedSampler, Rows, without_labels
 from sparselet.training.settings import TrainSettings

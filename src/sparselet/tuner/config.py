@@ -15,7 +15,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
 from sparselet.adapter import AdapterFile, UnfinishedAdapterWarning
 from sparselet.adapter_format import CONFIG_FILE, METHOD, WEIGHTS_FILE, check_config, unnamed_modules
 from sparselet.errors import BlockSizeError, ConfigError
-from sparselet.files import read_object, write_json
+from sparselet.io.files import read_object, write_json
 from sparselet.masks import check_density
 from sparselet.scores import RANKS_UNTRAINED, get_score
 

@@ -32,12 +32,12 @@ WRITING = threading.Lock()  # held while a base weight is written or copied, so 
 class Change:
     """One adapter's change of a target as a pass uses it.
 
-    units: ascending ids [n] of the entries or tiles in the mask, None for all entries. values: [n], [n, B, B] for tiles, or
+    blocks: ascending ids [n] of the entries or tiles in the mask, None for all entries. values: [n], [n, B, B] for tiles, or
     [rows, columns] for all entries. trained: whether they get a gradient. off_mask: Ŵ [rows, columns] of the entries outside
     of the mask, while masks are selected; what it holds at the mask does not count.
     """
 
-    units: Tensor | None
+    blocks: Tensor | None
     block_size: int
     values: Tensor
     trained: bool = False
@@ -45,24 +45,24 @@ class Change:
 
     def snapshot(self) -> "Change":
         """The same with values of its own, which nobody can write to; dense values are not copied."""
-        if self.units is None:
+        if self.blocks is None:
             return self
         return replace(self, values=self.values.detach().clone())
 
 
 def effective_weight(base: Tensor, changes: Sequence[Change]) -> Tensor:
     """W + ΣΔW [rows, columns] as a new tensor, summed in the widest dtype of all and rounded once to the base's."""
-    if len(changes) == 1 and changes[0].units is not None and changes[0].off_mask is None:
-        return kernels.add_at(base, changes[0].units, changes[0].values, changes[0].block_size)
+    if len(changes) == 1 and changes[0].blocks is not None and changes[0].off_mask is None:
+        return kernels.add_at(base, changes[0].blocks, changes[0].values, changes[0].block_size)
     total = base.to(_widest(base, changes), copy=True, memory_format=torch.contiguous_format)
     for change in changes:
-        if change.units is None:
+        if change.blocks is None:
             total += change.values
         elif change.off_mask is None:
             total.view(-1).index_add_(0, entries(change, total.shape), change.values.reshape(-1).to(total.dtype))
         else:
             dense = change.off_mask.to(total.device, copy=True)
-            kernels.write(dense, change.units, change.values, change.block_size)
+            kernels.write(dense, change.blocks, change.values, change.block_size)
             total += dense
     return total.to(base.dtype)
 
@@ -71,7 +71,7 @@ def differentiable_weight(weight: Tensor, changes: Sequence[Change]) -> Tensor:
     """The same by torch's own operations, which autograd and torch.compile follow. No change has an `off_mask`."""
     total = weight.to(_widest(weight, changes))
     for change in changes:
-        if change.units is None:
+        if change.blocks is None:
             total = total + change.values
         else:
             ids = entries(change, total.shape)
@@ -82,37 +82,37 @@ def differentiable_weight(weight: Tensor, changes: Sequence[Change]) -> Tensor:
 
 def entries(change: Change, shape: Sequence[int]) -> Tensor:
     """The flat ids of a mask's entries, int [n] or [n·B·B], in the order of its values."""
-    assert change.units is not None
+    assert change.blocks is not None
     if change.block_size == 1:
-        return change.units
-    return kernels.tile_entries(change.units, (shape[0], shape[1]), change.block_size).reshape(-1)
+        return change.blocks
+    return kernels.tile_entries(change.blocks, (shape[0], shape[1]), change.block_size).reshape(-1)
 
 
 @dataclass(frozen=True)
 class Resident:
     """Adapters that stand in the base layer's own weight, and what they displaced there.
 
-    units: the units that were written, None for all. displaced: the base's values of these, in the weight's dtype.
+    blocks: the blocks that were written, None for all. displaced: the base's values of these, in the weight's dtype.
     versions: the version counters of the adapters' values when they were written. lease: of `generate`, or None for `merge`.
     """
 
     names: tuple[str, ...]
     versions: tuple[int, ...]
-    units: Tensor | None
+    blocks: Tensor | None
     block_size: int
     displaced: Tensor
     lease: "Lease | None" = None
 
 
 def displace(base: Tensor, changes: Sequence[Change]) -> tuple[Tensor | None, int, Tensor]:
-    """What writing `changes` into `base` will overwrite: units, their block size, and the base's values there."""
-    masks = [change.units for change in changes]
-    if any(units is None for units in masks):
+    """What writing `changes` into `base` will overwrite: blocks, their block size, and the base's values there."""
+    masks = [change.blocks for change in changes]
+    if any(blocks is None for blocks in masks):
         return None, 1, base.clone()
     if len(changes) == 1:
-        units, block_size = changes[0].units, changes[0].block_size
-        assert units is not None
-        return units.clone(), block_size, kernels.gather(base, units, block_size)
+        blocks, block_size = changes[0].blocks, changes[0].block_size
+        assert blocks is not None
+        return blocks.clone(), block_size, kernels.gather(base, blocks, block_size)
     union = torch.unique(torch.cat([entries(change, base.shape).long() for change in changes]))
     return union.to(index_dtype(base.numel())), 1, kernels.gather(base, union)
 
@@ -121,10 +121,10 @@ def without(weight: Tensor, resident: Resident | None) -> Tensor:
     """The base weight: `weight` itself, or a copy with what is resident taken out."""
     if resident is None:
         return weight
-    if resident.units is None:
+    if resident.blocks is None:
         return resident.displaced
     base = weight.clone(memory_format=torch.contiguous_format)
-    kernels.write(base, resident.units, resident.displaced, resident.block_size)
+    kernels.write(base, resident.blocks, resident.displaced, resident.block_size)
     return base
 
 

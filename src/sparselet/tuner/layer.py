@@ -19,7 +19,7 @@ from sparselet import kernels
 from sparselet.delta import SparseDelta, check_block_size, index_dtype
 from sparselet.errors import NonFiniteValue, SelectionError
 from sparselet.fingerprint import fingerprint_weight
-from sparselet.masks import units_to_keep
+from sparselet.masks import blocks_to_keep
 from sparselet.tuner.config import SparseletConfig
 from sparselet.tuner.effective import (
     LEASE,
@@ -33,7 +33,7 @@ from sparselet.tuner.effective import (
     without,
 )
 from sparselet.tuner.linear import changed_linear, linear
-from sparselet.tuner.mask_state import MaskState, random_units, seeded
+from sparselet.tuner.mask_state import MaskState, random_blocks, seeded
 
 Recorder = Callable[["SparseletLayer", Tensor], None]
 
@@ -43,7 +43,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
 
     sparse_values: the trained Ŵ, one parameter an adapter: [n], or [n, B, B] for tiles, or the weight's shape while no
         mask is selected. float32 over a base of 16 or 32 bits, float64 over one of 64.
-    sparse_indices: the masks as unit ids, int32 [n]; empty while no mask is selected.
+    sparse_indices: the masks as block ids, int32 [n]; empty while no mask is selected.
 
     Input [..., in], output [..., out].
     """
@@ -86,26 +86,26 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
             check_block_size(config.block_size, self.shape, self.target_name)
         dense = config.initial_mask == "dense" and not loaded
         state = MaskState(1 if loaded else config.block_size, dense, selecting=not loaded)  # the file tells, once read
-        units = torch.empty(0, dtype=index_dtype(weight.numel()), device=weight.device)
+        blocks = torch.empty(0, dtype=index_dtype(weight.numel()), device=weight.device)
         values = torch.zeros(
             self.shape if dense else (0,), dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device
         )
         self.sparse_mask[name] = state
         self.sparse_config[name] = config
-        self.sparse_indices[name] = units
+        self.sparse_indices[name] = blocks
         self.sparse_values[name] = nn.Parameter(values)
         if not dense and not loaded:
             total = weight.numel() // config.block_size**2
-            count = units_to_keep(config.density, total)
+            count = blocks_to_keep(config.density, total)
             if config.initial_mask == "random":
                 generator = seeded(config.seed, config.data_fingerprint, self.target_name)
-                self.set_mask(name, random_units(total, count, generator).to(weight.device))
+                self.set_mask(name, random_blocks(total, count, generator).to(weight.device))
                 state.selections = 1
             else:
                 self.set_mask(name, torch.arange(count, device=weight.device))
 
-    def set_mask(self, name: str, units: Tensor, values: Tensor | None = None, block_size: int | None = None) -> None:
-        """Give an adapter a new mask, ascending unit ids [n], with `values` [n] or [n, B, B] (default: zeros).
+    def set_mask(self, name: str, blocks: Tensor, values: Tensor | None = None, block_size: int | None = None) -> None:
+        """Give an adapter a new mask, ascending block ids [n], with `values` [n] or [n, B, B] (default: zeros).
 
         The parameter keeps its identity and changes its shape, so that optimizers and schedulers still hold it; its
         gradient is dropped.
@@ -114,12 +114,12 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         state.block_size = block_size or state.block_size
         tile = (state.block_size, state.block_size) if state.block_size > 1 else ()
         if values is None:
-            values = torch.zeros((len(units), *tile), dtype=parameter.dtype)
+            values = torch.zeros((len(blocks), *tile), dtype=parameter.dtype)
         device = self.base_weight.device
         state.dense = False
         dtype = index_dtype(self.shape[0] * self.shape[1] // state.block_size**2)
         # New tensors, since a backward pass may still need the old ones.
-        self.sparse_indices[name] = units.to(device=device, dtype=dtype, copy=True)
+        self.sparse_indices[name] = blocks.to(device=device, dtype=dtype, copy=True)
         _reshape_parameter(parameter, values.to(device=device, dtype=parameter.dtype, copy=True))
         self.refresh()
 
@@ -142,8 +142,8 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         """An adapter's present change of this target, on the CPU; all entries while no mask is selected."""
         state, values = self.sparse_mask[name], whole(self.sparse_values[name].detach()).cpu()
         if not state.dense:
-            block = state.block_size if values.ndim == 3 else 1
-            return SparseDelta(self.shape, self.sparse_indices[name].cpu(), values, block)
+            side = state.block_size if values.ndim == 3 else 1
+            return SparseDelta(self.shape, self.sparse_indices[name].cpu(), values, side)
         return SparseDelta.from_dense(values, torch.ones(self.shape, dtype=torch.bool), state.block_size)
 
     def dense_values(self, name: str) -> Tensor:
@@ -183,8 +183,8 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         resident = self._resident
         if resident is None:
             return
-        if resident.units is not None and weight.is_contiguous():
-            kernels.write(weight, resident.units, resident.displaced, resident.block_size)
+        if resident.blocks is not None and weight.is_contiguous():
+            kernels.write(weight, resident.blocks, resident.displaced, resident.block_size)
         else:
             weight.copy_(without(weight, resident))
         self._resident = None  # not before: an interrupt may come while it writes
@@ -195,10 +195,10 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
             self._take_out(weight)
             changes = self._changes(names)
             versions = tuple(_version(self.sparse_values[name]) for name in names)
-            units, block_size, displaced = displace(weight, changes)
-            self._resident = Resident(names, versions, units, block_size, displaced, lease)
-            if len(changes) == 1 and units is not None and weight.is_contiguous():
-                kernels.add_and_write(weight, units, displaced, changes[0].values, block_size)
+            blocks, block_size, displaced = displace(weight, changes)
+            self._resident = Resident(names, versions, blocks, block_size, displaced, lease)
+            if len(changes) == 1 and blocks is not None and weight.is_contiguous():
+                kernels.add_and_write(weight, blocks, displaced, changes[0].values, block_size)
             else:
                 weight.copy_(effective_weight(weight, changes))
 
@@ -287,7 +287,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
             return torch.func.functional_call(self.base_layer, replaced, (x, *args), kwargs)
         recorder = None if self.recorder is None or not names else functools.partial(self.recorder, self)
         kept = zip(names, changes, strict=True) if learns else ()
-        marks = {name: self._mark(name) for name, change in kept if change.trained or change.units is None}
+        marks = {name: self._mark(name) for name, change in kept if change.trained or change.blocks is None}
         check = functools.partial(self._require_unchanged, self._base_version(), marks)
         return changed_linear(x, weight, bias, changes, self._build, check, self.transposed, recorder)
 
@@ -444,17 +444,17 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
             )
         for name in self.sparse_values:
             values = state_dict.get(f"{prefix}sparse_values.{name}")
-            units = state_dict.get(f"{prefix}sparse_indices.{name}")
-            if isinstance(values, Tensor) and isinstance(units, Tensor):
-                self._take_mask(name, values.detach(), units)
+            blocks = state_dict.get(f"{prefix}sparse_indices.{name}")
+            if isinstance(values, Tensor) and isinstance(blocks, Tensor):
+                self._take_mask(name, values.detach(), blocks)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _take_mask(self, name: str, values: Tensor, units: Tensor) -> None:
+    def _take_mask(self, name: str, values: Tensor, blocks: Tensor) -> None:
         """Make room for loaded values, by a mask of their own; torch then copies them."""
-        if values.ndim == 2 and tuple(values.shape) == self.shape and not len(units):
+        if values.ndim == 2 and tuple(values.shape) == self.shape and not len(blocks):
             self.set_dense(name, values)
             return
-        delta = SparseDelta(self.shape, units, values, values.shape[1] if values.ndim == 3 else 1)
+        delta = SparseDelta(self.shape, blocks, values, values.shape[1] if values.ndim == 3 else 1)
         self.set_mask(name, delta.indices, delta.values, delta.block_size)
         if delta.values.any() or self.sparse_mask[name].unread:
             self.sparse_mask[name].selections = max(1, self.sparse_mask[name].selections)

@@ -66,7 +66,7 @@ class _ChangedLinear(torch.autograd.Function):
         ctx.learns = ctx.needs_input_grad[1] or bool(values)
         # In x's own dtype, and not in y's: the inputs of query, key and value are one tensor, which is then kept once.
         ctx.save_for_backward(x if ctx.learns else None)
-        ctx.masks = [(change.units, change.block_size, change.values.dtype) for change in trained]
+        ctx.masks = [(change.blocks, change.block_size, change.values.dtype) for change in trained]
         # Taken now: until the backward pass the values may be written to.
         ctx.changes = tuple(change.snapshot() for change in changes) if ctx.needs_input_grad[0] else ()
         ctx.build, ctx.check, ctx.transposed, ctx.recorder = build, check, transposed, recorder
@@ -90,8 +90,8 @@ class _ChangedLinear(torch.autograd.Function):
                 dense = kernels.weight_gradient(x, grad_output, ctx.transposed)
             if ctx.recorder is None:
                 gradients = [
-                    _at_mask(x, grad_output, dense, units, block_size, dtype, ctx.transposed)
-                    for units, block_size, dtype in ctx.masks
+                    _at_mask(x, grad_output, dense, blocks, block_size, dtype, ctx.transposed)
+                    for blocks, block_size, dtype in ctx.masks
                 ]
             elif dense is not None:
                 ctx.recorder(dense)
@@ -108,13 +108,13 @@ def _at_mask(
     x: Tensor,
     grad_output: Tensor,
     dense: Tensor | None,
-    units: Tensor | None,
+    blocks: Tensor | None,
     block_size: int,
     dtype: torch.dtype,
     transposed: bool,
 ) -> Tensor:
     """∂L/∂W at a mask, or of all entries; read from the dense one where that is there already."""
-    if dense is None and units is not None:
-        return kernels.masked_weight_gradient(x, grad_output, units, block_size, transposed).to(dtype)
+    if dense is None and blocks is not None:
+        return kernels.masked_weight_gradient(x, grad_output, blocks, block_size, transposed).to(dtype)
     whole = kernels.weight_gradient(x, grad_output, transposed) if dense is None else dense
-    return (whole if units is None else kernels.gather(whole, units, block_size)).to(dtype)
+    return (whole if blocks is None else kernels.gather(whole, blocks, block_size)).to(dtype)

@@ -29,8 +29,8 @@ class MaskState:
         return not self.selecting and not self.selections
 
 
-def random_units(total: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` ascending units of `total`, int64, drawn on the CPU, so that the mask is the same on every device."""
+def random_blocks(total: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` ascending blocks of `total`, int64, drawn on the CPU, so that the mask is the same on every device."""
     return torch.rand(total, generator=generator).topk(count).indices.sort().values
 
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparselet import kernels
 from sparselet.errors import SelectionError
-from sparselet.masks import dropped_layers, layer_of, top_k, top_k_global, units_to_keep
+from sparselet.masks import blocks_to_keep, dropped_layers, layer_of, top_k, top_k_global
 from sparselet.scores import Candidate, get_score
 from sparselet.tuner.adapted import active_adapters, adapter_config, sparselet_layers
 from sparselet.tuner.config import SparseletConfig
@@ -74,7 +74,7 @@ def reselect(
         )
     entries = changed = 0
     for target, layer in layers.items():
-        before = _units(layer, name)
+        before = _blocks(layer, name)
         _move_mask(layer, name, masks[target], config, optimizer)
         changed += _newcomers(before, masks[target])
         entries += masks[target].numel()
@@ -157,7 +157,7 @@ class _Scorer:
         gradient = gradient.to(layer.base_weight.device).div_(self.batches)
         if self.group is not None:
             average(gradient, self.group)
-        kept = units_to_keep(config.density, gradient.numel() // config.block_size**2)
+        kept = blocks_to_keep(config.density, gradient.numel() // config.block_size**2)
         # The start of initial_mask="gradient" is no mask yet: its entries have no claim to stay.
         present = None if state.dense or not state.selections else layer.sparse_indices[self.name]
         scores = self.score(
@@ -196,9 +196,9 @@ class _Scorer:
         nothing = torch.empty(0, dtype=torch.int32)
         left = {target: score for target, score in scores.items() if target not in dropped}
         if self.config.scope == "global":
-            chosen = top_k_global(left, units_to_keep(self.config.density, sum(s.numel() for s in scores.values())))
+            chosen = top_k_global(left, blocks_to_keep(self.config.density, sum(s.numel() for s in scores.values())))
         else:
-            chosen = {target: top_k(s, units_to_keep(self.config.density, s.numel())) for target, s in left.items()}
+            chosen = {target: top_k(s, blocks_to_keep(self.config.density, s.numel())) for target, s in left.items()}
         return {target: chosen.get(target, nothing) for target in self.layers}
 
 
@@ -269,7 +269,7 @@ def _trained_layers(model: nn.Module) -> tuple[SparseletConfig, str, dict[str, S
     return adapter_config(model, names[0]), names[0], layers
 
 
-def _units(layer: SparseletLayer, name: str) -> Tensor | None:
+def _blocks(layer: SparseletLayer, name: str) -> Tensor | None:
     """The present mask, or None while all entries are trained."""
     return None if layer.sparse_mask[name].dense else layer.sparse_indices[name]
 
@@ -281,19 +281,19 @@ def _newcomers(before: Tensor | None, after: Tensor) -> int:
 
 
 def _move_mask(
-    layer: SparseletLayer, name: str, units: Tensor, config: SparseletConfig, optimizer: torch.optim.Optimizer | None
+    layer: SparseletLayer, name: str, blocks: Tensor, config: SparseletConfig, optimizer: torch.optim.Optimizer | None
 ) -> None:
     """Set one target's mask; values and optimizer moments follow their entries."""
     state, parameter = layer.sparse_mask[name], layer.sparse_values[name]
-    units = units.to(parameter.device)
-    before = _units(layer, name)
+    blocks = blocks.to(parameter.device)
+    before = _blocks(layer, name)
     full = layer.dense_values(name)
-    layer.set_mask(name, units, kernels.gather(full, units, config.block_size))
+    layer.set_mask(name, blocks, kernels.gather(full, blocks, config.block_size))
     if config.initial_mask == "dense":
         state.pending = offloaded(full) if config.offload else full
     state.selections += 1
     if optimizer is not None:
-        _move_moments(optimizer, parameter, before, units, config.block_size)
+        _move_moments(optimizer, parameter, before, blocks, config.block_size)
 
 
 def offloaded(dense: Tensor) -> Tensor:

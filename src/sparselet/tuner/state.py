@@ -95,9 +95,9 @@ def _check_targets(config: SparseletConfig, layers: Mapping[str, SparseletLayer]
 
 def _read_target(layer: SparseletLayer, parts: Mapping[str, Tensor]) -> Saved:
     name = layer.target_name
-    values, units = parts[VALUES], parts[INDICES]
+    values, blocks = parts[VALUES], parts[INDICES]
     try:
-        delta = SparseDelta(layer.shape, units, values, values.shape[1] if values.ndim == 3 else 1)
+        delta = SparseDelta(layer.shape, blocks, values, values.shape[1] if values.ndim == 3 else 1)
     except SparseletError as error:
         raise type(error)(f"{name}: {error}") from error
     require_finite(delta.values, name)

@@ -1,0 +1,1 @@
+"""SHiRA and Super-Tuning of PEFT, which hold single entries."""

@@ -1,0 +1,33 @@
+"""Sums in float64, where the order of what is added must not show."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparselet.delta import SparseDelta
+
+_ROW = 4096
+
+
+def total(numbers: Tensor) -> float:
+    """Σ of a float64 tensor of any shape. Rows of a fixed length are summed first, so that no thread splits a sum."""
+    flat = numbers.reshape(-1)
+    whole = len(flat) // _ROW * _ROW
+    return (flat[:whole].view(-1, _ROW).sum(dim=1).sum() + flat[whole:].sum()).item()
+
+
+def sum_in_double(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> Tensor:
+    """Σ τᵢ over all blocks, τᵢ = wᵢ·ΔWᵢ rounded to float32; float64 [blocks], or [blocks, B, B]. deltas: on common blocks.
+
+    For signs and comparisons: float64 adds a few float32 numbers of like size exactly, so that what cancels is 0 in any order.
+    """
+    first = deltas[0].values
+    result = torch.zeros(deltas[0].blocks, *first.shape[1:], dtype=torch.float64, device=first.device)
+    for delta, weight in zip(deltas, weights, strict=True):
+        own = delta.values.float() * weight
+        if len(delta.indices) == delta.blocks:
+            result.add_(own)
+        else:
+            result.index_add_(0, delta.indices, own.double())
+    return result

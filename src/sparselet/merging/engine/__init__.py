@@ -1,0 +1,1 @@
+"""Running a merge: checked, target by target, several at once."""

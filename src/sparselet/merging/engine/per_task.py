@@ -1,0 +1,102 @@
+"""What a merge leaves of each single expert, as adapters: masks of one merged delta that bring the expert back."""
+
+import contextlib
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparselet.adapter import AdapterFile
+from sparselet.adapter_stream import adapter_stream
+from sparselet.delta import SparseDelta
+from sparselet.errors import ArgumentError, SparseletError
+from sparselet.io.files import atomic_directory, check_output
+from sparselet.io.temporaries import fitting_name
+from sparselet.merging.engine.parallel import in_order
+from sparselet.merging.engine.plan import Expert, Plan, Weight, metadata_of
+from sparselet.merging.methods import PER_TASK, PER_TASK_SURVEYS
+from sparselet.merging.record import Digests, merged_metadata
+
+
+def merge_per_task(
+    output: str | Path,
+    experts: Sequence[Expert | str | Path],
+    method: str,
+    weights: Sequence[Weight] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    base: str | Path | None = None,
+    workers: int | None = None,
+    progress: Callable[[str], None] | None = None,
+    keep_equal: bool = False,
+) -> list[Path]:
+    """Write one adapter an expert into the directory `output`: the merged delta under the expert's mask (EMR, TALL masks).
+
+    Each is called as its expert's task, or as its directory, with a number where names are equal.
+    keep_equal: the directory may be there already with the very same adapters, and then stays as it is.
+    Raises ArgumentError for a method that leaves nothing of single experts, and what `merge_to` raises.
+    """
+    if method not in PER_TASK:
+        raise ArgumentError(f"{method} makes one merged adapter only; one a task come from {', '.join(PER_TASK)}.")
+    if not keep_equal:
+        check_output(output)
+    plan = Plan(experts, method, weights, parameters, base)
+    plan.check_values()
+    plan.survey(PER_TASK_SURVEYS)
+    takes = inspect.signature(PER_TASK[method]).parameters
+    chosen = {name: value for name, value in {**plan.parameters, **plan.surveyed}.items() if name in takes}
+    digests = Digests(len(plan.experts))
+
+    def work(name: str) -> tuple[str, list[SparseDelta]]:
+        deltas = plan.deltas(name)
+        digests.add(name, deltas)
+        try:
+            return name, PER_TASK[method](deltas, plan.weights_of(name), **chosen)
+        except SparseletError as error:
+            raise type(error)(f"{name}: {error}") from error
+
+    names = _names(plan.experts)
+    with atomic_directory(output, keep_equal) as directory:
+        for name in names:
+            (directory / name).mkdir()
+        with contextlib.ExitStack() as stack:
+            streams = [stack.enter_context(adapter_stream(directory / name, plan.shapes)) for name in names]
+            targets = stack.enter_context(contextlib.closing(in_order(work, plan.shapes, plan.bytes_of, workers)))
+            for target, deltas in targets:
+                for stream, delta in zip(streams, deltas, strict=True):
+                    stream.add(target, delta)
+                if progress is not None:
+                    progress(target)
+        merged = merged_metadata(plan, digests)
+        for stream, expert in zip(streams, plan.experts, strict=True):
+            own = {key: metadata_of(expert).get(key) for key in ("task", "data_fingerprint", "chat_template", "task_type")}
+            stream.describe({**merged, **own}, plan.fingerprints)
+    return [Path(output) / name for name in names]
+
+
+def is_per_task(output: str | Path, experts: Sequence[Expert], method: str) -> bool:
+    """Whether `output` holds what `merge_per_task` calls its adapters of these experts, by the same method.
+
+    A run leaves that which is killed before it has written what comes after them.
+    """
+    names = _names(experts)
+    try:
+        merges = [AdapterFile(Path(output) / name).metadata.get("merge") for name in names]
+    except (SparseletError, OSError):
+        return False
+    return {*names} == {*os.listdir(output)} and all(isinstance(m, dict) and m.get("method") == method for m in merges)
+
+
+def _names(experts: Sequence[Expert]) -> list[str]:
+    """A directory name for each expert: its task, or its own directory's; numbered where two are equal."""
+    names: list[str] = []
+    for i, expert in enumerate(experts, 1):
+        task, path = metadata_of(expert).get("task"), getattr(expert, "path", None)
+        called = str(task or (Path(path).name if path else f"expert-{i}"))
+        plain = "".join("-" if character == "/" or not character.isprintable() else character for character in called)
+        name = fitting_name(Path(), plain.strip(". ") or f"expert-{i}", "")
+        while name in names:
+            name = fitting_name(Path(), name, f"-{i}")
+        names.append(name)
+    return names

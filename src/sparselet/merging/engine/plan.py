@@ -1,0 +1,208 @@
+"""A checked merge: everything that can be refused is refused before the first target is merged."""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from sparselet.adapter import require_finite
+from sparselet.delta import SparseDelta
+from sparselet.errors import ArgumentError, ShapeMismatch
+from sparselet.fingerprint import require_same_base
+from sparselet.formats import BaseModel, open_expert
+from sparselet.merging.algebra.bands import cut, join
+from sparselet.merging.algebra.entries import common_blocks, is_thin
+from sparselet.merging.algebra.ranges import require_finite_number
+from sparselet.merging.engine.parallel import MEMORY, in_order
+from sparselet.merging.methods import BY_ENTRY, METHODS, SURVEYED, SURVEYS, Survey, complete_parameters
+
+Expert = Mapping[str, SparseDelta]
+Weight = float | Mapping[str, float]
+
+
+class Plan:
+    """Experts of one base model, and how they are to be merged.
+
+    Raises ArgumentError (no expert, weights of the wrong count, not finite or for no target, a parameter out of range),
+    UnknownMethod, ShapeMismatch, WrongBase, and what opening an expert raises. `check_values` and `survey` read the experts.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[Expert | str | Path],
+        method: str,
+        weights: Sequence[Weight] | None,
+        parameters: Mapping[str, Any] | None,
+        base: str | Path | None = None,
+    ) -> None:
+        if isinstance(experts, (str, Path)) or not experts:
+            raise ArgumentError(f"experts must be a list of at least one expert, got {experts!r}.")
+        self.method = method
+        self.parameters = complete_parameters(method, parameters or {})
+        self.weights = check_weights(weights, len(experts))
+        model = None if base is None else BaseModel(base)
+        self.experts = [open_expert(e, model) if isinstance(e, (str, Path)) else e for e in experts]
+        for i, expert in enumerate(self.experts):
+            if getattr(expert, "modules", None) or metadata_of(expert).get("modules_to_save"):
+                raise ArgumentError(f"{label(expert, i)} trained modules in full (modules_to_save), which cannot be merged.")
+        self.shapes = _common_shapes(self.experts)
+        check_patterns(self.weights, self.shapes)
+        self.fingerprints = _common_fingerprints(self.experts)
+        self.surveyed: dict[str, Any] = {}
+        # Entries of all experts for each entry of a target, on average.
+        self._crowding = sum(_nnz(expert) / max(1, _size(expert)) for expert in self.experts)
+
+    def check_values(self) -> None:
+        """Read every expert once for NaN and infinity. Raises NonFiniteValue."""
+        for i, expert in enumerate(self.experts):
+            check = getattr(expert, "check_values", None)
+            if check is not None:
+                check()
+                continue
+            for name, delta in expert.items():
+                require_finite(delta.values, f"{label(expert, i)}: {name}")
+
+    def survey(self, surveys: Mapping[str, Survey] = SURVEYS) -> None:
+        """Read every target, if the method must know the experts as wholes."""
+        if self.method in surveys:
+            self.surveyed = surveys[self.method](
+                lambda: ((self.deltas(name), self.weights_of(name)) for name in self.shapes), self.parameters
+            )
+            assert set(self.surveyed) <= set(SURVEYED)
+
+    def deltas(self, name: str) -> list[SparseDelta]:
+        """One target's deltas, one an expert; empty where an expert has no such target."""
+        return [e[name] if name in e else SparseDelta.empty(self.shapes[name]) for e in self.experts]
+
+    def weights_of(self, name: str) -> list[float]:
+        """The experts' weights for one target."""
+        return [weight_of(weight, name) for weight in self.weights]
+
+    def merge(self, name: str, deltas: Sequence[SparseDelta]) -> SparseDelta:
+        """Merge one target's deltas."""
+        return METHODS[self.method](deltas, self.weights_of(name), **self.parameters, **self.surveyed)
+
+    def merge_in_bands(self, name: str, deltas: Sequence[SparseDelta], workers: int | None) -> SparseDelta:
+        """`merge` by several threads, where the method can be given some of the rows; the result is the same."""
+        if self.method not in BY_ENTRY:
+            return self.merge(name, deltas)
+        deltas, weights = common_blocks(deltas), self.weights_of(name)
+        if is_thin(deltas):
+            return self.merge(name, deltas)
+        surveyed = self.surveyed
+        if self.parameters.get("trim") == "target":
+            surveyed = SURVEYS[self.method](lambda: [(deltas, weights)], {**self.parameters, "trim": "global"})
+
+        def work(band: Sequence[SparseDelta]) -> SparseDelta:
+            return METHODS[self.method](band, weights, **self.parameters, **surveyed)
+
+        return join(list(in_order(work, cut(deltas), lambda band: self._bytes(band[0].size), workers)))
+
+    def is_large(self, name: str) -> bool:
+        """Whether two targets like this one are too much to be merged at the same time."""
+        return 2 * self.bytes_of(name) > MEMORY
+
+    def bytes_of(self, name: str) -> int:
+        """About how much memory merging this target takes: its deltas twice, and half a dozen sums of its size."""
+        return self._bytes(self.shapes[name][0] * self.shapes[name][1])
+
+    def _bytes(self, entries: int) -> int:
+        return int(entries * (28 + 16 * self._crowding))
+
+
+def weight_of(weight: Weight, name: str) -> float:
+    """The weight for the target `name`: a number is for all; of patterns (`*.v_proj`) the longest that matches, else 1."""
+    if not isinstance(weight, Mapping):
+        return float(weight)
+    matching = [pattern for pattern in weight if fnmatchcase(name, pattern)]
+    return float(weight[max(matching, key=lambda pattern: (len(pattern), pattern))]) if matching else 1.0
+
+
+def check_weights(weights: Sequence[Weight] | None, count: int) -> list[Weight]:
+    """One weight an expert, 1 each by default. Raises ArgumentError."""
+    if weights is None:
+        return [1.0] * count
+    if len(weights) != count:
+        raise ArgumentError(f"{count} experts need as many weights, got {len(weights)}.")
+    checked: list[Weight] = []
+    for i, weight in enumerate(weights, 1):
+        if isinstance(weight, Mapping):
+            for pattern, factor in weight.items():
+                require_finite_number(f"weight {i} for {pattern}", factor)
+            checked.append({pattern: float(factor) for pattern, factor in weight.items()})
+        else:
+            require_finite_number(f"weight {i}", weight)
+            checked.append(float(weight))
+    return checked
+
+
+def check_patterns(weights: Sequence[Weight], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise ArgumentError for a pattern that matches none of the targets, which would be for nothing."""
+    for i, weight in enumerate(weights, 1):
+        for pattern in weight if isinstance(weight, Mapping) and shapes else ():
+            if not any(fnmatchcase(name, pattern) for name in shapes):
+                raise ArgumentError(f"weight {i}: no target matches {pattern!r}; one is called {next(iter(shapes))}.")
+
+
+def metadata_of(expert: Expert) -> dict[str, Any]:
+    """What an expert's configuration holds beside its deltas; nothing for a plain mapping."""
+    return dict(getattr(expert, "metadata", {}))
+
+
+def label(expert: Expert, position: int) -> str:
+    """An expert's path, or its place in the list."""
+    path = getattr(expert, "path", None)
+    return str(path) if path is not None else f"expert {position + 1}"
+
+
+def _common_shapes(experts: Sequence[Expert]) -> dict[str, tuple[int, int]]:
+    shapes: dict[str, tuple[int, int]] = {}
+    for i, expert in enumerate(experts):
+        for name, shape in _shapes(expert).items():
+            if shapes.setdefault(name, shape) != shape:
+                raise ShapeMismatch(f"{name}: {label(expert, i)} has shape {list(shape)}, an earlier one {list(shapes[name])}.")
+    _refuse_other_names(experts)
+    return dict(sorted(shapes.items()))
+
+
+def _refuse_other_names(experts: Sequence[Expert]) -> None:
+    """Raise ArgumentError where a target of one expert seems to be another's under a longer name, as of a model with its head
+    and one without; what a base model that was given does not have was refused before."""
+    names = [set(_shapes(expert)) for expert in experts]
+    for i, own in enumerate(names):
+        for name in sorted(set().union(*names) - own):
+            shorter = name
+            while shorter := shorter.partition(".")[2]:
+                if shorter in own and not any({name, shorter} <= other for other in names):
+                    raise ArgumentError(
+                        f"{label(experts[i], i)} changes {shorter}, another expert {name}. If they are one weight, made over a "
+                        "model without and with its head, give the base model with --model (in Python: base), which tells."
+                    )
+
+
+def _common_fingerprints(experts: Sequence[Expert]) -> dict[str, Mapping[str, str] | None]:
+    """Each target's base fingerprint; of several, which then differ in dtype, the widest float's, whatever the order.
+
+    Raises WrongBase if two disagree.
+    """
+    found: dict[str, Mapping[str, str] | None] = {}
+    for i, expert in enumerate(experts):
+        own = {name: fp for name, fp in getattr(expert, "fingerprints", {}).items() if fp}
+        require_same_base(own, found, f"{label(expert, i)} and the experts before it")
+        for name, fp in own.items():
+            found[name] = max(fp, found.get(name) or fp, key=lambda one: one["dtype"])  # float64, float32, float16, bfloat16
+    return found
+
+
+def _shapes(expert: Expert) -> dict[str, tuple[int, int]]:
+    known = getattr(expert, "shapes", None)
+    return dict(known) if known is not None else {name: delta.shape for name, delta in expert.items()}
+
+
+def _size(expert: Expert) -> int:
+    return sum(rows * columns for rows, columns in _shapes(expert).values())
+
+
+def _nnz(expert: Expert) -> int:
+    known = getattr(expert, "nnz", None)
+    return known if known is not None else sum(delta.nnz for delta in expert.values())

@@ -1,0 +1,1 @@
+"""Doing the work of a study: units, jobs, workers, the store."""

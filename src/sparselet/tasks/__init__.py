@@ -1,0 +1,1 @@
+"""Tasks: rows of a prompt and the text to produce, in three splits."""

@@ -1,0 +1,1 @@
+"""Verbs put together."""

@@ -1,0 +1,471 @@
+"""`sparselet merge`: every flag, what does not go together, what is left behind; experts of other kinds in `eval`."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.made_experts import contents, names_in
+from helpers.tiny import make_adapter, make_model, save_base, save_task
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from sparselet import METHODS, SparseAdapter, merge
+from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE
+from sparselet.apply import applied
+from sparselet.cli import opening
+from sparselet.errors import ModelError
+from sparselet.evaluation import Result
+from sparselet.formats import open_expert
+from sparselet.merging import PER_TASK, merge_with_counts, read_recipe
+from sparselet.merging.incremental import COUNTS_FILE
+from sparselet.merging.methods import defaults
+
+searching = importlib.import_module("sparselet.workflows.search")
+
+
+@pytest.fixture
+def third(tmp_path):
+    """Another expert of the base model, of single entries."""
+    return make_adapter(make_model(), seed=3, task="three", chat_template=False).save(tmp_path / "experts" / "three")
+
+
+@pytest.fixture
+def counted(tmp_path, experts, third):
+    """A merge of the first and the third expert that kept its counts."""
+    return merge_with_counts(tmp_path / "experts" / "counted", [experts[0], third])
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory, base_dir):
+    """A full checkpoint of the base model with an expert in it."""
+    model, directory = make_model(), tmp_path_factory.mktemp("full") / "full"
+    with applied(model, make_adapter(model, seed=7)):
+        return save_base(directory, model=model)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory, base_dir):
+    """A LoRA adapter of the base model whose factors are not 0."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(make_model(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    directory = tmp_path_factory.mktemp("lora")
+    model.save_pretrained(directory)
+    return str(directory)
+
+
+def same_change(found, expected):
+    assert sorted(found) == sorted(expected)
+    for name in expected:
+        assert torch.equal(found[name].to_dense(), expected[name].to_dense())
+
+
+# What is written
+
+
+def test_the_result_the_recipe_and_what_is_said(cli, tmp_path, experts):
+    code, out, err = cli("merge", *experts, "--out", tmp_path / "x")
+    assert code == 0, err
+    assert names_in(tmp_path / "x") == [CONFIG_FILE, WEIGHTS_FILE, "recipe.toml"]
+    merged = SparseAdapter.load(tmp_path / "x")
+    same_change(merged, merge(experts))
+    crowding = sum(SparseAdapter.load(path).nnz for path in experts) / merged.nnz
+    for said in ("Merged by overlap", "one", "two", f"{merged.nnz:,}", f"selected by {crowding:.2f} experts"):
+        assert said in out
+    assert f"Written to {tmp_path / 'x'}, with recipe.toml" in out
+    assert f"Next: sparselet eval --task TASK --adapter {tmp_path / 'x'}" in out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_by_name(cli, tmp_path, experts, method):
+    code, out, err = cli("merge", *experts, "--out", tmp_path / "x", "--method", method, "--json")
+    assert code == 0, err
+    same_change(SparseAdapter.load(tmp_path / "x"), merge(experts, method))
+    merged = SparseAdapter.load(tmp_path / "x")
+    told = json.loads(out)
+    assert set(told) == {"output", "method", "entries", "experts_per_entry"}
+    assert (told["output"], told["method"], told["entries"]) == (str(tmp_path / "x"), method, merged.nnz)
+
+
+def test_weights_and_parameters(cli, tmp_path, experts):
+    flags = ("--method", "dare", "--weights", -1, 0.5, "--set", "density=0.5", "seed=7", "merge=ties", "--workers", 2)
+    code, out, err = cli("merge", *experts, "--out", tmp_path / "x", *flags)
+    assert code == 0, err
+    parameters = {"density": 0.5, "seed": 7, "merge": "ties"}
+    same_change(SparseAdapter.load(tmp_path / "x"), merge(experts, "dare", [-1, 0.5], parameters))
+    assert "Parameters: density = 0.5, scale = 1.0, merge = ties, rescale = density, seed = 7" in out
+    recipe = read_recipe(tmp_path / "x" / "recipe.toml")
+    assert (recipe.method, recipe.weights) == ("dare", (-1.0, 0.5))
+    assert recipe.parameters == {**defaults("dare"), **parameters}
+
+
+def test_settings_come_from_a_file_too(cli, tmp_path, experts):
+    text = f"method = 'ties'\nweights = [1, 2]\nset = ['density=0.5']\nout = '{tmp_path}/x'\n"
+    (tmp_path / "settings.toml").write_text(text)
+    code, _, err = cli("merge", *experts, "--config", tmp_path / "settings.toml")
+    assert code == 0, err
+    same_change(SparseAdapter.load(tmp_path / "x"), merge(experts, "ties", [1, 2], {"density": 0.5}))
+
+
+@pytest.mark.parametrize("method", ["overlap", "ties", "dare"])
+def test_the_recipe_run_again_gives_the_same_bytes(cli, tmp_path, experts, method, monkeypatch):
+    flags = ("--weights", 0.3, 1.1, "--method", method)
+    assert cli("merge", *experts, "--out", tmp_path / "x", *flags)[0] == 0
+    monkeypatch.chdir(tmp_path / "x")
+    code, _, err = cli("merge", "--recipe", "recipe.toml", "--out", tmp_path / "y")
+    assert code == 0, err
+    assert contents(tmp_path / "x") == contents(tmp_path / "y")
+
+
+def test_a_recipe_with_weights_by_pattern_is_told(cli, tmp_path, experts):
+    text = "".join(f'[[experts]]\npath = "{path}"\nweight = {{ "*" = 0.5, "*.v_proj" = 2 }}\n' for path in experts)
+    (tmp_path / "r.toml").write_text(text)
+    code, out, err = cli("merge", "--recipe", tmp_path / "r.toml", "--out", tmp_path / "x")
+    assert code == 0, err
+    assert "{'*': 0.5, '*.v_proj': 2.0}" in out
+    same_change(SparseAdapter.load(tmp_path / "x"), merge(experts, weights=[{"*": 0.5, "*.v_proj": 2}] * 2))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_checkpoint_is_the_base_model_with_the_adapter_applied(cli, tmp_path, experts, base_dir, dtype):
+    flags = ("--as", "checkpoint", "--model", base_dir, *(["--dtype", dtype] if dtype else []))
+    code, out, err = cli("merge", *experts, "--out", tmp_path / "x", *flags, "--weights", 2, 1)
+    assert code == 0, err
+    assert f"--model {tmp_path / 'x'}" in out
+    assert not [name for name in names_in(tmp_path / "x") if name.startswith(".") or "adapter" in name]
+    base = AutoModelForCausalLM.from_pretrained(base_dir)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype="auto")
+    with applied(base, merge(experts, weights=[2, 1])):
+        for name, parameter in found.named_parameters():
+            assert torch.equal(parameter, base.get_parameter(name).to(parameter.dtype)), name  # summed, then rounded once
+    assert all(parameter.dtype is getattr(torch, dtype or "float32") for parameter in found.parameters())
+    assert Path(read_recipe(tmp_path / "x" / "recipe.toml").model or "").resolve() == Path(base_dir)
+    assert cli("merge", "--recipe", tmp_path / "x" / "recipe.toml", "--as", "checkpoint", "--out", tmp_path / "y")[0] == 0
+    if dtype is None:
+        assert contents(tmp_path / "x") == contents(tmp_path / "y")
+
+
+@pytest.mark.parametrize("method", PER_TASK)
+def test_one_adapter_an_expert(cli, tmp_path, experts, method):
+    flags = ("--method", method, "--per-task", tmp_path / "parts")
+    code, out, err = cli("merge", *experts, "--out", tmp_path / "x", *flags)
+    assert code == 0, err
+    assert f"One adapter an expert: {tmp_path}/parts/one, {tmp_path}/parts/two" in out
+    assert names_in(tmp_path / "parts") == ["one", "two"]
+    assert SparseAdapter.load(tmp_path / "parts" / "one").metadata["task"] == "one"
+    flags = ("--method", method, "--per-task", tmp_path / "again", "--json")
+    assert json.loads(cli("merge", *experts, "--out", tmp_path / "y", *flags)[1])["per_task"] == [
+        f"{tmp_path}/again/one",
+        f"{tmp_path}/again/two",
+    ]
+    assert contents(tmp_path / "parts") == contents(tmp_path / "again")
+
+
+def test_a_merge_that_kept_its_counts_is_changed(cli, tmp_path, experts, third):
+    code, _, err = cli("merge", experts[0], third, "--out", tmp_path / "x", "--keep-counts")
+    assert code == 0, err
+    assert names_in(tmp_path / "x") == [CONFIG_FILE, WEIGHTS_FILE, COUNTS_FILE, "recipe.toml"]
+    assert read_recipe(tmp_path / "x" / "recipe.toml").keep_counts
+    fourth = make_adapter(make_model(), seed=4).save(tmp_path / "four")
+    flags = ("--add", fourth, "--remove", third, "--weights", 0.5, "--workers", 2)
+    code, out, err = cli("merge", tmp_path / "x", "--out", tmp_path / "y", *flags)
+    assert code == 0, err
+    assert contents(tmp_path / "y") == contents(merge_with_counts(tmp_path / "new", [experts[0], fourth], [1.0, 0.5]))
+    for said in ("Merged by overlap", "one", "0.5", f"Written to {tmp_path / 'y'}"):
+        assert said in out
+    code, out, _ = cli("merge", tmp_path / "y", "--out", tmp_path / "z", "--add", third, "--json")
+    told = json.loads(out)
+    assert told == {
+        "output": str(tmp_path / "z"),
+        "method": "overlap",
+        "entries": SparseAdapter.load(tmp_path / "z").nnz,
+        "experts": 3,
+    }
+
+
+# Experts of other kinds
+
+
+def test_experts_of_all_kinds_merge_together(cli, tmp_path, experts, lora, full, base_dir, monkeypatch):
+    monkeypatch.chdir(Path(base_dir).parent)
+    code, _, err = cli("merge", experts[0], lora, full, "--out", tmp_path / "x", "--model", Path(base_dir).name)
+    assert code == 0, err
+    expected = merge([experts[0], lora, full], base=base_dir)
+    same_change(SparseAdapter.load(tmp_path / "x"), expected)
+    assert cli("merge", "--recipe", tmp_path / "x" / "recipe.toml", "--out", tmp_path / "y")[0] == 0
+    assert contents(tmp_path / "x") == contents(tmp_path / "y")
+
+
+def test_a_checkpoint_needs_its_base_model(refused, tmp_path, experts, full, base_dir, task_dir):
+    assert "give that with --model" in refused("merge", experts[0], full, "--out", tmp_path / "x")
+    assert "does not exist" in refused("merge", experts[0], full, "--out", tmp_path / "x", "--model", "./nothing")
+    assert not names_in(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_experts_of_other_kinds_are_measured(cli, tmp_path, base_dir, task_dir, lora, full, kind):
+    path = {"lora": lora, "full": full}[kind]
+    arguments = ("--task", task_dir, "--rows", 3, "--max-new-tokens", 6, "--no-chat-template")
+    answers = {}
+    for name, model in (("expert", ("--model", base_dir, "--adapter", path)), ("model", ("--model", full))):
+        code, _, err = cli("eval", *model, *arguments, "--predictions", tmp_path / name)
+        assert code == 0, err
+        answers[name] = [json.loads(line)["answer"] for line in (tmp_path / name).read_text().splitlines()]
+    assert (answers["expert"] == answers["model"]) == (kind == "full")
+
+
+def test_the_base_model_is_called_as_it_was_asked_for(tmp_path, full, base_dir, monkeypatch):
+    monkeypatch.setattr(opening, "local_path", lambda name: base_dir if name == "packaged:model" else name)
+    (opened,) = opening.open_experts([full], "packaged:model")
+    assert opened.metadata["base_model_name_or_path"] == "packaged:model"
+
+
+def test_a_base_model_on_the_hub_is_fetched_only_where_its_files_are_needed(tmp_path, experts, full, base_dir, monkeypatch):
+    fetched = []
+    monkeypatch.setattr("sparselet.hub.sources.fetch", lambda name: fetched.append(name) or Path(base_dir))
+    read, here = PreTrainedConfig.get_config_dict, {"org/base": base_dir}
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda name, **k: read(here.get(name, name), **k))
+    assert len(opening.open_experts(experts, "org/base")) == 2
+    assert not fetched
+    (opened,) = opening.open_experts([full], "org/base")
+    assert set(fetched) == {"org/base"}
+    assert opened.metadata["base_model_name_or_path"] == "org/base"
+    assert opened.nnz == open_expert(full, base_dir).nnz
+
+
+# Search
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Stands in for answering: a higher score for larger weights."""
+    asked = []
+
+    def stand_in(model, tokenizer, tasks, adapter, settings):
+        asked.append(settings)
+        return [
+            Result(task.name, {"rougeL": sum(abs(d.values).sum().item() for d in adapter.values())}, 1, ()) for task in tasks
+        ]
+
+    monkeypatch.setattr(searching, "evaluate", stand_in)
+    return asked
+
+
+def test_a_search_writes_the_best_recipe_and_all_trials(cli, tmp_path, experts, base_dir, task_dir, scored):
+    flags = ("--search", "weights", "--validation", task_dir, save_task(tmp_path / "other"), "--model", base_dir)
+    more = ("--trials", 6, "--validation-rows", 3, "--max-new-tokens", 9, "--seed", 2)
+    code, out, err = cli("merge", *experts, "--out", tmp_path / "x", *flags, *more)
+    assert code == 0, err
+    assert "Asking without the chat template, as the adapters were trained" in err
+    assert {(s.rows, s.chat_template, s.max_new_tokens, s.split) for s in scored} == {(3, False, 9, "validation")}
+    trials = json.loads((tmp_path / "x" / "search.json").read_text())["trials"]
+    assert len(trials) == 6
+    assert trials[0]["chosen"] == {"weight 1": 1.0, "weight 2": 1.0}
+    assert set(trials[0]["tasks"]) == {"backwards", "other"}
+    best = max(trials, key=lambda trial: trial["score"])
+    recipe = read_recipe(tmp_path / "x" / "recipe.toml")
+    assert list(recipe.weights) == list(best["chosen"].values())
+    same_change(SparseAdapter.load(tmp_path / "x"), merge(experts, weights=recipe.weights))
+    assert f"Best of 6 trials: weight 1 = {recipe.weights[0]:.3g}, weight 2" in out
+    assert f"as asked {trials[0]['score']:.1f}" in out
+    code, out, _ = cli("merge", *experts, "--out", tmp_path / "y", *flags, *more, "--json", "--chat-template")
+    assert json.loads(out)["search"] == {"score": best["score"], "chosen": best["chosen"]}
+    assert (tmp_path / "y" / "search.json").read_bytes() == (tmp_path / "x" / "search.json").read_bytes()
+    assert scored[-1].chat_template
+
+
+def test_a_search_may_be_short_and_start_from_a_recipe(cli, tmp_path, experts, base_dir, task_dir, scored):
+    assert cli("merge", *experts, "--out", tmp_path / "x", "--method", "ties", "--set", "density=0.5")[0] == 0
+    flags = ("--search", "density", "--validation", task_dir, "--model", base_dir, "--seconds", 1e-9)
+    code, _, err = cli("merge", "--recipe", tmp_path / "x" / "recipe.toml", "--out", tmp_path / "y", *flags)
+    assert code == 0, err
+    (trial,) = json.loads((tmp_path / "y" / "search.json").read_text())["trials"]
+    assert trial["chosen"] == {"density": 0.5}
+    assert (tmp_path / "x" / WEIGHTS_FILE).read_bytes() == (tmp_path / "y" / WEIGHTS_FILE).read_bytes()
+
+
+def test_a_search_by_real_answers(cli, tmp_path, experts, base_dir, task_dir):
+    flags = ("--search", "lambda", "--validation", task_dir, "--model", base_dir, "--trials", 2, "--validation-rows", 1)
+    code, out, err = cli("merge", *experts, "--out", tmp_path / "x", *flags, "--max-new-tokens", 2)
+    assert code == 0, err
+    assert "Best of 2 trials: scale =" in out
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("--as checkpoint", "--as checkpoint needs the base model; give --model"),
+        ("--method average", f"no merge method is called 'average'; there are {', '.join(METHODS)}"),
+        ("--weights 1", "2 experts need as many weights, got 1"),
+        ("--weights 1 nan", "weight 2 must be a finite number, got nan"),
+        ("--set density=0.5", "overlap has no parameter 'density'; it takes none"),
+        ("--method ties --set density", "--set takes name=value, got 'density'"),
+        ("--method ties --set =1", "--set takes name=value, got '=1'"),
+        ("--method ties --set density=", "--set takes name=value, got 'density='"),
+        ("--method ties --set density=much", "density must be"),
+        ("--method ties --keep-counts", "keep_counts goes with method overlap, not with ties"),
+        ("--workers 0", "workers must be at least 1, got 0"),
+        ("--dtype bfloat16", "an adapter (--as adapter) and --dtype do not go together"),
+        ("--as checkpoint --model BASE --dtype int8", "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ("--as checkpoint --model BASE --keep-counts", "--as checkpoint and --keep-counts do not go together"),
+        ("--recipe r.toml", "--recipe and experts do not go together"),
+        ("--add c --remove d", "--add and --remove change one merge; name it, got 2 experts"),
+        ("--add", "--add and --remove change one merge; name it, got 2 experts"),
+        ("--add c --method ties", "--add or --remove and --method do not go together"),
+        ("--remove c --set a=1", "--add or --remove and --set do not go together"),
+        ("--remove c --recipe r.toml", "--add or --remove and --recipe do not go together"),
+        ("--add c --as checkpoint --model BASE", "--add or --remove and --as checkpoint do not go together"),
+        ("--add c --per-task p", "--add or --remove and --per-task do not go together"),
+        ("--add c --search weights", "--add or --remove and --search do not go together"),
+        ("--search weights", "--search needs --validation TASK… to score on, and the base model; give both"),
+        ("--search weights --model BASE", "--search needs --validation TASK"),
+        ("--search weights --validation TASK", "--search needs --validation TASK"),
+        ("--search density --validation TASK --model BASE", "method overlap has no density to search; ties"),
+        ("--search weights --weights 1 -1 --validation TASK --model BASE", "the recipe starts outside: weight 2 -1"),
+        ("--search weights --trials 0", "trials must be at least 1"),
+        ("--search weights --validation nothing/there/is --model BASE", "nothing/there/is is not a directory"),
+        ("--search weights --validation TASK --validation-rows 0 --model BASE", "rows must be at least 1, got 0"),
+        ("--search weights --validation TASK TASK --model BASE", "two tasks are called backwards"),
+        ("--validation TASK", "--validation and what belongs to it go with --search WHAT only"),
+        ("--max-new-tokens 3", "--validation and what belongs to it go with --search WHAT only"),
+        ("--per-task p", "--per-task goes with method emr or consensus, not with overlap"),
+        ("--method emr --per-task OUT", "must be apart from each other"),
+        ("--method emr --per-task OUT/deeper", "must be apart from each other"),
+        ("--method emr --per-task .", "exists already"),
+        ("--recipe nothing.toml", "--recipe and experts do not go together"),
+    ],
+)
+def test_a_merge_that_makes_no_sense_is_refused(refused, tmp_path, experts, base_dir, task_dir, arguments, reason, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "file").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    words = {"BASE": base_dir, "TASK": task_dir, "OUT": tmp_path / "x", "OUT/deeper": tmp_path / "x" / "deeper"}
+    given = [words.get(word, word) for word in arguments.split()]
+    assert reason in refused("merge", *experts, "--out", tmp_path / "x", *given)
+    assert contents(tmp_path) == {"here/file": b""}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--trials", "3"], "--search"),
+        (["--search", "all"], "all"),
+        (["--as", "gguf"], "gguf"),
+        (["--workers", "many"], "many"),
+    ],
+)
+def test_wrong_usage_names_the_word(refused, tmp_path, experts, arguments, named):
+    assert named in refused("merge", *experts, "--out", tmp_path / "x", *arguments, code=2)
+    assert not names_in(tmp_path)
+
+
+def test_no_expert_and_one_twice_are_refused(refused, tmp_path, experts):
+    assert "a merge needs at least one expert" in refused("merge", "--out", tmp_path / "x")
+    assert "is there twice; name it once" in refused("merge", *experts, f"{experts[0]}/", "--out", tmp_path / "x")
+    assert not names_in(tmp_path)
+
+
+def test_changes_that_make_no_sense_are_refused(refused, tmp_path, experts, third, counted):
+    before = contents(tmp_path)
+    for arguments, reason in (
+        ((counted, "--add", third), f"{third} is in the merge already"),
+        ((counted, "--remove", experts[1]), "is not in the merge; it holds"),
+        ((counted, "--remove", experts[0], third), "no expert would be left in the merge"),
+        ((counted, "--add", experts[1]), "counts are kept for masks of one kind"),
+        ((counted, "--add"), "nothing to change; give experts to add or to remove"),
+        ((counted, "--remove", third, "--weights", 2), "0 experts need as many weights, got 1"),
+        ((experts[0], "--add", third), "so experts cannot be added or removed; merge with --keep-counts"),
+        ((tmp_path / "nothing", "--add", third), "nothing is not a directory"),
+    ):
+        assert reason in refused("merge", *arguments, "--out", tmp_path / "x")
+        assert contents(tmp_path) == before
+
+
+def test_an_output_inside_an_expert_is_refused(refused, tmp_path, experts, third, counted):
+    before = contents(tmp_path)
+    for inside in (third / "merged", third / "deep" / "er", third / ".." / "three" / "merged"):
+        assert f"would lie in the expert {third}" in refused("merge", experts[0], third, "--out", inside)
+        arguments = ("merge", experts[0], third, "--method", "emr", "--out", tmp_path / "x", "--per-task", inside)
+        assert f"would lie in the expert {third}" in refused(*arguments)
+    assert f"would lie in the expert {counted}" in refused("merge", counted, "--remove", third, "--out", counted / "x")
+    assert f"would lie in the expert {third}" in refused("merge", counted, "--remove", third, "--out", third / "x")
+    assert contents(tmp_path) == before
+
+
+def test_a_hub_name_that_cannot_be_had_is_named(refused, tmp_path, experts, base_dir, monkeypatch):
+    def absent(name):
+        raise ModelError(f"cannot fetch {name}: no such repository.")
+
+    monkeypatch.setattr("sparselet.hub.sources.fetch", absent)
+    for arguments in ((experts[0], "org/nothing"), (experts[0], "--add", "org/nothing"), ("org/nothing", "--add", experts[0])):
+        assert "cannot fetch org/nothing" in refused("merge", *arguments, "--out", tmp_path / "x")
+    assert not names_in(tmp_path)
+
+
+def test_help_lists_the_methods(cli):
+    _, out, _ = cli("merge", "--help")
+    said = " ".join(line.strip("│ ") for line in out.splitlines())
+    assert f"How to merge, overlap by default: {', '.join(METHODS)}." in said
+    assert f"({', '.join(PER_TASK)})" in said
+
+
+# Stopped, and a full disk
+
+
+@pytest.mark.parametrize("kind", ["adapter", "checkpoint"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_in_a_merge_leaves_nothing(cli, tmp_path, base_dir, experts, monkeypatch, kind, workers):
+    calls = []
+
+    def interrupt(deltas, weights):
+        if any(delta.nnz for delta in deltas):
+            calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return deltas[0]
+
+    monkeypatch.setitem(METHODS, "overlap", interrupt)
+    arguments = ("--out", tmp_path / "x", "--as", kind, "--model", base_dir, "--workers", workers)
+    code, out, err = cli("merge", *experts, *arguments)
+    assert len(calls) >= 3
+    assert code == 130
+    assert not out
+    assert "error: interrupted" in err
+    assert not names_in(tmp_path)
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("flags", [["--keep-counts"], ["--method", "emr", "--per-task"], ["--search"]], ids=" ".join)
+def test_ctrl_c_elsewhere_leaves_nothing(cli, tmp_path, base_dir, task_dir, experts, third, monkeypatch, flags):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    if flags[0] == "--keep-counts":
+        monkeypatch.setattr("sparselet.merging.incremental.total", interrupt)
+    elif flags[0] == "--search":
+        monkeypatch.setattr(searching, "evaluate", interrupt)
+        flags = [*flags, "weights", "--validation", task_dir, "--model", base_dir]
+    else:
+        monkeypatch.setitem(PER_TASK, "emr", interrupt)
+        flags = [*flags, tmp_path / "parts"]
+    before = contents(tmp_path)
+    assert cli("merge", experts[0], third, "--out", tmp_path / "x", *flags)[0] == 130
+    assert contents(tmp_path) == before
+    assert names_in(tmp_path) == ["experts"]
+
+
+@pytest.mark.parametrize("kibibytes", [4, 16, 40, 60])
+@pytest.mark.parametrize("flags", [["--as", "adapter"], ["--as", "checkpoint"], ["--keep-counts"]], ids=" ".join)
+def test_a_full_disk_in_a_merge_is_named_and_nothing_is_left(refused, tmp_path, small_disk, kibibytes, flags):
+    base = save_base(tmp_path / "base", hidden_size=64)
+    for seed in (1, 2):
+        make_adapter(make_model(hidden_size=64), seed=seed, density=0.9).save(tmp_path / str(seed))
+    disk = small_disk(kibibytes)
+    line = refused("merge", tmp_path / "1", tmp_path / "2", "--out", disk / "x", "--model", base, *flags)
+    assert f"cannot write {disk}/x" in line
+    assert "No space left on device" in line
+    assert not list(disk.iterdir())

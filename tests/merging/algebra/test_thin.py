@@ -1,0 +1,121 @@
+"""Targets of which next to nothing is selected: merged as any other, in the memory of their entries."""
+
+import resource
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparselet import METHODS, SparseAdapter, SparseDelta, merge
+from sparselet.adapter import AdapterFile
+from sparselet.delta import MAX_ENTRIES, MAX_SIDE
+from sparselet.errors import BadDtype
+from sparselet.merging import change_merge, merge_per_task, merge_to, merge_with_counts
+from sparselet.merging.algebra import entries
+from sparselet.merging.methods import PER_TASK, SURVEYS, complete_parameters
+
+HUGE = [(2**19, 2**19), (MAX_SIDE, MAX_ENTRIES // MAX_SIDE), (MAX_ENTRIES // MAX_SIDE, MAX_SIDE)]
+LARGE = [(2**15, 2**15), (MAX_SIDE, 28), (28, MAX_SIDE)]  # whose entries int32 can number
+OPTIONS = [{}, {"density_of": "nonzeros"}, {"trim": "target"}, {"trim": "global"}, {"select": "weights"}, {"merge": "ties"}]
+CASES = [
+    (method, options)
+    for method in METHODS
+    for options in OPTIONS
+    if set(options) <= set(complete_parameters(method, {})) and not (method == "dare" and "trim" in options)
+]
+
+
+def delta(shape, count, seed, block_size=1):
+    draw = torch.Generator().manual_seed(seed)
+    blocks = shape[0] * shape[1] // block_size**2
+    chosen = torch.unique(torch.randint(blocks, (count,), generator=draw))
+    tile = (block_size, block_size) if block_size > 1 else ()
+    return SparseDelta(shape, chosen, torch.randn(len(chosen), *tile, generator=draw), block_size)
+
+
+@pytest.fixture
+def spelt_out(monkeypatch):
+    """Switches between the two ways of merging."""
+
+    def switch(wanted):
+        monkeypatch.setattr(entries, "WHOLE", 2**60 if wanted else 0)
+        monkeypatch.setattr(entries, "CROWD", 0)
+
+    return switch
+
+
+def equal(first, second):
+    return (
+        (first.shape, first.block_size) == (second.shape, second.block_size)
+        and torch.equal(first.indices, second.indices)
+        and first.indices.dtype == second.indices.dtype
+        and torch.equal(first.values, second.values)
+    )
+
+
+@pytest.mark.parametrize(("method", "options"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize("sides", [(1, 1, 1), (4, 4, 4), (1, 4, 2)], ids=str)
+def test_no_bit_depends_on_whether_the_target_is_spelt_out(spelt_out, method, options, sides):
+    deltas = [delta((16, 24), 40, seed, side) for seed, side in enumerate(sides)] + [SparseDelta.empty((16, 24))]
+    experts, weights = [{"layer": one} for one in deltas], [1.0, -0.5, 2.0, 1.0]
+    found = []
+    for whole in (True, False):
+        spelt_out(whole)
+        found.append(merge(experts, method, weights, options)["layer"])
+    assert equal(*found)
+
+
+@pytest.mark.parametrize("method", PER_TASK)
+def test_no_bit_of_a_single_experts_part_depends_on_it(spelt_out, method):
+    deltas = [delta((16, 24), 40, seed, side) for seed, side in enumerate((1, 4, 4))]
+    found = []
+    for whole in (True, False):
+        spelt_out(whole)
+        found.append(PER_TASK[method](deltas, [1.0, -0.5, 2.0]))
+    assert all(map(equal, *found))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=3), st.sampled_from([1, 2, 4]), st.integers(0, 9))
+def test_compact_deltas_go_back_to_their_places(counts, side, seed):
+    deltas = [delta((2**13, 2**12), count, seed + i, side) for i, count in enumerate(counts)]
+    small, places = entries.compact(entries.common_blocks(deltas))
+    for one, other in zip(deltas, small, strict=True):
+        assert other.blocks <= max(1, 2 * sum(counts))
+        assert torch.equal(places.delta(other.indices.long(), other.values).expand().indices, one.expand().indices)
+
+
+def memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+@pytest.mark.parametrize("shape", [*HUGE, *LARGE], ids=str)
+def test_huge_targets_take_the_memory_of_their_entries(tmp_path, shape):
+    for seed in range(2):
+        SparseAdapter({"q": delta(shape, 3, seed), "r": delta(shape, 3, seed, 4)}).save(tmp_path / f"e{seed}")
+    paths, before = [tmp_path / "e0", tmp_path / "e1"], memory()
+    for method in METHODS:
+        assert merge(paths, method).keys() == {"q", "r"}
+        if shape in LARGE:
+            merge_to(tmp_path / method, paths, method)
+        else:
+            with pytest.raises(BadDtype, match=r"q\.sparse_indices: .*got torch\.int64"):
+                merge_to(tmp_path / method, paths, method)
+    for method in SURVEYS:
+        for trim in ("global", "target"):
+            merge(paths, method, None, {"trim": trim})
+    assert memory() - before < 300  # MiB
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_parts_and_counts_of_large_targets_take_the_memory_of_their_entries(tmp_path, shape):
+    for seed in range(2):
+        SparseAdapter({"q": delta(shape, 3, seed), "r": delta(shape, 3, seed, 4)}).save(tmp_path / f"e{seed}")
+    paths, before = [tmp_path / "e0", tmp_path / "e1"], memory()
+    for method in PER_TASK:
+        merge_per_task(tmp_path / f"{method}-each", paths, method)
+    merge_with_counts(tmp_path / "counted", paths)
+    change_merge(tmp_path / "one", tmp_path / "counted", remove=paths[1:])
+    assert equal(AdapterFile(tmp_path / "one")["q"], AdapterFile(paths[0])["q"])
+    assert memory() - before < 300
