@@ -43,6 +43,9 @@ SparseletError
 └── MissingExtra                      an optional dependency is not installed
 """
 
+import contextlib
+from collections.abc import Iterator
+
 
 class SparseletError(Exception):
     """Base of every error that sparselet raises on purpose."""
@@ -206,3 +209,12 @@ class NotEnoughMemory(SparseletError, MemoryError):
 
 class MissingExtra(SparseletError, ImportError):
     """An optional dependency is not installed."""
+
+
+@contextlib.contextmanager
+def prefix_errors(where: object) -> Iterator[None]:
+    """Put "`where`: " before the message of a `SparseletError` raised inside, keeping its class."""
+    try:
+        yield
+    except SparseletError as error:
+        raise type(error)(f"{where}: {error}") from error

@@ -307,7 +307,7 @@ def test_a_search_by_real_answers(cli, tmp_path, experts, base_dir, task_dir):
         ("--method ties --set =1", "--set takes name=value, got '=1'"),
         ("--method ties --set density=", "--set takes name=value, got 'density='"),
         ("--method ties --set density=much", "density must be"),
-        ("--method ties --keep-counts", "keep_counts goes with method overlap, not with ties"),
+        ("--method ties --keep-counts", "keep_counts needs method overlap, got ties"),
         ("--workers 0", "workers must be at least 1, got 0"),
         ("--dtype bfloat16", "an adapter (--as adapter) and --dtype do not go together"),
         ("--as checkpoint --model BASE --dtype int8", "dtype must be one of float32, bfloat16, float16, got 'int8'"),
@@ -365,7 +365,7 @@ def test_wrong_usage_names_the_word(refused, tmp_path, experts, arguments, named
 
 def test_no_expert_and_one_twice_are_refused(refused, tmp_path, experts):
     assert "a merge needs at least one expert" in refused("merge", "--out", tmp_path / "x")
-    assert "is there twice; name it once" in refused("merge", *experts, f"{experts[0]}/", "--out", tmp_path / "x")
+    assert "is listed twice; list it once" in refused("merge", *experts, f"{experts[0]}/", "--out", tmp_path / "x")
     assert not names_in(tmp_path)
 
 

@@ -21,7 +21,7 @@ from sparselet.io.files import (
     write_json,
 )
 from sparselet.io.temporaries import held, scratch_directory, temporary_directory, temporary_file
-from sparselet.merging import Recipe, merge_per_task, read_recipe, recipe_text
+from sparselet.merging import MergeRecipe, merge_per_task, read_recipe, recipe_text
 from sparselet.training.recipe import work_directory
 
 ODD = os.fsdecode(b"not \xff UTF-8")
@@ -209,7 +209,7 @@ def test_a_recipe_names_experts_whose_paths_are_not_utf8(tmp_path):
         make_adapter(make_model()).save(tmp_path / name)
     paths = tuple(str(tmp_path / name) for name in (ODD, "plain", "a\nb"))
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "recipe.toml").write_text(recipe_text(Recipe(paths), tmp_path / "out"), encoding="utf-8")
+    (tmp_path / "out" / "recipe.toml").write_text(recipe_text(MergeRecipe(paths), tmp_path / "out"), encoding="utf-8")
     assert read_recipe(tmp_path / "out" / "recipe.toml").experts == paths
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparselet.errors import ArgumentError, ConfigError, MissingExtra, SparseletError, UnknownMethod
-from sparselet.merging import METHODS, Recipe, merge_to, read_recipe, recipe_text
+from sparselet.merging import METHODS, MergeRecipe, merge_to, read_recipe, recipe_text
 from sparselet.merging.methods import defaults
 
 
@@ -29,7 +29,7 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="\0/."), min_siz
 @given(st.lists(names, min_size=1, max_size=4, unique=True), st.data())
 def test_a_recipe_comes_back_as_it_was(tmp_path_factory, experts, data):
     method = data.draw(st.sampled_from(sorted(METHODS)))
-    recipe = Recipe(
+    recipe = MergeRecipe(
         tuple(experts),
         method,
         tuple(data.draw(weights | patterns) for _ in experts),
@@ -42,7 +42,7 @@ def test_a_recipe_comes_back_as_it_was(tmp_path_factory, experts, data):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_are_filled_in_and_written(tmp_path, method):
-    recipe = Recipe(("org/a", "org/b"), method)
+    recipe = MergeRecipe(("org/a", "org/b"), method)
     assert recipe.parameters == defaults(method)
     assert recipe.weights == (1.0, 1.0)
     assert there_and_back(recipe, tmp_path) == recipe
@@ -50,7 +50,7 @@ def test_defaults_are_filled_in_and_written(tmp_path, method):
 
 def test_a_recipe_may_say_little(tmp_path):
     (tmp_path / "r.toml").write_text('[[experts]]\npath = "org/a"\n[[experts]]\npath = "org/b"\nweight = 2\n')
-    assert read_recipe(tmp_path / "r.toml") == Recipe(("org/a", "org/b"), "overlap", (1.0, 2.0))
+    assert read_recipe(tmp_path / "r.toml") == MergeRecipe(("org/a", "org/b"), "overlap", (1.0, 2.0))
 
 
 def test_paths_are_those_seen_from_the_recipe_wherever_it_is_read(tmp_path, monkeypatch):
@@ -58,7 +58,7 @@ def test_paths_are_those_seen_from_the_recipe_wherever_it_is_read(tmp_path, monk
     (tmp_path / "base").mkdir()
     (tmp_path / "deep" / "er").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    recipe = Recipe(("experts/expert0", str(second)), model="base")
+    recipe = MergeRecipe(("experts/expert0", str(second)), model="base")
     Path("deep/er/r.toml").write_text(recipe_text(recipe, "deep/er"))
     text = Path("deep/er/r.toml").read_text()
     assert '"../../experts/expert0"' in text
@@ -76,7 +76,7 @@ def test_links_on_the_way_do_not_mislead(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "a" / "b" / "link").symlink_to(tmp_path / "out")
     through = tmp_path / "a" / "b" / "link"
-    (through / "r.toml").write_text(recipe_text(Recipe((str(path),)), through))
+    (through / "r.toml").write_text(recipe_text(MergeRecipe((str(path),)), through))
     assert Path(read_recipe(through / "r.toml").experts[0]).resolve() == path
 
 
@@ -91,7 +91,7 @@ def test_a_relative_path_that_is_not_there_is_not_looked_for_elsewhere(tmp_path,
 @pytest.mark.parametrize("method", ["overlap", "ties", "dare", "consensus"])
 def test_a_recipe_run_again_gives_the_same_bytes(tmp_path, method):
     paths = saved(tmp_path, [expert(1), expert(5, 3)])
-    recipe = Recipe(tuple(map(str, paths)), method, (0.3, {"*.v": 2.0, "*": 0.1}))
+    recipe = MergeRecipe(tuple(map(str, paths)), method, (0.3, {"*.v": 2.0, "*": 0.1}))
     again = there_and_back(recipe, tmp_path)
     found = [
         contents(merge_to(tmp_path / out, r.experts, r.method, r.weights, r.parameters))
@@ -110,24 +110,24 @@ ONE = '[[experts]]\npath = "org/a"\n'
     [
         ("", ConfigError, r"at least one expert; name them, or list them as \[\[experts\]\]"),
         ("experts = []", ConfigError, "at least one expert"),
-        ("experts = 3", ConfigError, "experts must be a list of tables, got 3"),
-        ('experts = ["org/a"]', ConfigError, "expert 1 must be a table with a path, got 'org/a'"),
-        (ONE + "[[experts]]\nweight = 1", ConfigError, "expert 2 must be a table with a path"),
-        ("[[experts]]\npath = 3", ConfigError, "expert 1 must be a table with a path"),
-        (ONE + "weigth = 1", ConfigError, "expert 1 has an unknown key 'weigth'; it takes path and weight"),
+        ("experts = 3", ConfigError, "experts must be a list, got 3"),
+        ('experts = ["org/a"]', ConfigError, "experts\\[0\\] must be a table, got 'org/a'"),
+        (ONE + "[[experts]]\nweight = 1", ConfigError, r"experts\[1\].path is missing"),
+        ("[[experts]]\npath = 3", ConfigError, r"experts\[0\].path must be text, got 3"),
+        (ONE + "weigth = 1", ConfigError, r"unknown key 'experts\[0\].weigth'; the keys are path, weight"),
         (ONE + 'weight = "much"', ArgumentError, "weight 1 must be a finite number, got 'much'"),
         (ONE + "weight = nan", ArgumentError, "weight 1 must be a finite number, got nan"),
         (ONE + "weight = true", ArgumentError, "weight 1 must be a finite number, got True"),
         (ONE + 'weight = {"*.v" = "x"}', ArgumentError, r"weight 1 for \*\.v must be a finite number"),
-        (ONE + ONE, ConfigError, "org/a is there twice; name it once"),
-        ('metod = "ties"\n' + ONE, ConfigError, "unknown key 'metod'; a recipe has experts, method, parameters, model, keep_c"),
+        (ONE + ONE, ConfigError, "org/a is listed twice; list it once"),
+        ('metod = "ties"\n' + ONE, ConfigError, "unknown key 'metod'; the keys are experts, method, parameters, model, keep_c"),
         ("method = 3\n" + ONE, ConfigError, "method must be text, got 3"),
         ('method = "mean"\n' + ONE, UnknownMethod, "no merge method is called 'mean'"),
         ("model = 3\n" + ONE, ConfigError, "model must be text, got 3"),
         ("parameters = 3\n" + ONE, ConfigError, "parameters must be a table, got 3"),
         ('keep_counts = "yes"\n' + ONE, ConfigError, "keep_counts must be true or false, got 'yes'"),
         ("keep_counts = 1\n" + ONE, ConfigError, "keep_counts must be true or false, got 1"),
-        ('method = "ties"\nkeep_counts = true\n' + ONE, ConfigError, "keep_counts goes with method overlap, not with ties"),
+        ('method = "ties"\nkeep_counts = true\n' + ONE, ConfigError, "keep_counts needs method overlap, got ties"),
         ('method = "ties"\nparameters = {sparsity = 1}\n' + ONE, UnknownMethod, "ties has no parameter 'sparsity'"),
         ('method = "ties"\nparameters = {density = 2}\n' + ONE, ArgumentError, "density must be in"),
         ("method = ", ConfigError, "is not TOML"),
@@ -154,15 +154,15 @@ def test_the_same_expert_under_two_names_is_refused(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(path)
     monkeypatch.chdir(tmp_path)
     for other in ("./expert0", "expert0/", str(path), "link", "expert0/../expert0"):
-        with pytest.raises(ConfigError, match="expert0 is there twice; name it once, and give it a weight"):
-            Recipe(("expert0", other))
-    assert len(Recipe(("org/a", "org/b")).experts) == 2
+        with pytest.raises(ConfigError, match="expert0 is listed twice; list it once, and give it a weight"):
+            MergeRecipe(("expert0", other))
+    assert len(MergeRecipe(("org/a", "org/b")).experts) == 2
 
 
 @pytest.mark.parametrize("recipe", [{"experts": ()}, {"experts": ("a",), "weights": (1.0, 2.0)}])
 def test_recipes_made_in_python_are_checked_too(recipe):
     with pytest.raises(SparseletError):
-        Recipe(**recipe)
+        MergeRecipe(**recipe)
 
 
 def test_writing_names_what_is_missing(tmp_path, monkeypatch):
@@ -175,4 +175,4 @@ def test_writing_names_what_is_missing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingExtra, match=r"pip install 'sparselet\[cli\]'"):
-        recipe_text(Recipe(("org/a",)), tmp_path)
+        recipe_text(MergeRecipe(("org/a",)), tmp_path)

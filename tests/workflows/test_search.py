@@ -12,7 +12,7 @@ from helpers.tiny import make_adapter, save_task
 from sparselet import SparseAdapter, SparseDelta, merge
 from sparselet.errors import ConfigError, MissingExtra, MissingFile, TaskError
 from sparselet.evaluation import EvalSettings, Result, evaluate
-from sparselet.merging import METHODS, Recipe
+from sparselet.merging import METHODS, MergeRecipe
 from sparselet.merging.methods import defaults
 from sparselet.models import load_model, load_tokenizer
 from sparselet.tasks.task import Row, Task, load_task
@@ -33,7 +33,7 @@ def lone(place, value=1.0):
 @pytest.fixture
 def recipe(tmp_path):
     names = tuple(str(lone(place).save(tmp_path / f"e{place}")) for place in (0, 5))
-    return Recipe(names, "arithmetic", (1.0, 1.0))
+    return MergeRecipe(names, "arithmetic", (1.0, 1.0))
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_more_trials_find_better_weights(recipe, scores):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if "density" in defaults(m)])
 def test_the_density_of_every_method_that_has_one_can_be_searched(recipe, scores, method):
-    recipe = Recipe(recipe.experts, method)
+    recipe = MergeRecipe(recipe.experts, method)
     result = run(recipe, SearchSettings("density", trials=6))
     assert result.trials[0].chosen == {"density": defaults(method)["density"]}
     assert len({trial.chosen["density"] for trial in result.trials}) == 6
@@ -121,7 +121,7 @@ def test_the_density_of_every_method_that_has_one_can_be_searched(recipe, scores
 
 def test_the_range_ends_where_the_method_refuses(recipe, scores):
     for epsilon, low, high in ((0.2, 0.2, 0.8), (0.5, 0.5, 0.5)):
-        asked = Recipe(recipe.experts, "della", (), {"density": 0.5, "epsilon": epsilon})
+        asked = MergeRecipe(recipe.experts, "della", (), {"density": 0.5, "epsilon": epsilon})
         result = run(asked, SearchSettings("density", trials=12))
         drawn = [trial.chosen["density"] for trial in result.trials]
         assert all(low - 1e-9 <= density <= high + 1e-9 for density in drawn)
@@ -130,7 +130,7 @@ def test_the_range_ends_where_the_method_refuses(recipe, scores):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if "scale" in defaults(m)])
 def test_lambda_is_the_methods_scale(recipe, scores, method):
-    asked = Recipe(recipe.experts, method, (0.5, 1.0), {"scale": 0.75})
+    asked = MergeRecipe(recipe.experts, method, (0.5, 1.0), {"scale": 0.75})
     scores.by = lambda dense: float(len(scores.merged))
     result = run(asked, SearchSettings("lambda", trials=2))
     assert result.trials[0].chosen == {"scale": 0.75}
@@ -138,7 +138,7 @@ def test_lambda_is_the_methods_scale(recipe, scores, method):
 
 
 def test_lambda_of_overlap_is_a_factor_on_the_weights(recipe, scores):
-    asked = Recipe(recipe.experts, "overlap", (0.5, {"*.q": 2.0}), keep_counts=True)
+    asked = MergeRecipe(recipe.experts, "overlap", (0.5, {"*.q": 2.0}), keep_counts=True)
     scores.by = lambda dense: float(len(scores.merged))
     result = run(asked, SearchSettings("lambda", trials=2))
     factor = result.trials[1].chosen["scale"]
@@ -199,7 +199,7 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
     ],
 )
 def test_what_the_recipe_leaves_no_room_for_is_refused_before_an_expert_is_opened(scores, what, changes, message):
-    recipe = replace(Recipe(("nothing/a", "nothing/b"), "arithmetic"), **changes)
+    recipe = replace(MergeRecipe(("nothing/a", "nothing/b"), "arithmetic"), **changes)
     with pytest.raises(ConfigError, match=message):
         run(recipe, SearchSettings(what))
     assert not scores.merged
@@ -241,7 +241,7 @@ def test_scores_are_those_of_the_merged_model(tmp_path, base_dir):
     names = tuple(str(make_adapter(model, seed=seed).save(tmp_path / f"e{seed}")) for seed in (1, 2))
     tasks = [load_task(save_task(tmp_path / task), ("validation",)) for task in ("a", "b")]
     asked = EvalSettings(rows=2, max_new_tokens=4, split="validation")
-    recipe = Recipe(names, "overlap", (1.0, 0.5))
+    recipe = MergeRecipe(names, "overlap", (1.0, 0.5))
     result = search(recipe, SearchSettings("lambda", trials=3, seed=1), model, tokenizer, tasks, asked)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     for trial in result.trials:

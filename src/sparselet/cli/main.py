@@ -15,8 +15,8 @@ from cyclopts.config import Dict
 
 from sparselet.cli.streams import lenient_streams
 from sparselet.errors import ConfigError, SparseletError
-from sparselet.io.files import read_toml
 from sparselet.io.printable import printable, reason
+from sparselet.io.toml_settings import read_toml
 
 HELP = """Sparse experts for language models: train one for each task, merge them into one model, measure it.
 

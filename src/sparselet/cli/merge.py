@@ -20,7 +20,7 @@ from sparselet.io.files import atomic_directory, check_output, write_json, write
 from sparselet.merging import (
     METHODS,
     PER_TASK,
-    Recipe,
+    MergeRecipe,
     change_merge,
     is_per_task,
     merge_per_task,
@@ -142,7 +142,7 @@ def merge_(
         asked = replace(asked, model=model or asked.model)
     else:
         parameters = dict(_assignment(text) for text in set_ or [])
-        asked = Recipe(tuple(experts or ()), method or "overlap", tuple(weights or ()), parameters, model, keep_counts)
+        asked = MergeRecipe(tuple(experts or ()), method or "overlap", tuple(weights or ()), parameters, model, keep_counts)
     if checkpoint:
         _refuse_with("--as checkpoint", {"--keep-counts": asked.keep_counts})
         if dtype is not None and dtype not in DTYPES:
@@ -177,7 +177,7 @@ def merge_(
         _tell(asked, found, opened, result, "--model" if checkpoint else "--adapter")
 
 
-def _merge(recipe: Recipe, experts: Sequence[Expert], adapter: Path, workers: int | None) -> AdapterFile:
+def _merge(recipe: MergeRecipe, experts: Sequence[Expert], adapter: Path, workers: int | None) -> AdapterFile:
     """Merge into the directory `adapter`."""
     with progress(_targets(experts), "merging") as advance:
 
@@ -192,7 +192,7 @@ def _merge(recipe: Recipe, experts: Sequence[Expert], adapter: Path, workers: in
     return AdapterFile(adapter)
 
 
-def _per_task(recipe: Recipe, experts: Sequence[Expert], directory: Path, workers: int | None, again: bool) -> list[Path]:
+def _per_task(recipe: MergeRecipe, experts: Sequence[Expert], directory: Path, workers: int | None, again: bool) -> list[Path]:
     """Write what the merge leaves of each expert. again: they may be there, and must then be the same."""
     with progress(_targets(experts), "masking") as advance:
 
@@ -236,7 +236,7 @@ def _change(
     say(f"{after.nnz:,} entries. Written to {out}", f"Next: sparselet eval --task TASK --adapter {word(out)}")
 
 
-def _searched(recipe: Recipe, experts: Sequence[Expert], how: SearchSettings, what: ValidationSettings) -> SearchResult:
+def _searched(recipe: MergeRecipe, experts: Sequence[Expert], how: SearchSettings, what: ValidationSettings) -> SearchResult:
     """Search with a progress bar. Raises ConfigError for what is missing."""
     if recipe.model is None or not what.validation:
         raise ConfigError("--search needs --validation TASK… to score on, and the base model; give both.")
@@ -296,7 +296,7 @@ def _check_per_task(directory: Path, out: Path, method: str, experts: Sequence[E
 
 
 def _result(
-    recipe: Recipe, found: SearchResult | None, experts: Sequence[Expert], entries: int, out: Path, parts: Sequence[Path]
+    recipe: MergeRecipe, found: SearchResult | None, experts: Sequence[Expert], entries: int, out: Path, parts: Sequence[Path]
 ) -> dict[str, Any]:
     """What was made, for machines."""
     crowding = sum(expert.nnz for expert in experts) / max(1, entries)
@@ -308,7 +308,9 @@ def _result(
     return result
 
 
-def _tell(recipe: Recipe, found: SearchResult | None, experts: Sequence[Expert], result: dict[str, Any], option: str) -> None:
+def _tell(
+    recipe: MergeRecipe, found: SearchResult | None, experts: Sequence[Expert], result: dict[str, Any], option: str
+) -> None:
     """What was made, for a person. option: how `sparselet eval` is given the output."""
     rows = [
         (name, expert.metadata.get("task") or "", _plain(weight), f"{expert.nnz:,}")

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import stat
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +21,6 @@ from typing import IO, Any
 from sparselet.errors import (
     AbsurdShape,
     BadConfig,
-    ConfigError,
     MissingFile,
     NonFiniteValue,
     OutputExists,
@@ -33,7 +31,7 @@ from sparselet.errors import (
 from sparselet.io.printable import reason
 from sparselet.io.temporaries import exchange, is_temporary, name_limit, remove_left, temporary_directory, temporary_file
 
-_MAX_JSON_BYTES, _MAX_TOML_BYTES = 64 * 2**20, 2**20
+_MAX_JSON_BYTES = 64 * 2**20
 _LONGEST_PATH = 4095  # bytes of a path, Linux's
 _ROOM_INSIDE = 160  # bytes for the longest name of a file in an output, in its temporary directory
 
@@ -226,30 +224,6 @@ def flush(directory: Path) -> None:
         elif path.is_dir():
             _sync_directory(path)
     _sync_directory(directory)
-
-
-def read_toml(file: Path) -> dict[str, Any]:
-    """What a TOML file holds. Raises ConfigError."""
-    try:
-        with open(file, "rb") as opened:  # which may be a pipe, such as of a shell's <(…)
-            raw = opened.read(_MAX_TOML_BYTES + 1)
-        if len(raw) > _MAX_TOML_BYTES:
-            raise ConfigError(f"{file} has more than {_MAX_TOML_BYTES} bytes, the limit for settings.")
-        content = tomllib.loads(raw.decode())
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is not TOML: {reason(error)}") from error
-    _refuse_long_integers(file, content)
-    return content
-
-
-def _refuse_long_integers(file: Path, value: Any) -> None:
-    """Raise ConfigError for an integer that TOML does not have: beyond 64 bits."""
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ConfigError(f"{file} is not TOML: an integer is beyond 64 bits.")
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _refuse_long_integers(file, part)
 
 
 def read_object(file: Path) -> dict[str, Any]:

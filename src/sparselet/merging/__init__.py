@@ -5,12 +5,12 @@ from sparselet.merging.engine.stream import merge, merge_to
 from sparselet.merging.incremental import change_merge, merge_with_counts
 from sparselet.merging.methods import METHODS, PER_TASK
 from sparselet.merging.methods.average import overlap, uniform
-from sparselet.merging.recipe import Recipe, read_recipe, recipe_text
+from sparselet.merging.recipe import MergeRecipe, read_recipe, recipe_text
 
 __all__ = [
     "METHODS",
     "PER_TASK",
-    "Recipe",
+    "MergeRecipe",
     "change_merge",
     "is_per_task",
     "merge",

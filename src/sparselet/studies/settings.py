@@ -17,7 +17,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from sparselet.errors import ConfigError, SparseletError
-from sparselet.io.files import read_toml
+from sparselet.io.toml_settings import read_toml
 from sparselet.masks import check_density
 from sparselet.merging.methods import complete_parameters
 from sparselet.models import DTYPES

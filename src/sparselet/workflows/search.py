@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparselet.errors import ArgumentError, ConfigError, MissingExtra
 from sparselet.evaluation import EvalSettings, evaluate
 from sparselet.formats import open_expert
-from sparselet.merging import METHODS, Recipe, merge
+from sparselet.merging import METHODS, MergeRecipe, merge
 from sparselet.merging.engine.plan import Expert, Weight
 from sparselet.merging.methods import defaults
 from sparselet.setting_checks import check_seed, check_settings
@@ -58,7 +58,7 @@ class Trial:
 class SearchResult:
     """The recipe that scored best, and all trials in order. Of equal scores the earlier trial counts."""
 
-    recipe: Recipe
+    recipe: MergeRecipe
     trials: tuple[Trial, ...]
 
     @property
@@ -68,7 +68,7 @@ class SearchResult:
 
 
 def search(
-    recipe: Recipe,
+    recipe: MergeRecipe,
     settings: SearchSettings,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -115,7 +115,7 @@ def _best(trials: Sequence[Trial]) -> Trial:
     return max(trials, key=lambda trial: trial.score)
 
 
-def _start(recipe: Recipe, what: What) -> dict[str, float]:
+def _start(recipe: MergeRecipe, what: What) -> dict[str, float]:
     """The numbers to choose, with the recipe's own values. Raises ConfigError."""
     if what == "weights":
         start = {f"weight {i}": float(w) for i, w in enumerate(recipe.weights, 1) if not isinstance(w, Mapping)}
@@ -144,7 +144,7 @@ def _methods_with(parameter: str) -> str:
     return ", ".join(method for method in METHODS if parameter in defaults(method))
 
 
-def _range(recipe: Recipe, what: What, name: str, start: float) -> tuple[float, float]:
+def _range(recipe: MergeRecipe, what: What, name: str, start: float) -> tuple[float, float]:
     """The part of the range around the recipe's own number that the method takes: DELLA's density ± epsilon is in [0, 1]."""
     if name not in recipe.parameters:
         return RANGES[what]
@@ -167,7 +167,7 @@ def _range(recipe: Recipe, what: What, name: str, start: float) -> tuple[float, 
     return last_taken(low), last_taken(high)
 
 
-def _with(recipe: Recipe, what: What, chosen: Mapping[str, float]) -> Recipe:
+def _with(recipe: MergeRecipe, what: What, chosen: Mapping[str, float]) -> MergeRecipe:
     """The recipe with the chosen numbers."""
     if what == "weights":
         return replace(recipe, weights=tuple(chosen.values()))

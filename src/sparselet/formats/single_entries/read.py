@@ -28,9 +28,9 @@ from sparselet.errors import (
     ConfigError,
     FormatError,
     IndexOutOfBounds,
-    SparseletError,
     UnknownTensor,
     UnsupportedExpert,
+    prefix_errors,
 )
 from sparselet.fingerprint import require_same_base
 from sparselet.formats.base_model import BaseModel
@@ -127,10 +127,8 @@ class EntriesFile(ExpertFile):
         require_finite(values, where)
         indices, place = torch.unique(positions, return_inverse=True)
         total = torch.zeros(len(indices)).index_add_(0, place, values)
-        try:
+        with prefix_errors(where):
             return SparseDelta(shape, indices, total)
-        except SparseletError as error:
-            raise type(error)(f"{where}: {error}") from error
 
     @property
     def nnz(self) -> int:

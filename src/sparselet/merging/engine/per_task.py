@@ -10,7 +10,7 @@ from typing import Any
 from sparselet.adapter import AdapterFile
 from sparselet.adapter_stream import adapter_stream
 from sparselet.delta import SparseDelta
-from sparselet.errors import ArgumentError, SparseletError
+from sparselet.errors import ArgumentError, SparseletError, prefix_errors
 from sparselet.io.files import atomic_directory, check_output
 from sparselet.io.temporaries import fitting_name
 from sparselet.merging.engine.parallel import in_order
@@ -51,10 +51,8 @@ def merge_per_task(
     def work(name: str) -> tuple[str, list[SparseDelta]]:
         deltas = plan.deltas(name)
         digests.add(name, deltas)
-        try:
+        with prefix_errors(name):
             return name, PER_TASK[method](deltas, plan.weights_of(name), **chosen)
-        except SparseletError as error:
-            raise type(error)(f"{name}: {error}") from error
 
     names = _names(plan.experts)
     with atomic_directory(output, keep_equal) as directory:

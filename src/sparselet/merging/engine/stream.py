@@ -9,7 +9,7 @@ from typing import Any
 from sparselet.adapter import SparseAdapter, require_finite
 from sparselet.adapter_stream import adapter_stream
 from sparselet.delta import SparseDelta
-from sparselet.errors import SparseletError
+from sparselet.errors import prefix_errors
 from sparselet.io.files import atomic_directory, check_output
 from sparselet.merging.engine.parallel import in_order
 from sparselet.merging.engine.plan import Expert, Plan, Weight
@@ -86,10 +86,8 @@ def _merged(plan: Plan, digests: Digests, workers: int | None) -> Generator[Targ
     def work(name: str) -> Target:
         deltas = plan.deltas(name)
         digests.add(name, deltas)
-        try:
+        with prefix_errors(name):
             merged = plan.merge_in_bands(name, deltas, workers) if plan.is_large(name) else plan.merge(name, deltas)
-        except SparseletError as error:
-            raise type(error)(f"{name}: {error}") from error
         require_finite(merged.values, name)
         return name, merged
 
