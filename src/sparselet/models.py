@@ -326,7 +326,7 @@ def attends_to_all(model: nn.Module) -> bool:
     return needed <= set(inspect.signature(model.forward).parameters) and all(type(layer) is DynamicLayer for layer in layers)
 
 
-def cache_of(model: Any, tokens: Tensor) -> DynamicCache:
+def prefill(model: Any, tokens: Tensor) -> DynamicCache:
     """Keys and values of `tokens` [1, length], for rows to go on from; of a model that `attends_to_all`."""
     cache = DynamicCache()
     model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)

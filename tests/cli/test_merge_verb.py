@@ -15,7 +15,7 @@ from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE
 from sparselet.apply import applied
 from sparselet.cli import opening
 from sparselet.errors import ModelError
-from sparselet.evaluation import Result
+from sparselet.evaluation import EvalResult
 from sparselet.formats import open_expert
 from sparselet.merging import PER_TASK, merge_with_counts, read_recipe
 from sparselet.merging.incremental import COUNTS_FILE
@@ -245,7 +245,8 @@ def scored(monkeypatch):
     def stand_in(model, tokenizer, tasks, adapter, settings):
         asked.append(settings)
         return [
-            Result(task.name, {"rougeL": sum(abs(d.values).sum().item() for d in adapter.values())}, 1, ()) for task in tasks
+            EvalResult(task.name, {"rougeL": sum(abs(d.values).sum().item() for d in adapter.values())}, 1, ())
+            for task in tasks
         ]
 
     monkeypatch.setattr(searching, "evaluate", stand_in)

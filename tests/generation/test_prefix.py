@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 import sparselet
 from sparselet import SparseletConfig
-from sparselet.generation.prefix import SHARED, begun, can_share, loss_of
+from sparselet.generation.prefix import SHARED, can_share, loss_of, model_inputs
 from sparselet.generation.prompts import prompt_format
 from sparselet.training import collate
 
@@ -99,7 +99,7 @@ def test_a_batch_without_a_shared_beginning_is_as_before():
     whole = collator(model, tokenizer)(apart)
     assert batch.keys() == whole.keys()
     assert all(torch.equal(torch.as_tensor(batch[key]), torch.as_tensor(whole[key])) for key in whole)
-    assert begun(model, batch) == batch
+    assert model_inputs(model, batch) == batch
 
 
 def test_little_is_not_shared(monkeypatch):

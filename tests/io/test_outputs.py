@@ -22,7 +22,7 @@ from sparselet.io.files import (
 )
 from sparselet.io.temporaries import held, scratch_directory, temporary_directory, temporary_file
 from sparselet.merging import MergeRecipe, merge_per_task, read_recipe, recipe_text
-from sparselet.training.recipe import work_directory
+from sparselet.training.train import work_directory
 
 ODD = os.fsdecode(b"not \xff UTF-8")
 LONG = "n" * 255

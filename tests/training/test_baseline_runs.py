@@ -12,9 +12,9 @@ from helpers.training_runs import Look, StopAt, bytes_of, killed_run
 from sparselet.errors import SparseletError
 from sparselet.models import load_model, load_tokenizer
 from sparselet.training import train
-from sparselet.training.recipe import COMPLETE, RUN_FILE, work_directory
+from sparselet.training.train import COMPLETE, RUN_FILE, work_directory
 
-METHODS = ("lora", "full", "full-qkv", "multitask")
+BASELINES = ("lora", "full", "full-qkv", "multitask")
 QKV = ("q_proj", "k_proj", "v_proj")
 
 
@@ -65,7 +65,7 @@ def test_gradient_checkpointing_changes_nothing_but_rounding(settings_of, tmp_pa
 # Killed and resumed
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BASELINES)
 def test_a_run_killed_at_a_step_goes_on_byte_for_byte(settings_of, tmp_path, method):
     wanted = settings_of(method, save_steps=2)
     train(wanted, tmp_path / "whole")
@@ -89,7 +89,7 @@ def test_an_interrupted_run_over_a_bfloat16_base_goes_on_byte_for_byte(settings_
     assert bytes_of(tmp_path / "stopped") == bytes_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BASELINES)
 def test_the_epoch_with_the_best_validation_loss_is_kept(settings_of, tmp_path, method):
     class Worse(Look):
         def on_evaluate(self, args, state, control, metrics, model, **kwargs):

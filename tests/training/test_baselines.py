@@ -22,10 +22,10 @@ from sparselet.tasks.task import load_task
 from sparselet.training import Trained, TrainSettings, train
 from sparselet.training.collate import collator, encode
 from sparselet.training.methods import find_targets
-from sparselet.training.recipe import RUN_FILE
 from sparselet.training.sampling import LengthGroupedSampler
+from sparselet.training.train import RUN_FILE
 
-METHODS = ("lora", "full", "full-qkv", "multitask")
+BASELINES = ("lora", "full", "full-qkv", "multitask")
 QKV = ("q_proj", "k_proj", "v_proj")
 
 
@@ -64,7 +64,7 @@ def spelt_out(settings, model, trained):
     return step
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BASELINES)
 def test_a_method_trains_as_a_loop_written_out_by_hand(settings_of, tmp_path, base_dir, method):
     settings, look = settings_of(method), Look()
     train(settings, tmp_path / "out", callbacks=[look])
@@ -161,7 +161,7 @@ def test_trained_qkv_weights_merge_with_a_sparse_expert(settings_of, tmp_path):
         torch.testing.assert_close(delta.to_dense(), expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BASELINES)
 def test_an_encoder_decoder_trains(settings_of, tmp_path, method):
     base = save_base(tmp_path / "t5", model=make_t5())
     train(settings_of(method, model=base, epochs=1), tmp_path / "out")

@@ -131,7 +131,7 @@ def test_sharded_training_is_refused_before_it_begins(changes, named, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["sparse", "lora", "full"])
-def test_the_recipe_refuses_several_devices(tmp_path, monkeypatch, method):
+def test_train_refuses_several_devices(tmp_path, monkeypatch, method):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"on one device a process, but 2 are visible.*CUDA_VISIBLE_DEVICES=0.*torchrun"):
         train(TrainSettings(model="none", task="none", method=method), tmp_path / "out")
@@ -146,7 +146,7 @@ def test_the_recipe_refuses_several_devices(tmp_path, monkeypatch, method):
         ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed_precision is bf16"),
     ],
 )
-def test_the_recipe_refuses_what_accelerate_is_configured_for_beside_it(tmp_path, monkeypatch, variable, value, named):
+def test_train_refuses_what_accelerate_is_configured_for_beside_it(tmp_path, monkeypatch, variable, value, named):
     monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigError, match=named):
         train(TrainSettings(model="none", task="none"), tmp_path / "out")

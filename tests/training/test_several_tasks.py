@@ -14,9 +14,9 @@ from sparselet.models import load_tokenizer
 from sparselet.tasks.task import load_task
 from sparselet.training import train
 from sparselet.training.collate import encode
-from sparselet.training.recipe import RUN_FILE
+from sparselet.training.train import RUN_FILE
 
-METHODS = ("lora", "full", "full-qkv", "multitask")
+BASELINES = ("lora", "full", "full-qkv", "multitask")
 QKV = ("q_proj", "k_proj", "v_proj")
 
 

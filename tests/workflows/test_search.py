@@ -11,7 +11,7 @@ from helpers.tiny import make_adapter, save_task
 
 from sparselet import SparseAdapter, SparseDelta, merge
 from sparselet.errors import ConfigError, MissingExtra, MissingFile, TaskError
-from sparselet.evaluation import EvalSettings, Result, evaluate
+from sparselet.evaluation import EvalResult, EvalSettings, evaluate
 from sparselet.merging import METHODS, MergeRecipe
 from sparselet.merging.methods import defaults
 from sparselet.models import load_model, load_tokenizer
@@ -45,7 +45,7 @@ def scores(monkeypatch):
         assert (model, tokenizer, asked) == ("model", "tokenizer", ASKED)
         told.merged.append(adapter)
         score = told.by(adapter[Q].to_dense())
-        return [Result(task.name, {"rougeL": score + i}, 1, ()) for i, task in enumerate(tasks)]
+        return [EvalResult(task.name, {"rougeL": score + i}, 1, ()) for i, task in enumerate(tasks)]
 
     monkeypatch.setattr(module, "evaluate", stand_in)
     return told

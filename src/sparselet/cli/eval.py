@@ -12,7 +12,7 @@ from sparselet.adapter import AdapterFile, SparseAdapter
 from sparselet.cli.opening import open_experts, template_of
 from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, table
 from sparselet.delta import SparseDelta
-from sparselet.evaluation import EvalSettings, Result, evaluate
+from sparselet.evaluation import EvalResult, EvalSettings, evaluate
 from sparselet.evaluation.metrics import DEFAULT_METRICS, choose_metrics
 from sparselet.formats import Expert
 from sparselet.io.files import check_output, write_text
@@ -94,7 +94,7 @@ def eval_(
     models: dict[str, Mapping[str, SparseDelta] | None] = dict(adapters)
     if base or (base is None and not adapters):
         models = {model: None, **models}
-    results: dict[str, list[Result]] = {}
+    results: dict[str, list[EvalResult]] = {}
     total = len(models) * sum(len(t.rows("test", rows)) for t in tasks)
     with progress(total, "answering") as advance:
         for name, one in models.items():
@@ -125,12 +125,12 @@ def _checked(expert: Expert) -> Mapping[str, SparseDelta]:
     return expert
 
 
-def _shown(result: Result, metrics: Sequence[str]) -> str:
+def _shown(result: EvalResult, metrics: Sequence[str]) -> str:
     first, *others = (result.scores[name] for name in metrics)
     return f"{first:.1f} ({', '.join(f'{score:.0f}' for score in others)})" if others else f"{first:.1f}"
 
 
-def _jsonl(results: dict[str, list[Result]]) -> str:
+def _jsonl(results: dict[str, list[EvalResult]]) -> str:
     lines = [
         {"model": name, "task": r.task, **row.as_json(), "answer": answer}
         for name, found in results.items()

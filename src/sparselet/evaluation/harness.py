@@ -16,7 +16,7 @@ from sparselet.tasks.task import Row, Task
 
 
 @dataclass(frozen=True)
-class Result:
+class EvalResult:
     """One model on one task: its scores by metric, such as `rougeL` and `exact_match` × 100, and what was answered."""
 
     task: str
@@ -58,7 +58,7 @@ def evaluate(
     settings: EvalSettings | None = None,
     progress: Callable[[int], None] | None = None,
     metrics: Sequence[str | Metric] = DEFAULT_METRICS,
-) -> list[Result]:
+) -> list[EvalResult]:
     """Greedy answers to rows of each task, scored.
 
     adapter: written into the model's weights meanwhile; the base model alone without one.
@@ -88,7 +88,7 @@ def evaluate(
             )
             targets = [row.target for row in rows]
             results.append(
-                Result(
+                EvalResult(
                     task=task.name,
                     scores=measure(chosen, answers, targets, task.name),
                     rows=len(rows),

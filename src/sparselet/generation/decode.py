@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from sparselet.generation.padding import continues, forward_parameters, without_router_loss
 from sparselet.generation.prompts import pad
-from sparselet.models import cache_of
+from sparselet.models import prefill
 
 LEAVE = 0.75  # the batch is made smaller when no more than this fraction of its rows goes on
 # Generation settings that do not change what greedy decoding says, or are read here.
@@ -41,13 +41,13 @@ _PLAIN = {
 }
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedCacheLayer(DynamicLayer):
     """One layer's keys and values, [rows, heads, length, size]: views of buffers that have room for `room` tokens, so that
     a token is written behind the others instead of all being copied."""
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, capacity: int) -> None:
         super().__init__()
-        self.room = room
+        self.capacity = capacity
         self.buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,9 @@ class RoomyLayer(DynamicLayer):
         """Begin with the same keys and values, [1 or rows, heads, length, size], in each of `rows` rows."""
         self.lazy_initialization(keys, values)
         length = keys.shape[-2]
-        made = [torch.empty(rows, t.shape[1], self.room, t.shape[3], dtype=t.dtype, device=t.device) for t in (keys, values)]
+        made = [
+            torch.empty(rows, t.shape[1], self.capacity, t.shape[3], dtype=t.dtype, device=t.device) for t in (keys, values)
+        ]
         for buffer, states in zip(made, (keys, values), strict=True):
             buffer[:, :, :length] = states
         self.buffers = (made[0], made[1])
@@ -90,7 +92,7 @@ def can_decode(model: PreTrainedModel) -> bool:
 @torch.inference_mode()
 def encode_prefix(model: PreTrainedModel, tokens: Sequence[int]) -> Cache | None:
     """The cache of a beginning, one row, for `decode`; None for no tokens."""
-    return cache_of(model, torch.tensor([tokens], device=model.device)) if tokens else None
+    return prefill(model, torch.tensor([tokens], device=model.device)) if tokens else None
 
 
 @torch.inference_mode()
@@ -141,9 +143,9 @@ def decode(
     return answers
 
 
-def _begin(prefix: Cache | None, layers: int, room: int, rows: int) -> tuple[Cache, list[RoomyLayer]]:
+def _begin(prefix: Cache | None, layers: int, capacity: int, rows: int) -> tuple[Cache, list[PreallocatedCacheLayer]]:
     """A cache with room for all tokens of a batch, which holds the prefix already, and its layers."""
-    made = [RoomyLayer(room) for _ in range(layers)]
+    made = [PreallocatedCacheLayer(capacity) for _ in range(layers)]
     if prefix is not None:
         for layer, before in zip(made, prefix.layers, strict=True):
             assert isinstance(before, DynamicLayer)

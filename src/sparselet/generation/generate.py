@@ -54,7 +54,7 @@ def generate(
     """
     form = prompt_format(model, tokenizer, chat_template)
     tokens = _prompts(form, prompts, max_input_length, max_new_tokens)
-    rooms = [_room(form, len(prompt), max_new_tokens) for prompt in tokens]
+    limits = [_answer_limit(form, len(prompt), max_new_tokens) for prompt in tokens]
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     answers = [""] * len(tokens)
     side = padding_side(model) if tokens else None
@@ -63,10 +63,10 @@ def generate(
     if padded and can_decode(model):
         prefix = encode_prefix(model, shared_prefix(tokens))
         answer = partial(decode, model, prefix, padding_token(form), form.ends)
-    lengths = [len(prompt) + room for prompt, room in zip(tokens, rooms, strict=True)]
-    for room, group in groupby(order, lambda i: rooms[i]):
+    lengths = [len(prompt) + limit for prompt, limit in zip(tokens, limits, strict=True)]
+    for limit, group in groupby(order, lambda i: limits[i]):
         for rows in _batches(list(group), lengths, batch_size if padded else 1):
-            ended = [_without_end(form, tokens_) for tokens_ in answer(room, [tokens[i] for i in rows])]
+            ended = [_without_end(form, tokens_) for tokens_ in answer(limit, [tokens[i] for i in rows])]
             for i, text in zip(rows, tokenizer.batch_decode(ended, skip_special_tokens=True), strict=True):
                 answers[i] = text.strip()
             if progress is not None:
@@ -93,7 +93,7 @@ def _prompts(form: PromptFormat, prompts: Sequence[Prompt], max_input_length: in
     return tokens
 
 
-def _room(form: PromptFormat, prompt: int, max_new_tokens: int) -> int:
+def _answer_limit(form: PromptFormat, prompt: int, max_new_tokens: int) -> int:
     """The most tokens of an answer, beside a prompt of so many."""
     if form.positions is None:
         return max_new_tokens

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparselet.errors import ModelError
-from sparselet.models import attends_to_all, cache_of, vocabulary_size
+from sparselet.models import attends_to_all, prefill, vocabulary_size
 
 Side = Literal["left", "right"]
 
@@ -65,7 +65,7 @@ def continues(model: PreTrainedModel) -> bool:
     row, other = _rows(model)
     with _evaluating(model):
         alone = _causal(model, [[*row, *other]], "right")
-        cache = cache_of(model, torch.tensor([row], device=model.device))
+        cache = prefill(model, torch.tensor([row], device=model.device))
         ids = torch.tensor([other], device=model.device)
         mask = torch.ones(1, len(row) + len(other), dtype=torch.int64, device=model.device)
         forward: Any = model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from sparselet.generation.padding import continues
-from sparselet.models import cache_of
+from sparselet.models import prefill
 
 SHARED = "shared_prefix"  # in a batch: the beginning's token ids [1, length]
 
@@ -27,12 +27,12 @@ def can_share(model: Any) -> bool:
     return not any(isinstance(rate, float) and rate for rate in rates) and continues(model)
 
 
-def begun(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch as the model takes it: where it has a shared beginning, with that as a cache of keys and values."""
     rest = {key: value for key, value in batch.items() if key != SHARED}
     if SHARED not in batch:
         return rest
-    cache = cache_of(model, batch[SHARED])
+    cache = prefill(model, batch[SHARED])
     cache.batch_repeat_interleave(len(batch["input_ids"]))
     return {**rest, "past_key_values": cache, "use_cache": True}
 
@@ -40,7 +40,7 @@ def begun(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The mean loss of a batch's target tokens."""
     model_: Any = model
-    inputs = begun(model, {key: value for key, value in batch.items() if key != "labels"})
+    inputs = model_inputs(model, {key: value for key, value in batch.items() if key != "labels"})
     return token_loss(model_.config.is_encoder_decoder, model_(**inputs), batch["labels"])
 
 

@@ -101,7 +101,7 @@ class CompletionCollator:
     product with the vocabulary is then made for the last columns alone; on a small model it is a fifth of a step.
 
     accepts: the names of the model's forward parameters (`forward_parameters`).
-    shares: leave out of the rows what all prompts of a batch begin with, for `prefix.begun` to compute once.
+    shares: leave out of the rows what all prompts of a batch begin with, for `prefix.model_inputs` to compute once.
     left: pad on the left; otherwise on the right, for models that see their padding there (`batching.padding_side`).
     """
 

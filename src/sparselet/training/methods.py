@@ -40,7 +40,7 @@ ADAPTER = "default"  # PEFT's name for the only adapter
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainContext:
     """What a method works on.
 
     form: how the model is asked, and where its answers end. start: the adapter that a second stage starts from; it fits the
@@ -58,7 +58,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Ready:
+class TrainableModel:
     """A model that can be trained.
 
     module: what the Trainer trains. write: writes what was trained into a directory, given its metadata, and returns it if
@@ -72,44 +72,44 @@ class Ready:
 
 
 @contextlib.contextmanager
-def sparse(job: Job) -> Iterator[Ready]:
+def sparse(context: TrainContext) -> Iterator[TrainableModel]:
     """A sparse expert. In a second stage the entries of the first are trained on, with no selection."""
-    schedule = MaskSchedule(rows=_balanced(job) if len(job.sizes) > 1 else None)
-    wrapped = _wrapped(job.model, sparse_config(job))
+    schedule = MaskSchedule(rows=_balanced(context) if len(context.sizes) > 1 else None)
+    wrapped = _wrapped(context.model, sparse_config(context))
     try:
-        if job.start is not None:
-            _put_in(wrapped, job.start)
+        if context.start is not None:
+            load_initial_adapter(wrapped, context.start)
 
         def write(directory: Path, metadata: Mapping[str, Any]) -> SparseAdapter:
             adapter = to_adapter(wrapped, metadata=metadata)
-            if job.start is not None:  # the settings say nothing of how these masks were chosen, but the first stage does
-                kept = {key: value for key, value in job.start.metadata.items() if key != "merge"}
+            if context.start is not None:  # the settings say nothing of how these masks were chosen, but the first stage does
+                kept = {key: value for key, value in context.start.metadata.items() if key != "merge"}
                 own = {key: adapter.metadata[key] for key in ("task_type", "data_fingerprint", "versions")}
                 adapter = SparseAdapter(adapter, {**kept, **own, **metadata}, adapter.fingerprints)
             adapter.save(directory)
             return adapter
 
-        yield Ready(wrapped, write, [schedule])
+        yield TrainableModel(wrapped, write, [schedule])
     finally:
         wrapped.unload()
 
 
 @contextlib.contextmanager
-def lora(job: Job) -> Iterator[Ready]:
+def lora(context: TrainContext) -> Iterator[TrainableModel]:
     """PEFT's LoRA on the targets, `ΔW = alpha / rank · BA` (Hu et al. 2021); a directory that PEFT loads."""
-    settings = job.settings
-    targets = find_targets(job.model, settings)
+    settings = context.settings
+    targets = find_targets(context.model, settings)
     config = LoraConfig(
-        task_type=_task_type(job.model),
+        task_type=_task_type(context.model),
         r=settings.lora_rank,
         lora_alpha=cast(int, settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha),
         lora_dropout=0.0,
-        fan_in_fan_out=isinstance(job.model.get_submodule(targets[0]), Conv1D),
-        target_modules=_choice(job.model, settings).target_modules,
+        fan_in_fan_out=isinstance(context.model.get_submodule(targets[0]), Conv1D),
+        target_modules=_choice(context.model, settings).target_modules,
         exclude_modules=list(settings.exclude_modules) or None,
         layers_to_transform=list(settings.layers) or None,
     )
-    wrapped = _wrapped(job.model, config)
+    wrapped = _wrapped(context.model, config)
 
     def write(directory: Path, metadata: Mapping[str, Any]) -> None:
         # Not PEFT's `save_pretrained`: it orders names by the process's hash seed, and may ask the hub.
@@ -123,66 +123,66 @@ def lora(job: Job) -> Iterator[Ready]:
             file.write(safetensors.torch.save(tensors, {"format": "pt"}))
 
     try:
-        yield Ready(wrapped, write)
+        yield TrainableModel(wrapped, write)
     finally:
         wrapped.unload()
 
 
 @contextlib.contextmanager
-def full(job: Job) -> Iterator[Ready]:
+def full(context: TrainContext) -> Iterator[TrainableModel]:
     """All weights, of W + ΔW in a second stage; a checkpoint, in float32.
 
     Its generation settings know the token that answers were taught to end with.
     """
-    weights = {name: p for name, p in job.model.named_parameters() if p.is_floating_point()}
-    with _trained(job, weights, job.keep) as (_, autocast):
-        dtype, generation = job.model.config.dtype, job.model.generation_config
+    weights = {name: p for name, p in context.model.named_parameters() if p.is_floating_point()}
+    with _trained(context, weights, context.keep) as (_, autocast):
+        dtype, generation = context.model.config.dtype, context.model.generation_config
         own = [] if generation is None else end_tokens(generation)
 
         def write(directory: Path, metadata: Mapping[str, Any]) -> None:
             _require_finite(weights)
             try:
-                if generation is not None and job.form.end not in own:
-                    job.model.generation_config = copy.deepcopy(generation)
-                    job.model.generation_config.eos_token_id = sorted(job.form.ends)
-                job.model.save_pretrained(directory)
-                job.form.tokenizer.save_pretrained(directory)
+                if generation is not None and context.form.end not in own:
+                    context.model.generation_config = copy.deepcopy(generation)
+                    context.model.generation_config.eos_token_id = sorted(context.form.ends)
+                context.model.save_pretrained(directory)
+                context.form.tokenizer.save_pretrained(directory)
             finally:
-                job.model.generation_config = generation
-                job.model.config.dtype = dtype  # saving sets it to that of the trained weights
+                context.model.generation_config = generation
+                context.model.config.dtype = dtype  # saving sets it to that of the trained weights
 
-        yield Ready(job.model, write, autocast=autocast)
+        yield TrainableModel(context.model, write, autocast=autocast)
 
 
 @contextlib.contextmanager
-def full_qkv(job: Job) -> Iterator[Ready]:
+def full_qkv(context: TrainContext) -> Iterator[TrainableModel]:
     """All entries of the targets, of W + ΔW in a second stage; a sparse adapter of density 1, relative to the base model."""
-    weights = {name: _weight(job.model, name) for name in find_targets(job.model, job.settings)}
-    refuse_shared(Names(job.model), weights, f"method {job.settings.method}")
-    with _trained(job, {f"{name}.weight": weight for name, weight in weights.items()}, keep=True) as (before, autocast):
+    weights = {name: _weight(context.model, name) for name in find_targets(context.model, context.settings)}
+    refuse_shared(Names(context.model), weights, f"method {context.settings.method}")
+    with _trained(context, {f"{name}.weight": weight for name, weight in weights.items()}, keep=True) as (before, autocast):
 
         def write(directory: Path, metadata: Mapping[str, Any]) -> SparseAdapter:
-            deltas, fingerprints = dict(job.start or {}), dict(job.start.fingerprints if job.start else {})
+            deltas, fingerprints = dict(context.start or {}), dict(context.start.fingerprints if context.start else {})
             for name, weight in weights.items():
                 base = before[f"{name}.weight"]
                 fingerprints[name] = fingerprint_weight(base)
                 deltas[name] = _all_entries((weight.detach() - base.to(weight)).cpu())
             described = {
-                "task_type": _task_type(job.model).value,
+                "task_type": _task_type(context.model).value,
                 "target_modules": sorted(deltas),
                 "inference_mode": True,
-                "seed": job.settings.seed,
-                "data_fingerprint": job.data_fingerprint,
+                "seed": context.settings.seed,
+                "data_fingerprint": context.data_fingerprint,
                 "versions": versions(),
             }
             adapter = SparseAdapter(deltas, {**described, **metadata}, fingerprints)
             adapter.save(directory)
             return adapter
 
-        yield Ready(job.model, write, autocast=autocast)
+        yield TrainableModel(context.model, write, autocast=autocast)
 
 
-METHODS: dict[str, Callable[[Job], AbstractContextManager[Ready]]] = {
+TRAIN_METHODS: dict[str, Callable[[TrainContext], AbstractContextManager[TrainableModel]]] = {
     "sparse": sparse,
     "lora": lora,
     "full": full,
@@ -191,11 +191,11 @@ METHODS: dict[str, Callable[[Job], AbstractContextManager[Ready]]] = {
 }
 
 
-def sparse_config(job: Job) -> SparseletConfig:
+def sparse_config(context: TrainContext) -> SparseletConfig:
     """The tuner's configuration that a job asks for."""
-    settings, start = job.settings, job.start
+    settings, start = context.settings, context.start
     config = SparseletConfig(
-        task_type=_task_type(job.model),
+        task_type=_task_type(context.model),
         density=settings.density,
         block_size=settings.block_size,
         score=settings.score,
@@ -210,7 +210,7 @@ def sparse_config(job: Job) -> SparseletConfig:
         exclude_modules=list(settings.exclude_modules) or None,
         layers_to_transform=list(settings.layers) or None,
         seed=settings.seed,
-        data_fingerprint=job.data_fingerprint,
+        data_fingerprint=context.data_fingerprint,
     )
     if start is not None:  # as of a saved adapter: these targets, no selection
         config.targets = {name: {"shape": list(delta.shape)} for name, delta in start.items()}
@@ -249,7 +249,7 @@ def find_targets(model: nn.Module, settings: TrainSettings) -> list[str]:
 
 @contextlib.contextmanager
 def _trained(
-    job: Job, parameters: Mapping[str, nn.Parameter], keep: bool
+    context: TrainContext, parameters: Mapping[str, nn.Parameter], keep: bool
 ) -> Iterator[tuple[dict[str, Tensor], torch.dtype | None]]:
     """Within the block these parameters require gradients, in float32 at least, and no other; a start is added to them.
 
@@ -257,20 +257,20 @@ def _trained(
     that of a 16-bit base, of which a small step of training would be lost in the weights themselves.
     Raises ConfigError for a float16 base.
     """
-    model, changed = job.model, dict(parameters)
-    for name in job.start or {}:
+    model, changed = context.model, dict(parameters)
+    for name in context.start or {}:
         changed.setdefault(f"{name}.weight", _weight(model, name))
     narrow = {p.dtype for p in parameters.values() if p.dtype in (torch.float16, torch.bfloat16)}
     if torch.float16 in narrow:
         raise ConfigError(
-            f"the base model is in float16, which loses gradients of method {job.settings.method}; load bfloat16."
+            f"the base model is in float16, which loses gradients of method {context.settings.method}; load bfloat16."
         )
     before = {name: p.data for name, p in changed.items()} if keep else {}
     try:
         for name, p in changed.items():
             wide = torch.promote_types(p.dtype, torch.float32) if name in parameters else p.dtype
             p.data = p.data.to(wide, copy=keep)
-        for name, delta in (job.start or {}).items():
+        for name, delta in (context.start or {}).items():
             weight = _weight(model, name).data
             delta = delta.to(weight.device)
             entries = kernels.gather(weight, delta.indices, delta.block_size)
@@ -292,15 +292,15 @@ def _wrapped(model: PreTrainedModel, config: PeftConfig) -> Any:
         return get_peft_model(model, config)
 
 
-def _put_in(wrapped: nn.Module, start: SparseAdapter) -> None:
+def load_initial_adapter(wrapped: nn.Module, start: SparseAdapter) -> None:
     """Give every layer its mask and values of `start`, to be trained as they are."""
     for name, layer in sparselet_layers(wrapped).items():
         layer.set_mask(ADAPTER, start[name].indices, start[name].values, start[name].block_size)
         layer.sparse_mask[ADAPTER].selections = 1
 
 
-def _balanced(job: Job) -> Callable[[int], Sequence[int]]:
-    return lambda step: balanced_rows(job.sizes, job.settings.seed, step)
+def _balanced(context: TrainContext) -> Callable[[int], Sequence[int]]:
+    return lambda step: balanced_rows(context.sizes, context.settings.seed, step)
 
 
 def _all_entries(dense: Tensor) -> SparseDelta:

@@ -8,7 +8,7 @@ from sparselet.masks import check_density
 from sparselet.scores import get_score
 from sparselet.setting_checks import check_seed, check_settings
 
-Method = Literal["sparse", "lora", "full", "full-qkv", "multitask"]
+TrainMethod = Literal["sparse", "lora", "full", "full-qkv", "multitask"]
 
 SELECTION = (
     "density",
@@ -24,7 +24,7 @@ SELECTION = (
 )
 TARGETS = ("target_modules", "exclude_modules", "layers")
 # The settings that only some methods know, and those methods.
-ONLY: dict[str, tuple[Method, ...]] = {
+ONLY: dict[str, tuple[TrainMethod, ...]] = {
     **dict.fromkeys(SELECTION, ("sparse",)),
     **dict.fromkeys(TARGETS, ("sparse", "lora", "full-qkv")),
     **dict.fromkeys(("lora_rank", "lora_alpha"), ("lora",)),
@@ -42,7 +42,7 @@ class TrainSettings:
     """Base model: a hub name, a local directory, or packaged:smollm2-135m."""
     task: tuple[str, ...] | str = ""
     """Task: a directory with train, validation and test (.jsonl, .json, .parquet), builtin:NAME or a hub data set."""
-    method: Method = "sparse"
+    method: TrainMethod = "sparse"
     """A sparse expert, or a baseline: lora, full (all weights), full-qkv (all of the targets), multitask (full, many tasks)."""
     init_from: str | None = None
     """For a second stage: an adapter whose entries are trained on, or that full methods add to the base model first."""
@@ -164,8 +164,8 @@ class TrainSettings:
     def _check_method(self) -> None:
         """Refuse what this method has no use for, rather than pass over it."""
         method, changed = self.method, {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        if method not in get_args(Method):
-            raise ConfigError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}.")
+        if method not in get_args(TrainMethod):
+            raise ConfigError(f"method must be one of {', '.join(get_args(TrainMethod))}, got {method!r}.")
         for name, methods in ONLY.items():
             if name in changed and method not in methods:
                 raise ConfigError(

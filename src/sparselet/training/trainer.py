@@ -26,7 +26,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from sparselet.errors import MissingTensor, TrainingDiverged
-from sparselet.generation.prefix import begun, token_loss
+from sparselet.generation.prefix import model_inputs, token_loss
 from sparselet.io.files import atomic_write, flush, naming_failure
 from sparselet.training.collate import IGNORED, Encoded
 from sparselet.training.processes import needs_cpu, share_of_batch
@@ -161,7 +161,7 @@ class RunTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's loss, of rows that may go on from a shared beginning."""
         assert self.model is not None  # which `model` may be a DistributedDataParallel around
-        return super().compute_loss(model, begun(self.model, inputs), *args, **kwargs)
+        return super().compute_loss(model, model_inputs(self.model, inputs), *args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -185,7 +185,7 @@ class RunTrainer(Trainer):
             inputs = self._prepare_inputs(batch)
             labels = inputs.pop("labels")
             with self.compute_loss_context_manager():
-                outputs = model(**begun(model, inputs))
+                outputs = model(**model_inputs(model, inputs))
             loss = token_loss(model.config.is_encoder_decoder, outputs, labels, torch.ones(()))
             sums += torch.tensor([float(loss), float(labels.ne(IGNORED).sum())], dtype=torch.float64)
         total, count = cast(Tensor, self.accelerator.reduce(sums.to(self.args.device), "sum")).tolist()

@@ -26,7 +26,7 @@ from sparselet.adapter import WEIGHTS_FILE, AdapterFile
 from sparselet.apply import applied
 from sparselet.delta import SparseDelta
 from sparselet.errors import ConfigError, ModelError, SparseletError, TaskError, WriteFailed
-from sparselet.evaluation import EvalSettings, Result, evaluate
+from sparselet.evaluation import EvalResult, EvalSettings, evaluate
 from sparselet.evaluation.metrics import rouge_l_of_each
 from sparselet.formats import open_expert
 from sparselet.formats.checkpoint.model_files import MODEL_CONFIG
@@ -41,7 +41,7 @@ from sparselet.studies.engine.store import ANSWERS, EXPERT, Store
 from sparselet.studies.engine.unit import Unit
 from sparselet.tasks.task import Task, load_task
 from sparselet.training import TrainSettings, train
-from sparselet.training.recipe import RUN_FILE, work_directory
+from sparselet.training.train import RUN_FILE, work_directory
 
 logger = logging.getLogger("sparselet")
 
@@ -248,7 +248,7 @@ def sparse_result(expert: AdapterFile) -> dict[str, Any]:
     return {"parameters": expert.nnz, "active_layers": _layers([name for name, delta in expert.items() if delta.nnz])}
 
 
-def scored(result: Result) -> dict[str, Any]:
+def scored(result: EvalResult) -> dict[str, Any]:
     """The result of an evaluation. scores: Rouge-L × 100 of each row, to 4 decimals."""
     each = rouge_l_of_each([answer for _, answer in result.predictions], [row.target for row, _ in result.predictions])
     return {
@@ -258,7 +258,7 @@ def scored(result: Result) -> dict[str, Any]:
     }
 
 
-def answers_of(result: Result) -> str:
+def answers_of(result: EvalResult) -> str:
     """What was answered, as JSON lines."""
     lines = [{**row.as_json(), "answer": answer} for row, answer in result.predictions]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -1,4 +1,4 @@
-"""`train`: one run of one method on one task or several, a thin recipe over transformers' `Trainer`.
+"""`train`: one run of one method on one task or several, on top of transformers' `Trainer`.
 
 While it runs, checkpoints are kept in `<output>.partial`; what was trained appears under `<output>` at once.
 """
@@ -27,7 +27,7 @@ from sparselet.io.temporaries import fitting_name, held, remove_directory, remov
 from sparselet.models import load_model, load_tokenizer
 from sparselet.tasks.task import Task, load_task
 from sparselet.training.collate import Collator, Encoded, collator, encode
-from sparselet.training.methods import METHODS, Job, Ready
+from sparselet.training.methods import TRAIN_METHODS, TrainableModel, TrainContext
 from sparselet.training.processes import (
     agreed,
     first_then_others,
@@ -142,9 +142,9 @@ def _train(
     # What is recomputed in the backward pass cannot go on from a cache.
     collate = collator(model, form, share=not settings.gradient_checkpointing)
     sizes = [len(own) for own in rows["train"].values()]
-    job = Job(model, form, settings, start, sizes, known[DATA], keep=base is not None)
-    with _given_back(model), METHODS[settings.method](job) as ready:
-        state = _fit(job, ready, collate, rows, work, checkpoint, callbacks)
+    context = TrainContext(model, form, settings, start, sizes, known[DATA], keep=base is not None)
+    with preserve_requires_grad(model), TRAIN_METHODS[settings.method](context) as trainable:
+        state = _fit(context, trainable, collate, rows, work, checkpoint, callbacks)
         metadata = _metadata(tasks, settings, state, start)
         run = {"settings": asdict(settings), "versions": versions(), "seconds": time.time() - started}
         run |= {"started": started, "resumed": bool(checkpoint), "history": state.log_history, DATA: known[DATA]}
@@ -153,7 +153,7 @@ def _train(
         with agreed():
             if is_first():
                 with atomic_directory(output) as directory:
-                    adapter = ready.write(directory, metadata)
+                    adapter = trainable.write(directory, metadata)
                     write_json(directory / RUN_FILE, run)
     return _written(output) if adapter is None else adapter
 
@@ -211,8 +211,8 @@ def _rows(tasks: Sequence[Task], settings: TrainSettings, form: PromptFormat) ->
 
 
 def _fit(
-    job: Job,
-    ready: Ready,
+    context: TrainContext,
+    trainable: TrainableModel,
     collate: Collator,
     rows: Mapping[str, Mapping[str, Sequence[Encoded]]],
     work: Path,
@@ -220,16 +220,16 @@ def _fit(
     callbacks: Sequence[TrainerCallback],
 ) -> TrainerState:
     """Train from the checkpoint, if there is one, to the end; the best weights are in the model then."""
-    with _switched_back(job.model, job.settings), utf8_path(work) as place:
-        every = [*ready.callbacks, *callbacks]
-        trainer = make_trainer(ready.module, collate, rows, job.settings, place, every, ready.autocast)
+    with preserve_switches(context.model, context.settings), utf8_path(work) as place:
+        every = [*trainable.callbacks, *callbacks]
+        trainer = make_trainer(trainable.module, collate, rows, context.settings, place, every, trainable.autocast)
         with naming_lost_process(), naming_failure(work, "Checkpoints that are whole are kept for --resume."):
             trainer.train(resume_from_checkpoint=str(place / checkpoint.name) if checkpoint else None)
     return trainer.state
 
 
 @contextlib.contextmanager
-def _given_back(model: PreTrainedModel) -> Iterator[None]:
+def preserve_requires_grad(model: PreTrainedModel) -> Iterator[None]:
     """Afterwards the same parameters require gradients as before."""
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -240,7 +240,7 @@ def _given_back(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _switched_back(model: PreTrainedModel, settings: TrainSettings) -> Iterator[None]:
+def preserve_switches(model: PreTrainedModel, settings: TrainSettings) -> Iterator[None]:
     """Afterwards the model's switches, which a Trainer turns, are as before."""
     training, use_cache = model.training, getattr(model.config, "use_cache", None)
     try:

@@ -27,7 +27,7 @@ from sparselet.errors import (
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.models import load_model, load_tokenizer
 from sparselet.training import TrainSettings, train
-from sparselet.training.recipe import COMPLETE, RUN_FILE, work_directory
+from sparselet.training.train import COMPLETE, RUN_FILE, work_directory
 
 FILES = ("adapter_model.safetensors", "adapter_config.json")
 
