@@ -48,7 +48,7 @@ def test_what_is_saved_is_loaded(tmp_path, kind, dtype):
     assert adapter.save(tmp_path / "a") == tmp_path / "a"
     loaded = SparseAdapter.load(tmp_path / "a")
     assert_same(loaded, adapter)
-    assert {key: loaded.metadata[key] for key in METADATA} == METADATA
+    assert {key: loaded.metadata.to_json()[key] for key in METADATA} == METADATA
     assert sorted(contents(tmp_path / "a")) == [CONFIG_FILE, WEIGHTS_FILE]
 
 
@@ -139,7 +139,7 @@ def test_metadata_cannot_change_what_the_file_says_of_itself(tmp_path):
     lie = {"peft_type": "LORA", "format_version": 99, "targets": {}}
     loaded = SparseAdapter.load(SparseAdapter(dict(make("element")), lie).save(tmp_path / "a"))
     assert_same(loaded, make("element"))
-    assert not lie.keys() & loaded.metadata.keys()
+    assert not lie.keys() & loaded.metadata.to_json().keys()
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

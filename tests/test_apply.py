@@ -5,6 +5,7 @@ import torch
 from helpers.tiny import make_adapter, make_model
 
 from sparselet import SparseAdapter, SparseDelta
+from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.apply import applied
 from sparselet.errors import ShapeMismatch, UnknownTarget, UnsupportedExpert, WrongBase
 
@@ -165,9 +166,10 @@ def test_an_adapter_that_trained_modules_in_full_is_refused():
     model = make_model()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     adapter = make_adapter(model)
-    for field in ("metadata", "modules"):
+    trained = {"metadata": AdapterMetadata(modules_to_save=["lm_head"]), "modules": {"lm_head.weight": torch.ones(2)}}
+    for field, value in trained.items():
         refused = SparseAdapter(adapter, {}, adapter.fingerprints)
-        setattr(refused, field, {"modules_to_save": ["lm_head"]} if field == "metadata" else {"lm_head.weight": torch.ones(2)})
+        setattr(refused, field, value)
         with pytest.raises(UnsupportedExpert, match="also trained lm_head"), applied(model, refused):
             pass
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())

@@ -16,8 +16,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ROOT = "sparselet"
 
 GROUND = {"errors", "setting_checks", "io", "kernels"}
-CORE = GROUND | {"adapter_format", "delta", "fingerprint", "masks", "names", "scores"}
-CORE |= {"adapter", "adapter_stream", "apply", "model_config"}
+CORE = GROUND | {"adapter_format", "adapter_metadata", "delta", "fingerprint", "masks", "names", "scores"}
+CORE |= {"adapter", "adapter_stream", "apply", "expert", "model_config"}
 INPUTS = CORE | {"hub", "models", "tasks"}
 APART = ("tuner", "formats", "analysis", "activations", "attention")
 USERS = ("training", "evaluation", "serving")

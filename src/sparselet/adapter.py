@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +27,7 @@ from sparselet.adapter_format import (
     check_target_name,
     check_tensors,
 )
+from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.delta import SparseDelta
 from sparselet.errors import (
     BadDtype,
@@ -34,6 +35,7 @@ from sparselet.errors import (
     NonFiniteValue,
     SparseletError,
 )
+from sparselet.expert import Expert
 from sparselet.io.files import atomic_directory, atomic_write, check_inside, json_bytes, read_object, replaced_directory
 from sparselet.io.temporaries import remove_left
 from sparselet.io.tensor_files import TensorFile, TensorStream
@@ -50,26 +52,31 @@ class SparseAdapter(Mapping[str, SparseDelta]):
 
     A target's name is that of its module in the base model, such as `model.layers.0.self_attn.q_proj`.
 
-    metadata: what adapter_config.json holds beside the deltas (task, density, score, base model, metrics, …).
+    metadata: what adapter_config.json says beside the deltas; its JSON fields are taken as well.
     fingerprints: the base model's, by target (`sparselet.fingerprint`); absent ones are not checked.
     modules: tensors of `modules_to_save`, trained in full, by their name in the base model.
+
+    An `Expert` in memory.
 
         adapter = SparseAdapter({"model.layers.0.self_attn.q_proj": SparseDelta.from_dense(change)})
         adapter.save("my-adapter")
         SparseAdapter.load("my-adapter")
     """
 
+    path = None
+    left_out: Sequence[str] = ()
+
     def __init__(
         self,
         deltas: Mapping[str, SparseDelta],
-        metadata: Mapping[str, Any] | None = None,
+        metadata: AdapterMetadata | Mapping[str, Any] | None = None,
         fingerprints: Mapping[str, Mapping[str, str] | None] | None = None,
         modules: Mapping[str, Tensor] | None = None,
     ) -> None:
         for name in deltas:
             check_target_name(name)
         self._deltas = {name: deltas[name] for name in sorted(deltas)}
-        self.metadata: dict[str, Any] = dict(metadata or {})
+        self.metadata = metadata if isinstance(metadata, AdapterMetadata) else AdapterMetadata.from_json(metadata or {})
         self.fingerprints = {name: (fingerprints or {}).get(name) for name in self._deltas}
         self.modules = dict(modules or {})
 
@@ -137,6 +144,21 @@ class SparseAdapter(Mapping[str, SparseDelta]):
         return len(self._deltas)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(rows, columns) of each target."""
+        return {name: delta.shape for name, delta in self.items()}
+
+    @property
+    def trained_modules(self) -> Sequence[str]:
+        """The modules that were trained in full."""
+        return self.metadata.modules_to_save or sorted(self.modules)
+
+    def check_values(self) -> None:
+        """Raise NonFiniteValue, naming the target, if a value is NaN or infinite."""
+        for name, delta in self.items():
+            require_finite(delta.values, name)
+
+    @property
     def nnz(self) -> int:
         """Selected entries of all targets."""
         return sum(delta.nnz for delta in self.values())
@@ -147,16 +169,19 @@ class SparseAdapter(Mapping[str, SparseDelta]):
         return self.nnz / max(1, sum(delta.size for delta in self.values()))
 
     def __repr__(self) -> str:
-        task = self.metadata.get("task")
+        task = self.metadata.task
         return f"SparseAdapter({f'{task}, ' if task else ''}{len(self)} targets, nnz {self.nnz}, density {self.density:.4g})"
 
 
 class AdapterFile(Mapping[str, SparseDelta]):
     """An adapter directory opened for reading target by target: the configuration and all shapes are checked at once,
-    a delta's entries when it is read."""
+    a delta's entries when it is read. An `Expert`."""
+
+    left_out: Sequence[str] = ()
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.metadata: AdapterMetadata
         self.metadata, self.shapes, self.fingerprints = _read_config(self.path)
         weights = check_inside(self.path, WEIGHTS_FILE)
         if not weights.is_file():
@@ -197,6 +222,11 @@ class AdapterFile(Mapping[str, SparseDelta]):
         return len(self.shapes)
 
     @property
+    def trained_modules(self) -> Sequence[str]:
+        """The modules that were trained in full."""
+        return self.metadata.modules_to_save or ()
+
+    @property
     def nnz(self) -> int:
         """Selected entries of all targets, by the file's header."""
         return sum(math.prod(self._file.shapes[PREFIX + name + VALUES]) for name in self.shapes)
@@ -211,13 +241,12 @@ class AdapterFile(Mapping[str, SparseDelta]):
         return {name.removeprefix(PREFIX): self._file.read(name) for name in sorted(self._module_names())}
 
     def _module_names(self) -> set[str]:
-        modules = self.metadata.get("modules_to_save") or []
         return {
             name
             for name in self._names
             if not name.endswith((VALUES, INDICES, PENDING, PROGRESS))
             and name.startswith(PREFIX)
-            and any(f".{module}." in f".{name.removeprefix(PREFIX)}" for module in modules)
+            and any(f".{module}." in f".{name.removeprefix(PREFIX)}" for module in self.trained_modules)
         }
 
     def _block_size(self, name: str) -> int:
@@ -225,18 +254,21 @@ class AdapterFile(Mapping[str, SparseDelta]):
         return shape[1] if len(shape) == 3 else 1
 
 
-def adapter_config(adapter: Mapping[str, SparseDelta]) -> dict[str, Any]:
+def as_expert(expert: Expert | Mapping[str, SparseDelta]) -> Expert:
+    """The expert, or a `SparseAdapter` of a plain mapping from target names to deltas."""
+    return expert if isinstance(expert, Expert) else SparseAdapter(expert)
+
+
+def adapter_config(adapter: SparseAdapter) -> dict[str, Any]:
     """The content of adapter_config.json for an adapter: its metadata, and what follows from its deltas."""
     blocks = {delta.block_size for delta in adapter.values() if delta.nnz}
-    metadata = dict(getattr(adapter, "metadata", {}))
-    fingerprints = getattr(adapter, "fingerprints", {})
-    shapes = {name: delta.shape for name, delta in adapter.items()}
-    size = sum(delta.size for delta in adapter.values())
-    metadata.setdefault("density", sum(delta.nnz for delta in adapter.values()) / size if size else 0.0)
-    metadata.setdefault("block_size", blocks.pop() if len(blocks) == 1 else 1)
-    metadata.setdefault("inference_mode", True)
-    metadata.setdefault("target_modules", sorted(shapes))
-    return {**metadata, **config_of_targets(shapes, fingerprints)}
+    measured = {
+        "density": adapter.density,
+        "block_size": blocks.pop() if len(blocks) == 1 else 1,
+        "inference_mode": True,
+        "target_modules": list(adapter),
+    }
+    return {**measured, **adapter.metadata.to_json(), **config_of_targets(adapter.shapes, adapter.fingerprints)}
 
 
 def config_of_targets(
@@ -270,7 +302,7 @@ def require_finite(values: Tensor, name: str) -> None:
         raise NonFiniteValue(f"{name}: {int((~torch.isfinite(values)).sum())} of {values.numel()} values are NaN or infinite.")
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]], dict[str, dict[str, str] | None]]:
+def _read_config(path: Path) -> tuple[AdapterMetadata, dict[str, tuple[int, int]], dict[str, dict[str, str] | None]]:
     if not path.is_dir():
         raise MissingFile(f"{path} is not a directory; an adapter is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}.")
     file = check_inside(path, CONFIG_FILE)
@@ -278,5 +310,4 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]
         raise MissingFile(f"{file} is missing; an adapter is {CONFIG_FILE} and {WEIGHTS_FILE}.")
     config = read_object(file)
     shapes, fingerprints = check_config(config, str(file))
-    own = {"peft_type", "format_version", "targets"}
-    return {key: value for key, value in config.items() if key not in own}, shapes, fingerprints
+    return AdapterMetadata.from_json(config), shapes, fingerprints

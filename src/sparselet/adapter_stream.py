@@ -3,9 +3,9 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter, adapter_config, add_delta, require_finite, tensor_names
+from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.delta import SparseDelta
 from sparselet.io.files import atomic_write, write_json
 from sparselet.io.tensor_files import TensorStream
@@ -28,13 +28,13 @@ class AdapterStream:
         self._entries += delta.nnz
         self._blocks |= {delta.block_size} if delta.nnz else set()
 
-    def describe(self, metadata: Mapping[str, Any], fingerprints: Mapping[str, Mapping[str, str] | None]) -> None:
-        """Write the configuration, when all targets are written: the metadata, with density and block size as they came out."""
+    def describe(self, metadata: AdapterMetadata, fingerprints: Mapping[str, Mapping[str, str] | None]) -> None:
+        """Write the configuration, after all targets: the metadata, with the density and block size that were written."""
         measured = {
             "density": self._entries / max(1, sum(delta.size for delta in self._empty.values())),
             "block_size": next(iter(self._blocks)) if len(self._blocks) == 1 else 1,
         }
-        described = SparseAdapter(self._empty, {**metadata, **measured}, fingerprints)
+        described = SparseAdapter(self._empty, metadata.with_fields(measured), fingerprints)
         write_json(self._directory / CONFIG_FILE, adapter_config(described))
 
 

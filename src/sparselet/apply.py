@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from sparselet import kernels
+from sparselet.adapter import as_expert
 from sparselet.delta import SparseDelta
 from sparselet.errors import NonFiniteValue, ShapeMismatch, UnsupportedExpert
+from sparselet.expert import Expert
 from sparselet.fingerprint import fingerprint_weight, require_same_base
 from sparselet.names import Names, as_rows, refuse_shared
 
 
 @contextlib.contextmanager
-def applied(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> Iterator[nn.Module]:
+def applied(model: nn.Module, adapter: Expert | Mapping[str, SparseDelta]) -> Iterator[nn.Module]:
     """Within the block the model's weights are W + ΔW of `adapter`; afterwards they are W again, bit for bit.
 
     W + ΔW is summed in float32 (or wider) and rounded once to the weight's dtype, as in a merged checkpoint.
@@ -38,7 +40,7 @@ def applied(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> Iterator[nn
                 kernels.write(weight, blocks, before, block_size)
 
 
-def absorb(model: nn.Module, adapter: Mapping[str, SparseDelta], dtype: torch.dtype | None = None) -> None:
+def absorb(model: nn.Module, adapter: Expert | Mapping[str, SparseDelta], dtype: torch.dtype | None = None) -> None:
     """Make the model's weights W + ΔW for good, keeping nothing of W: one target's delta is in memory at a time.
 
     Sums and rounds as `applied`. dtype: give every parameter a new tensor of this dtype, W + ΔW being rounded to it at once;
@@ -91,21 +93,20 @@ def _stays_wide(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
     return any(re.search(rf"(^|\.){part}($|\.)", name) for part in kept)
 
 
-def target_weights(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> dict[str, Tensor]:
+def target_weights(model: nn.Module, adapter: Expert | Mapping[str, SparseDelta]) -> dict[str, Tensor]:
     """The model's weight of each of the adapter's targets, once all fit, as the target's two sides (`names.as_rows`).
 
     Raises UnknownTarget, UnsupportedExpert (modules trained in full, which only PEFT puts in place; a weight that is shared,
     see `names.refuse_shared`, or quantised), ShapeMismatch, WrongBase.
     """
-    trained = getattr(adapter, "metadata", {}).get("modules_to_save") or sorted(getattr(adapter, "modules", {}))
-    if trained:
+    expert = as_expert(adapter)
+    if expert.trained_modules:
         raise UnsupportedExpert(
-            f"the adapter also trained {', '.join(trained)} in full (modules_to_save), which only PEFT loads; use "
-            "PeftModel.from_pretrained."
+            f"the adapter also trained {', '.join(expert.trained_modules)} in full (modules_to_save), which only PEFT loads; "
+            "use PeftModel.from_pretrained."
         )
-    shapes = getattr(adapter, "shapes", None) or {name: delta.shape for name, delta in adapter.items()}
-    names = Names(model)
-    targets = names.find(adapter)
+    names, shapes = Names(model), expert.shapes
+    targets = names.find(expert)
     refuse_shared(names, targets.values())
     weights: dict[str, Tensor] = {}
     for name, target in targets.items():
@@ -120,8 +121,7 @@ def target_weights(model: nn.Module, adapter: Mapping[str, SparseDelta]) -> dict
         if not weight.is_contiguous():
             raise UnsupportedExpert(f"{target} does not lie in one piece in memory, so it cannot be changed in place.")
         weights[name] = rows
-    fingerprints = getattr(adapter, "fingerprints", {})
-    require_same_base(fingerprints, {name: fingerprint_weight(w) for name, w in weights.items()}, "adapter and model")
+    require_same_base(expert.fingerprints, {name: fingerprint_weight(w) for name, w in weights.items()}, "adapter and model")
     return weights
 
 

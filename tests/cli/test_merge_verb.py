@@ -153,7 +153,7 @@ def test_one_adapter_an_expert(cli, tmp_path, experts, method):
     assert code == 0, err
     assert f"One adapter an expert: {tmp_path}/parts/one, {tmp_path}/parts/two" in out
     assert names_in(tmp_path / "parts") == ["one", "two"]
-    assert SparseAdapter.load(tmp_path / "parts" / "one").metadata["task"] == "one"
+    assert SparseAdapter.load(tmp_path / "parts" / "one").metadata.task == "one"
     flags = ("--method", method, "--per-task", tmp_path / "again", "--json")
     assert json.loads(cli("merge", *experts, "--out", tmp_path / "y", *flags)[1])["per_task"] == [
         f"{tmp_path}/again/one",
@@ -218,7 +218,7 @@ def test_experts_of_other_kinds_are_measured(cli, tmp_path, base_dir, task_dir, 
 def test_the_base_model_is_called_as_it_was_asked_for(tmp_path, full, base_dir, monkeypatch):
     monkeypatch.setattr(opening, "local_path", lambda name: base_dir if name == "packaged:model" else name)
     (opened,) = opening.open_experts([full], "packaged:model")
-    assert opened.metadata["base_model_name_or_path"] == "packaged:model"
+    assert opened.metadata.base_model_name_or_path == "packaged:model"
 
 
 def test_a_base_model_on_the_hub_is_fetched_only_where_its_files_are_needed(tmp_path, experts, full, base_dir, monkeypatch):
@@ -230,7 +230,7 @@ def test_a_base_model_on_the_hub_is_fetched_only_where_its_files_are_needed(tmp_
     assert not fetched
     (opened,) = opening.open_experts([full], "org/base")
     assert set(fetched) == {"org/base"}
-    assert opened.metadata["base_model_name_or_path"] == "org/base"
+    assert opened.metadata.base_model_name_or_path == "org/base"
     assert opened.nnz == open_expert(full, base_dir).nnz
 
 

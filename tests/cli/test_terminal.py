@@ -86,7 +86,7 @@ def test_what_an_adapter_says_is_shown_and_not_obeyed(cli, expert, tmp_path, wor
         assert code == 0, err
         assert shown_safely(out + err)
         assert printable(words) in out or line[0] == "push"  # whose card is Markdown
-    assert SparseAdapter.load(tmp_path / "m").metadata["merge"]["experts"][0]["task"] == words
+    assert SparseAdapter.load(tmp_path / "m").metadata.merge["experts"][0]["task"] == words
 
 
 @pytest.mark.parametrize("name", [*HOSTILE[:-1], "caf\udce9 [v2]", "'quoted' $(x)"], ids=ascii)

@@ -98,7 +98,7 @@ def test_an_encoder_decoder_with_shared_embeddings(tmp_path):
     save_file(tensors, file, {"format": "pt"})
     expert = open_expert(tmp_path / "tuned", tmp_path / "base")
     assert "encoder.embed_tokens" not in expert
-    assert expert.metadata["task_type"] == "SEQ_2_SEQ_LM"
+    assert expert.metadata.task_type == "SEQ_2_SEQ_LM"
     inputs = {"input_ids": IDS, "decoder_input_ids": IDS}
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base").eval()
     with applied(loaded, expert), torch.inference_mode():

@@ -56,7 +56,7 @@ def test_lora_is_what_peft_adds_to_the_weights(tmp_path, fields):
         assert delta.shape == expert.shapes[name] == tuple(layer.weight.shape)
         assert delta.nnz == delta.size
     assert expert.nnz == sum(delta.nnz for delta in expert.values())
-    assert expert.metadata["task_type"] == "CAUSAL_LM"
+    assert expert.metadata.task_type == "CAUSAL_LM"
     expert.check_values()
     base = make_model()
     merged = model.merge_and_unload()

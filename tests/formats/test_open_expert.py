@@ -77,7 +77,7 @@ def test_a_hub_name_is_fetched(lora, monkeypatch, tmp_path, base_dir):
     monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda name, **k: read(here.get(name, name), **k))
     assert isinstance(open_expert("org/name@v1.0", "org/base"), LoraFile)
     assert asked == ["org/name@v1.0"]  # of the base model the weights are fetched where they are needed only
-    assert open_expert("org/tuned", "org/base").metadata["base_model_name_or_path"] == "org/base"
+    assert open_expert("org/tuned", "org/base").metadata.base_model_name_or_path == "org/base"
     assert asked == ["org/name@v1.0", "org/tuned", "org/base"]
     monkeypatch.chdir(lora.parent)
     (lora.parent / "org").mkdir()
@@ -103,11 +103,11 @@ def test_any_expert_becomes_a_sparse_adapter(tmp_path, lora, base_dir, checkpoin
         for name, delta in expert.items():
             assert torch.equal(adapter[name].to_dense(), delta.to_dense())
             assert torch.equal(adapter[name].indices, delta.indices)
-        assert adapter.metadata["density"] == adapter.density
+        assert adapter.metadata.density == adapter.density
         assert adapter.fingerprints == expert.fingerprints
-        assert adapter.metadata.get("task_type") == expert.metadata.get("task_type")
-    assert adapter.metadata["base_model_name_or_path"] == str(tmp_path / "base")
-    assert SparseAdapter.load(tmp_path / "out3").metadata["block_size"] == 4
+        assert adapter.metadata.task_type == expert.metadata.task_type
+    assert adapter.metadata.base_model_name_or_path == str(tmp_path / "base")
+    assert SparseAdapter.load(tmp_path / "out3").metadata.block_size == 4
     with pytest.raises(OutputExists):
         save_expert(expert, tmp_path / "out0")
 

@@ -42,7 +42,7 @@ def test_single_entries_are_what_peft_adds_to_the_weights(tmp_path, kind, base_d
         assert torch.equal(delta.to_dense(), found.to_dense() if found.is_sparse else found), name
         assert delta.nnz == (2 * sum(delta.shape) if kind == "shira" else int(delta.size * (1 - 0.7)))
     assert expert.nnz == sum(delta.nnz for delta in expert.values())
-    assert expert.metadata["task_type"] == "CAUSAL_LM"
+    assert expert.metadata.task_type == "CAUSAL_LM"
     expert.check_values()
     expected = logits(model)
     base = make_model()

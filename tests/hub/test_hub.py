@@ -211,7 +211,9 @@ def test_nothing_is_sent_when_the_check_fails(hub, expert, spoil, error):
 def test_modules_trained_in_full_are_checked_too(hub, expert):
     adapter = SparseAdapter.load(expert)
     modules = {"score.weight": torch.tensor([[1.0, float("inf")]])}
-    SparseAdapter(adapter, {**adapter.metadata, "modules_to_save": ["score"]}, adapter.fingerprints, modules).save(expert)
+    SparseAdapter(adapter, adapter.metadata.with_fields({"modules_to_save": ["score"]}), adapter.fingerprints, modules).save(
+        expert
+    )
     with pytest.raises(NonFiniteValue, match=r"score\.weight"):
         push(expert, NAME)
     assert not hub.requests
@@ -756,7 +758,7 @@ def test_the_card_says_what_the_adapter_records(hub, expert):
 @pytest.mark.parametrize("base", [None, "packaged:smollm2-135m", "/home/me/llama", "../llama", "gpt2"])
 def test_a_base_model_that_is_not_on_the_hub_is_not_linked(hub, expert, base):
     adapter = SparseAdapter.load(expert)
-    SparseAdapter(adapter, {**adapter.metadata, "base_model_name_or_path": base}).save(expert)
+    SparseAdapter(adapter, adapter.metadata.with_fields({"base_model_name_or_path": base})).save(expert)
     text = prepare(expert, NAME).card or ""
     assert "base_model" not in ModelCard(text).data.to_dict()
     assert "/home/me" not in text

@@ -301,7 +301,7 @@ def test_an_adapter_is_saved_over_one_behind_a_link(tmp_path):
     one.save(tmp_path / "real")
     (tmp_path / "link").symlink_to("real")
     two.save(tmp_path / "link")
-    assert SparseAdapter.load(tmp_path / "real").metadata["task"] == "2"
+    assert SparseAdapter.load(tmp_path / "real").metadata.task == "2"
     assert (tmp_path / "link").is_symlink()
     assert names(tmp_path) == ["link", "real"]
 

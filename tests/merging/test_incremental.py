@@ -92,7 +92,7 @@ def test_the_merge_is_that_of_overlap_to_rounding(experts, data):
         assert torch.equal(spelt_out(delta)[1], spelt_out(expected[name])[1])
         torch.testing.assert_close(delta.values, expected[name].values, rtol=1e-6, atol=1e-9)
     assert kept.fingerprints == {name: expected.fingerprints[name] for name in kept}
-    merge_of = {key: value for key, value in kept.metadata["merge"].items() if key != "experts"}
+    merge_of = {key: value for key, value in kept.metadata.merge.items() if key != "experts"}
     assert merge_of == {"method": "overlap", "parameters": {}}
 
 
@@ -171,7 +171,7 @@ def test_a_merge_fetched_from_the_hub_can_be_changed(merged, tmp_path, monkeypat
     path, first, _ = merged
     monkeypatch.setattr("sparselet.hub.sources.fetch", lambda name: {"org/merged": path, "org/first": first}[name])
     changed = change_merge(tmp_path / "changed", "org/merged", remove=["org/first"])
-    assert [record["task"] for record in SparseAdapter.load(changed).metadata["merge"]["experts"]] == ["task 5"]
+    assert [record["task"] for record in SparseAdapter.load(changed).metadata.merge["experts"]] == ["task 5"]
 
 
 # Refusals

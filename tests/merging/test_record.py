@@ -18,7 +18,7 @@ from sparselet.merging.record import SAMPLE, delta_digest, expert_digest
 
 
 def records(adapter):
-    return adapter.metadata["merge"]["experts"]
+    return adapter.metadata.merge["experts"]
 
 
 def test_a_digest_depends_on_nothing_but_content(tmp_path):
@@ -107,9 +107,9 @@ def test_a_merge_records_method_parameters_and_experts(tmp_path):
     about = {"data_fingerprint": "0123456789abcdef", "task_type": "CAUSAL_LM", "chat_template": False}
     experts = [expert(1, **about), expert(2, task_type="CAUSAL_LM")]
     merged = merge(experts, "ties", [1, {"*.v": 0.5}], {"density": 0.5})
-    assert merged.metadata["merge"]["method"] == "ties"
-    assert merged.metadata["merge"]["parameters"]["density"] == 0.5
-    assert merged.metadata["merge"]["parameters"]["trim"] == "global"  # those left out are there too
+    assert merged.metadata.merge["method"] == "ties"
+    assert merged.metadata.merge["parameters"]["density"] == 0.5
+    assert merged.metadata.merge["parameters"]["trim"] == "global"  # those left out are there too
     first, second = records(merged)
     assert first == {
         "task": "task 1",
@@ -121,10 +121,10 @@ def test_a_merge_records_method_parameters_and_experts(tmp_path):
         "weight": 1.0,
     }
     assert (second["digest"], second["weight"]) == (expert_digest(experts[1]), {"*.v": 0.5})
-    assert merged.metadata["task_type"] == "CAUSAL_LM"
-    assert merged.metadata["chat_template"] is False  # what the second does not tell does not matter
+    assert merged.metadata.task_type == "CAUSAL_LM"
+    assert merged.metadata.chat_template is False  # what the second does not tell does not matter
     path = merge_to(tmp_path / "out", experts, "ties", [1, {"*.v": 0.5}], {"density": 0.5})
-    assert SparseAdapter.load(path).metadata["merge"] == json.loads(json.dumps(merged.metadata["merge"]))
+    assert SparseAdapter.load(path).metadata.merge == json.loads(json.dumps(merged.metadata.merge))
 
 
 def test_what_the_experts_do_not_agree_on_is_left_open():
@@ -134,10 +134,10 @@ def test_what_the_experts_do_not_agree_on_is_left_open():
         {Q: random_delta((6, 12))},
     ]
     metadata = merge(experts).metadata
-    assert metadata["chat_template"] is None
-    assert metadata["task_type"] is None
-    assert metadata["base_model_name_or_path"] == "b"
-    assert merge([{Q: random_delta((6, 12))}]).metadata["base_model_name_or_path"] is None
+    assert metadata.chat_template is None
+    assert metadata.task_type is None
+    assert metadata.base_model_name_or_path == "b"
+    assert merge([{Q: random_delta((6, 12))}]).metadata.base_model_name_or_path is None
 
 
 def test_of_an_expert_that_was_merged_the_record_says_of_what(tmp_path):
@@ -146,7 +146,7 @@ def test_of_an_expert_that_was_merged_the_record_says_of_what(tmp_path):
     for merged in (inner, path):
         outer = merge([merged, expert(3)])
         first, second = records(outer)
-        assert first["merge"] == json.loads(json.dumps(inner.metadata["merge"]))
+        assert first["merge"] == json.loads(json.dumps(inner.metadata.merge))
         assert first["digest"] == expert_digest(inner)
         assert "merge" not in second
 

@@ -32,7 +32,7 @@ def starts(tmp_path_factory):
     root, model = tmp_path_factory.mktemp("starts"), make_model()
     told = {"score": "gm", "task_type": "CAUSAL_LM", "data_fingerprint": "0123456789abcdef", "chat_template": True}
     expert = gentle(make_adapter(model, task="first", density=0.25, **told))
-    expert.metadata["seed"] = 7
+    expert.metadata = expert.metadata.with_fields({"seed": 7})
     tiles = gentle(make_adapter(model, block_size=4, seed=2, task="second"))
     merged = merge([expert, tiles, gentle(make_adapter(model, seed=3, density=0.6))])
     deltas = dict(merged)
@@ -107,28 +107,28 @@ def test_a_second_stage_trains_as_torch_does_on_the_masked_entries(settings_of, 
 
 def test_what_is_recorded_of_a_second_stage(settings_of, starts, tmp_path, task_dir, other_task, base_dir):
     expert = train(settings_of("sparse", init_from=starts["expert"][1], seed=3, epochs=1), tmp_path / "one").metadata
-    assert expert["training"] == {
+    assert expert.training == {
         "method": "sparse",
         "init_from": {"task": "first", "data_fingerprint": "0123456789abcdef"},
     }
-    assert (expert["task"], expert["score"], expert["seed"]) == ("backwards", "gm", 7)  # the masks are the first stage's
-    assert expert["data_fingerprint"] != "0123456789abcdef"
-    assert expert["base_model_name_or_path"] == base_dir
+    assert (expert.task, expert.score, expert.seed) == ("backwards", "gm", 7)  # the masks are the first stage's
+    assert expert.data_fingerprint != "0123456789abcdef"
+    assert expert.base_model_name_or_path == base_dir
     start, path = starts["merged"]
     wanted = settings_of("sparse", init_from=path, task=(task_dir, other_task), epochs=1)
     train(wanted, tmp_path / "two")
     merged = SparseAdapter.load(tmp_path / "two")
-    assert merged.metadata["training"] == {"method": "sparse", "init_from": {"merge": start.metadata["merge"]}}
-    assert "merge" not in merged.metadata
-    assert "score" not in merged.metadata
-    assert merged.metadata["task"] == "backwards+shorter"
-    assert merged.metadata["task_type"] == "CAUSAL_LM"
-    assert merged.metadata["density"] == pytest.approx(start.density)
-    assert SparseletConfig.from_pretrained(str(tmp_path / "two")).training == merged.metadata["training"]
+    assert merged.metadata.training == {"method": "sparse", "init_from": {"merge": start.metadata.merge}}
+    assert "merge" not in merged.metadata.to_json()
+    assert "score" not in merged.metadata.to_json()
+    assert merged.metadata.task == "backwards+shorter"
+    assert merged.metadata.task_type == "CAUSAL_LM"
+    assert merged.metadata.density == pytest.approx(start.density)
+    assert SparseletConfig.from_pretrained(str(tmp_path / "two")).training == merged.metadata.training
     run = json.loads((tmp_path / "two" / "run.json").read_text())
     assert run["settings"]["init_from"] == path
     again = train(settings_of("sparse", init_from=str(tmp_path / "two"), epochs=1), tmp_path / "three")
-    assert again.metadata["training"]["init_from"]["training"] == merged.metadata["training"]
+    assert again.metadata.training["init_from"]["training"] == merged.metadata.training
 
 
 # The other methods: W + ΔW first
@@ -251,7 +251,9 @@ def unfinished(adapter, path):
 
 def with_modules(adapter, path):
     head = {"lm_head.weight": torch.zeros(258, 16)}
-    SparseAdapter(adapter, {**adapter.metadata, "modules_to_save": ["lm_head"]}, adapter.fingerprints, head).save(path)
+    SparseAdapter(adapter, adapter.metadata.with_fields({"modules_to_save": ["lm_head"]}), adapter.fingerprints, head).save(
+        path
+    )
 
 
 def without_entries(adapter, path):

@@ -59,11 +59,11 @@ def test_of_several_tasks_the_metadata_names_all_and_the_data_fingerprint_covers
 ):
     both = train(settings_of("full-qkv", task=[task_dir, other_task], epochs=1), tmp_path / "both")
     one = train(settings_of("full-qkv", epochs=1), tmp_path / "one")
-    assert both.metadata["task"] == "backwards+shorter"
-    assert one.metadata["data_fingerprint"] == load_task(task_dir, ("train", "validation")).fingerprint()
+    assert both.metadata.task == "backwards+shorter"
+    assert one.metadata.data_fingerprint == load_task(task_dir, ("train", "validation")).fingerprint()
     changed = save_task(tmp_path / "shorter", train=6, validation=2)
     other = train(settings_of("full-qkv", task=[task_dir, changed], epochs=1), tmp_path / "other")
-    prints = {adapter.metadata["data_fingerprint"] for adapter in (both, one, other)}
+    prints = {adapter.metadata.data_fingerprint for adapter in (both, one, other)}
     assert len(prints) == 3
 
 

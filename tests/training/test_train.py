@@ -79,10 +79,10 @@ def test_a_trained_expert_is_an_adapter_directory_with_a_record_of_the_run(setti
     for delta in loaded.values():
         assert delta.nnz == round(0.1 * delta.size)
         assert delta.values.abs().sum() > 0
-    assert loaded.metadata["task"] == "backwards"
-    assert loaded.metadata["base_model_name_or_path"] == base_dir
-    assert loaded.metadata["metrics"]["steps"] == 12
-    assert loaded.metadata["metrics"]["validation_loss"] == pytest.approx(min(record.losses))
+    assert loaded.metadata.task == "backwards"
+    assert loaded.metadata.base_model_name_or_path == base_dir
+    assert loaded.metadata.metrics["steps"] == 12
+    assert loaded.metadata.metrics["validation_loss"] == pytest.approx(min(record.losses))
     assert record.steps == list(range(1, 13))
     run = json.loads((tmp_path / "expert" / RUN_FILE).read_text())
     assert run["settings"]["learning_rate"] == 1e-2
@@ -152,7 +152,7 @@ class Scripted(TrainerCallback):
 def test_the_epoch_with_the_best_validation_loss_is_kept(settings, tmp_path):
     script = Scripted([3.0, 1.0, 2.0])
     adapter = train(replace(settings, epochs=3), tmp_path / "expert", callbacks=[script])
-    assert adapter.metadata["metrics"] == {"validation_loss": 1.0, "best_step": 12, "steps": 18}
+    assert adapter.metadata.metrics == {"validation_loss": 1.0, "best_step": 12, "steps": 18}
     for name, delta in adapter.items():
         (best,) = [values for key, values in script.values[1].items() if f".{name}." in key]
         (last,) = [values for key, values in script.values[2].items() if f".{name}." in key]
@@ -164,7 +164,7 @@ def test_training_stops_after_epochs_without_a_better_loss(settings, tmp_path):
     script = Scripted([2.0, 1.0, 1.5, 1.5, 0.5, 0.5])
     adapter = train(replace(settings, epochs=6, patience=2), tmp_path / "expert", callbacks=[script])
     assert len(script.values) == 4
-    assert adapter.metadata["metrics"] == {"validation_loss": 1.0, "best_step": 12, "steps": 24}
+    assert adapter.metadata.metrics == {"validation_loss": 1.0, "best_step": 12, "steps": 24}
 
 
 # Killed and resumed
@@ -394,7 +394,7 @@ def test_the_best_epoch_is_found_again_after_a_resume_in_another_working_directo
         train(replace(settings, epochs=3), Path("expert"), callbacks=[first, StopAt(8)])
     monkeypatch.chdir(tmp_path / "elsewhere")
     adapter = train(replace(settings, epochs=3), Path("../expert"), resume=True, callbacks=[second])
-    assert adapter.metadata["metrics"]["best_step"] == 6
+    assert adapter.metadata.metrics["best_step"] == 6
     for name, delta in adapter.items():
         (best,) = [values for key, values in first.values[0].items() if f".{name}." in key]
         assert torch.equal(delta.values, best)
@@ -407,7 +407,7 @@ def test_early_stopping_counts_on_after_a_resume(settings, tmp_path):
     script = Scripted([2.0, 0.5, 0.5])
     adapter = train(changed, tmp_path / "expert", resume=True, callbacks=[script])
     assert len(script.values) == 1
-    assert adapter.metadata["metrics"] == {"validation_loss": 1.0, "best_step": 6, "steps": 18}
+    assert adapter.metadata.metrics == {"validation_loss": 1.0, "best_step": 6, "steps": 18}
 
 
 # What is refused
@@ -622,7 +622,7 @@ def test_an_encoder_decoder_trains(settings, tmp_path):
 
     base = save_base(tmp_path / "t5", model=make_t5())
     adapter = train(replace(settings, model=base, epochs=1), tmp_path / "expert")
-    assert adapter.metadata["task_type"] == "SEQ_2_SEQ_LM"
+    assert adapter.metadata.task_type == "SEQ_2_SEQ_LM"
     assert all(name.rpartition(".")[2] in ("q", "k", "v") for name in adapter)
 
 

@@ -270,8 +270,8 @@ def test_saved_adapter_equals_to_adapter(make_llama, batch, tmp_path, block_size
     loaded, made = SparseAdapter.load(tmp_path / "peft"), to_adapter(model)
     assert_same_adapter(loaded, made)
     for key in ("density", "block_size", "score", "seed", "task", "metrics", "versions", "target_modules", "scope"):
-        assert loaded.metadata[key] == made.metadata[key], key
-    assert loaded.metadata["task"] == "echo"
+        assert loaded.metadata.to_json()[key] == made.metadata.to_json()[key], key
+    assert loaded.metadata.task == "echo"
     assert loaded.density == pytest.approx(0.2, abs=5e-3)
 
 

@@ -1,7 +1,7 @@
 """`sparselet eval`."""
 
 import json as json_library
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -11,10 +11,9 @@ from cyclopts import Parameter
 from sparselet.adapter import AdapterFile, SparseAdapter
 from sparselet.cli.opening import open_experts, template_of
 from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, table
-from sparselet.delta import SparseDelta
 from sparselet.evaluation import EvalResult, EvalSettings, evaluate
 from sparselet.evaluation.metrics import DEFAULT_METRICS, choose_metrics
-from sparselet.formats import Expert
+from sparselet.expert import Expert
 from sparselet.io.files import check_output, write_text
 from sparselet.models import load_model, load_tokenizer
 from sparselet.tasks.task import load_task
@@ -91,7 +90,7 @@ def eval_(
     asked = replace(asked, chat_template=template_of(chat_template, adapters.values()))
     tasks = [load_task(source, ("test",), {"input": input_column, "target": target_column}) for source in task]
     loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
-    models: dict[str, Mapping[str, SparseDelta] | None] = dict(adapters)
+    models: dict[str, Expert | None] = dict(adapters)
     if base or (base is None and not adapters):
         models = {model: None, **models}
     results: dict[str, list[EvalResult]] = {}
@@ -117,7 +116,7 @@ def eval_(
         say("Next: sparselet train --task TASK --out EXPERT, then measure it with --adapter EXPERT.")
 
 
-def _checked(expert: Expert) -> Mapping[str, SparseDelta]:
+def _checked(expert: Expert) -> Expert:
     """An expert, checked to the last value before anything is measured; a sparse one in memory."""
     if isinstance(expert, AdapterFile):
         return SparseAdapter.load(expert.path)

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from sparselet.cli.opening import open_experts
 from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, table, word
 from sparselet.errors import ConfigError
-from sparselet.formats import Expert
+from sparselet.expert import Expert
 from sparselet.formats.checkpoint.write import export_checkpoint
 from sparselet.formats.gguf import export_gguf_checkpoint
 from sparselet.formats.lora.write import export_lora
@@ -73,7 +73,7 @@ def export_(
     quiet_libraries()
     check_output(out)
     expert = open_experts([adapter], model, without_ or ())[0]
-    left_out = list(getattr(expert, "left_out", ()))
+    left_out = list(expert.left_out)
     result: dict[str, Any] = {"output": str(out), "format": to, "entries": expert.nnz, "targets": len(expert)}
     if left_out:
         result["left_out"] = left_out
@@ -104,7 +104,7 @@ def export_(
 
 def _export_model(expert: Expert, to: str, out: Path, model: str | None, dtype: str) -> None:
     if model is None:
-        known = expert.metadata.get("base_model_name_or_path")
+        known = expert.metadata.base_model_name_or_path
         raise ConfigError(f"--to {to} needs the base model; give --model{f' {known}' if known else ''}.")
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")

@@ -35,10 +35,10 @@ def import_(expert: str, /, *, out: Path, model: str | None = None, json: bool =
     with progress(len(opened), "importing") as advance:
         save_expert(opened, out, lambda _: advance(1))
     written = AdapterFile(out)
-    base = written.metadata.get("base_model_name_or_path")
+    base = written.metadata.base_model_name_or_path
     if json:
         result = {"output": str(out), "base_model": base, "targets": len(written)}
-        print_json({**result, "entries": written.nnz, "density": written.metadata["density"]})
+        print_json({**result, "entries": written.nnz, "density": written.metadata.density})
         return
     facts(
         f"{expert} as a sparse adapter",
@@ -46,7 +46,7 @@ def import_(expert: str, /, *, out: Path, model: str | None = None, json: bool =
             ("base model", base or "not known"),
             ("targets", len(written)),
             ("entries", f"{written.nnz:,}"),
-            ("density", f"{written.metadata['density']:.4g}"),
+            ("density", f"{written.metadata.density:.4g}"),
         ],
     )
     say(f"Written to {out}", f"Next: sparselet merge {word(out)} OTHER --out merged")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter
+from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.cli.terminal import SHADES, facts, heading, print_json, quiet_libraries, say, table, word
 from sparselet.hub.sources import directory_of
 from sparselet.masks import layer_of
@@ -34,21 +35,27 @@ def inspect_(adapter: str, /, *, json: bool = False) -> None:
     if json:
         targets = {name: {"shape": list(d.shape), "entries": d.nnz, "block_size": d.block_size} for name, d in loaded.items()}
         print_json(
-            {"metadata": loaded.metadata, "entries": loaded.nnz, "density": loaded.density, "bytes": sizes, "targets": targets}
+            {
+                "metadata": loaded.metadata.to_json(),
+                "entries": loaded.nnz,
+                "density": loaded.density,
+                "bytes": sizes,
+                "targets": targets,
+            }
         )
         return
     metadata = loaded.metadata
     blocks = {d.block_size for d in loaded.values() if d.nnz}
     known: list[tuple[str, Any]] = [
-        ("task", metadata.get("task") or _merged(metadata)),
-        ("base model", metadata.get("base_model_name_or_path")),
-        ("score", metadata.get("score")),
+        ("task", metadata.task or _merged(metadata)),
+        ("base model", metadata.base_model_name_or_path),
+        ("score", metadata.score),
         ("mask", ", ".join("single entries" if b == 1 else f"tiles of {b}×{b}" for b in sorted(blocks)) or "empty"),
         ("entries", f"{loaded.nnz:,} in {len(loaded)} targets"),
         ("density", f"{loaded.density:.4g}"),
         ("layers with a change", len({layer_of(name) for name, d in loaded.items() if d.nnz})),
         ("size on disk", f"{sum(sizes.values()) / 2**20:.1f} MiB"),
-        *((key.replace("_", " "), value) for key, value in (metadata.get("metrics") or {}).items()),
+        *((key.replace("_", " "), value) for key, value in (metadata.metrics or {}).items()),
     ]
     facts(adapter, [(name, value) for name, value in known if value is not None])
     _show_entries(cells)
@@ -56,8 +63,8 @@ def inspect_(adapter: str, /, *, json: bool = False) -> None:
     say(f"Next: sparselet eval --task TASK --adapter {word(adapter)}")
 
 
-def _merged(metadata: dict[str, Any]) -> str | None:
-    merge = metadata.get("merge")
+def _merged(metadata: AdapterMetadata) -> str | None:
+    merge = metadata.merge
     if not merge:
         return None
     return f"{merge.get('method')} of {', '.join(str(e.get('task') or 'unnamed') for e in merge.get('experts', []))}"

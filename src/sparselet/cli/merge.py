@@ -14,7 +14,7 @@ from sparselet.cli.opening import open_experts, template_of
 from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, table, word
 from sparselet.errors import ConfigError
 from sparselet.evaluation import EvalSettings
-from sparselet.formats import Expert
+from sparselet.expert import Expert
 from sparselet.formats.checkpoint.write import write_checkpoint
 from sparselet.io.files import atomic_directory, check_output, write_json, write_text
 from sparselet.merging import (
@@ -227,7 +227,7 @@ def _change(
             progress=lambda _: advance(1),
         )
     after = AdapterFile(out)
-    experts = after.metadata["merge"]["experts"]
+    experts = (after.metadata.merge or {})["experts"]
     if json:
         print_json({"output": str(out), "method": "overlap", "entries": after.nnz, "experts": len(experts)})
         return
@@ -274,7 +274,7 @@ def _refuse_with(first: str, others: Mapping[str, object]) -> None:
 def _refuse_inside(output: Path, experts: Sequence[Expert]) -> None:
     """Raise ConfigError if the output would lie in an expert's directory."""
     for expert in experts:
-        if expert.path.resolve() in output.resolve().parents:
+        if expert.path is not None and expert.path.resolve() in output.resolve().parents:
             raise ConfigError(f"{output} would lie in the expert {expert.path}; choose an output outside of it.")
 
 
@@ -313,7 +313,7 @@ def _tell(
 ) -> None:
     """What was made, for a person. option: how `sparselet eval` is given the output."""
     rows = [
-        (name, expert.metadata.get("task") or "", _plain(weight), f"{expert.nnz:,}")
+        (name, expert.metadata.task or "", _plain(weight), f"{expert.nnz:,}")
         for name, expert, weight in zip(recipe.experts, experts, recipe.weights, strict=True)
     ]
     rows.append(("merged", "", "", f"{result['entries']:,}"))

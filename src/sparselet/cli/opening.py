@@ -1,13 +1,14 @@
 """Experts as they are named on the command line, with the base model where they need it."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sparselet.cli.terminal import note
-from sparselet.delta import SparseDelta
 from sparselet.errors import ConfigError
-from sparselet.formats import BaseModel, Expert, open_expert
+from sparselet.expert import Expert
+from sparselet.formats import BaseModel, open_expert
 from sparselet.models import local_path
 
 
@@ -21,19 +22,20 @@ def open_experts(names: Sequence[str], model: str | None, without: Sequence[str]
     base = None if model is None else BaseModel(local_path(model))
     opened = [open_expert(name, base, without) for name in names]
     for expert in opened:
-        if model is not None and base is not None and expert.metadata.get("base_model_name_or_path") == base.name:
-            expert.metadata["base_model_name_or_path"] = os.path.realpath(model) if Path(model).is_dir() else model
+        if model is not None and base is not None and expert.metadata.base_model_name_or_path == base.name:
+            called = os.path.realpath(model) if Path(model).is_dir() else model
+            expert.metadata = replace(expert.metadata, base_model_name_or_path=called)
     return opened
 
 
-def template_of(wanted: bool | None, experts: Iterable[Mapping[str, SparseDelta]]) -> bool:
+def template_of(wanted: bool | None, experts: Iterable[Expert]) -> bool:
     """Whether to ask through the chat template: as wanted, or as the experts were trained.
 
     Raises ConfigError where they were trained differently.
     """
     if wanted is not None:
         return wanted
-    trained = {getattr(expert, "metadata", {}).get("chat_template") for expert in experts} - {None}
+    trained = {expert.metadata.chat_template for expert in experts} - {None}
     if len(trained) > 1:
         raise ConfigError(
             "some adapters were trained with the chat template, some without. Say --chat-template or --no-chat-template."

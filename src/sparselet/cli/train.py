@@ -72,7 +72,7 @@ def train_(
 
 def _described(trained: SparseAdapter | Trained, settings: TrainSettings, out: Path) -> dict[str, Any]:
     if isinstance(trained, SparseAdapter):
-        return {"adapter": str(out), "entries": trained.nnz, "density": trained.density, **trained.metadata["metrics"]}
+        return {"adapter": str(out), "entries": trained.nnz, "density": trained.density, **(trained.metadata.metrics or {})}
     kind = "adapter" if settings.method == "lora" else "checkpoint"
     return {kind: str(out), "method": trained.method, **trained.metrics}
 
@@ -86,9 +86,9 @@ def _tell(trained: SparseAdapter | Trained, settings: TrainSettings, out: Path) 
     measure = f"sparselet eval --task {words} --model {model} --adapter {word(out)}{bare}"
     merge = f"sparselet merge {word(out)} OTHER-EXPERT --out merged"
     if isinstance(trained, SparseAdapter):
-        title, metrics = "Expert", trained.metadata["metrics"]
+        title, metrics = "Expert", trained.metadata.metrics or {}
         rows = [
-            ("task", trained.metadata["task"]),
+            ("task", trained.metadata.task),
             *rows[1:],
             ("targets", len(trained)),
             ("entries", f"{trained.nnz:,} ({100 * trained.density:.3g} % of the targets)"),

@@ -10,6 +10,7 @@ from sparselet.apply import applied
 from sparselet.delta import SparseDelta
 from sparselet.errors import ConfigError, TaskError
 from sparselet.evaluation.metrics import DEFAULT_METRICS, Metric, choose_metrics, measure
+from sparselet.expert import Expert
 from sparselet.generation.generate import generate
 from sparselet.setting_checks import check_settings
 from sparselet.tasks.task import Row, Task
@@ -54,7 +55,7 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task],
-    adapter: Mapping[str, SparseDelta] | None = None,
+    adapter: Expert | Mapping[str, SparseDelta] | None = None,
     settings: EvalSettings | None = None,
     progress: Callable[[int], None] | None = None,
     metrics: Sequence[str | Metric] = DEFAULT_METRICS,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sparselet.adapter import CONFIG_FILE, AdapterFile
 from sparselet.errors import ConfigError, MissingFile, UnsupportedExpert
+from sparselet.expert import Expert
 from sparselet.formats.base_model import BaseModel
 from sparselet.formats.checkpoint.model_files import MODEL_CONFIG
 from sparselet.formats.checkpoint.read import CheckpointFile
@@ -20,14 +21,11 @@ __all__ = [
     "BaseModel",
     "CheckpointFile",
     "EntriesFile",
-    "Expert",
     "ExpertFile",
     "LoraFile",
     "open_expert",
     "save_expert",
 ]
-
-Expert = AdapterFile | ExpertFile
 
 KINDS = "sparse adapters (SPARSELET), PEFT's LORA, SHIRA and SUPERTUNING, and full checkpoints (config.json)"
 

@@ -1,15 +1,15 @@
 """`ExpertFile`: an expert in another format than ours, read target by target."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparselet.adapter import require_finite
+from sparselet.adapter import AdapterFile, require_finite
+from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.delta import SparseDelta, index_dtype
 from sparselet.errors import ArgumentError
 
@@ -28,17 +28,22 @@ class ExpertFile(Mapping[str, SparseDelta]):
         self,
         path: Path,
         shapes: Mapping[str, tuple[int, int]],
-        metadata: Mapping[str, Any],
+        metadata: AdapterMetadata,
         left_out: tuple[str, ...] = (),
     ) -> None:
         self.path, self.left_out = path, left_out
         self.shapes = dict(sorted(shapes.items()))
-        self.metadata = dict(metadata)
+        self.metadata = metadata
 
     @property
-    def fingerprints(self) -> dict[str, dict[str, str] | None]:
+    def fingerprints(self) -> Mapping[str, Mapping[str, str] | None]:
         """The base model's, by target."""
         return dict.fromkeys(self.shapes)
+
+    @property
+    def trained_modules(self) -> Sequence[str]:
+        """The modules that were trained in full."""
+        return self.metadata.modules_to_save or ()
 
     @property
     @abstractmethod
@@ -62,18 +67,15 @@ class ExpertFile(Mapping[str, SparseDelta]):
 class SomeTargets(ExpertFile):
     """Targets of another expert, some or all, under names of their own.
 
-    expert: an `ExpertFile`, an `AdapterFile` or a `SparseAdapter`. names: of each target, what the expert calls it.
+    expert: in a file. names: of each target, what the expert calls it.
     """
 
-    def __init__(self, expert: Any, names: Mapping[str, str], left_out: tuple[str, ...] = ()) -> None:
-        shapes = getattr(expert, "shapes", None) or {name: delta.shape for name, delta in expert.items()}
-        super().__init__(
-            getattr(expert, "path", Path()), {name: shapes[own] for name, own in names.items()}, expert.metadata, left_out
-        )
+    def __init__(self, expert: AdapterFile | ExpertFile, names: Mapping[str, str], left_out: tuple[str, ...] = ()) -> None:
+        super().__init__(expert.path, {name: expert.shapes[own] for name, own in names.items()}, expert.metadata, left_out)
         self._expert, self._names = expert, dict(names)
 
     @property
-    def fingerprints(self) -> dict[str, dict[str, str] | None]:
+    def fingerprints(self) -> Mapping[str, Mapping[str, str] | None]:
         """The base model's, by target."""
         known = self._expert.fingerprints
         return {name: known[self._names[name]] for name in self.shapes}

@@ -1,14 +1,13 @@
 """A merged checkpoint that llama.cpp's converter takes."""
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparselet.delta import SparseDelta
 from sparselet.errors import ExportError, MissingExtra
+from sparselet.expert import Expert
 from sparselet.formats.checkpoint.model_files import MODEL_CONFIG, ModelFiles
 from sparselet.formats.checkpoint.write import write_checkpoint
 from sparselet.formats.linear_targets import refuse_modules
@@ -53,7 +52,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 def export_gguf_checkpoint(
     model: Any,
     tokenizer: Any,
-    adapter: Mapping[str, SparseDelta],
+    adapter: Expert,
     output: str | Path,
     keep_base: bool = True,
     *,

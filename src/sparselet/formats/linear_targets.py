@@ -1,14 +1,13 @@
 """What an adapter changes, as far as PEFT's methods for linear layers can hold it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from sparselet.adapter import require_finite
-from sparselet.delta import SparseDelta
 from sparselet.errors import ExportError, UnknownTarget
+from sparselet.expert import Expert
 
 # Layers by these names are linear in some models; in others they are embeddings, or GPT-2's Conv1D, which stores its weight
 # [in, out]. Only the base model tells.
@@ -26,7 +25,7 @@ class Target:
     transposed: bool
 
 
-def linear_targets(adapter: Mapping[str, SparseDelta], base: nn.Module | None) -> dict[str, Target]:
+def linear_targets(adapter: Expert, base: nn.Module | None) -> dict[str, Target]:
     """The targets that the adapter changes, by name, once every one is known to be a linear layer and finite.
 
     base: the base model, whose weights are not looked at (it may be on the meta device). Without it all targets are taken
@@ -53,11 +52,11 @@ def linear_targets(adapter: Mapping[str, SparseDelta], base: nn.Module | None) -
     return targets
 
 
-def refuse_modules(adapter: Mapping[str, SparseDelta]) -> None:
+def refuse_modules(adapter: Expert) -> None:
     """Raise ExportError if the adapter trained modules in full, which are not deltas of it."""
-    modules = getattr(adapter, "modules", None) or getattr(adapter, "metadata", {}).get("modules_to_save")
-    if modules:
-        raise ExportError(f"the adapter trained {', '.join(modules)} in full (modules_to_save), which is not written here.")
+    if adapter.trained_modules:
+        names = ", ".join(adapter.trained_modules)
+        raise ExportError(f"the adapter trained {names} in full (modules_to_save), which is not written here.")
 
 
 def _is_transposed(name: str, layer: nn.Module | None) -> bool:

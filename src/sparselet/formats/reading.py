@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselet.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.errors import MissingFile, MissingTensor, UnknownTensor, UnsupportedExpert
 from sparselet.io.files import check_inside
 from sparselet.io.tensor_files import TensorFile
@@ -55,9 +56,10 @@ def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
             )
 
 
-def describe(config: Mapping[str, Any]) -> dict[str, Any]:
+def describe(config: Mapping[str, Any]) -> AdapterMetadata:
     """What the configuration of a PEFT adapter tells of base model and task."""
-    return {key: config[key] for key in ("base_model_name_or_path", "task_type") if isinstance(config.get(key), str)}
+    base, task_type = (config.get(field) for field in ("base_model_name_or_path", "task_type"))
+    return AdapterMetadata(base if isinstance(base, str) else None, task_type if isinstance(task_type, str) else None)
 
 
 def target_of(tensor: str, suffix: str) -> str:

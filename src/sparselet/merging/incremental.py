@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparselet.adapter import CONFIG_FILE, AdapterFile
+from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.adapter_stream import adapter_stream
 from sparselet.delta import SparseDelta
 from sparselet.errors import (
@@ -33,13 +34,14 @@ from sparselet.errors import (
     SparseletError,
     UnknownTensor,
 )
+from sparselet.expert import Expert
 from sparselet.formats import open_expert
 from sparselet.io.files import atomic_directory, atomic_write, check_inside, check_output
 from sparselet.io.tensor_files import TensorFile, TensorStream
 from sparselet.kernels import selected
 from sparselet.merging.algebra.entries import common_blocks, compact, per_block
 from sparselet.merging.engine.parallel import in_order
-from sparselet.merging.engine.plan import Expert, Plan, Weight, check_patterns, check_weights, label, metadata_of, weight_of
+from sparselet.merging.engine.plan import ExpertSource, Plan, Weight, check_patterns, check_weights, label, weight_of
 from sparselet.merging.record import Digests, expert_digest, expert_record, metadata_of_merge
 
 COUNTS_FILE = "merge_counts.safetensors"
@@ -73,7 +75,7 @@ class Kept:
 
 def merge_with_counts(
     output: str | Path,
-    experts: Sequence[Expert | str | Path],
+    experts: Sequence[ExpertSource],
     weights: Sequence[Weight] | None = None,
     *,
     base: str | Path | None = None,
@@ -97,7 +99,7 @@ def merge_with_counts(
         digests.add(name, deltas)
         names += [name] if any(delta.nnz for delta in deltas) else []
     experts_with = zip(plan.experts, digests.hex(), plan.weights, strict=True)
-    records = [expert_record(metadata_of(expert), digest, weight) for expert, digest, weight in experts_with]
+    records = [expert_record(expert.metadata, digest, weight) for expert, digest, weight in experts_with]
 
     def work(name: str) -> tuple[str, Kept]:
         return name, total(name, plan.deltas(name), plan.weights_of(name))
@@ -109,8 +111,8 @@ def change_merge(
     output: str | Path,
     merged: str | Path,
     *,
-    add: Sequence[Expert | str | Path] = (),
-    remove: Sequence[Expert | str | Path] = (),
+    add: Sequence[ExpertSource] = (),
+    remove: Sequence[ExpertSource] = (),
     weights: Sequence[Weight] | None = None,
     base: str | Path | None = None,
     workers: int | None = None,
@@ -258,11 +260,11 @@ class CountsFile:
 def _records(adapter: AdapterFile) -> list[Record]:
     """What the adapter records of each expert. Raises BadConfig."""
     file = adapter.path / CONFIG_FILE
-    merge = adapter.metadata.get("merge")
-    if not isinstance(merge, dict) or merge.get("method") != "overlap":
+    merge = adapter.metadata.merge
+    if not merge or merge.get("method") != "overlap":
         raise BadConfig(f"{file}: merge is {merge!r:.60}; experts are added to and removed from merges by overlap.")
     records = merge.get("experts")
-    known = expert_record({}, "", 1.0).keys()
+    known = expert_record(AdapterMetadata(), "", 1.0).keys()
     if not isinstance(records, list) or not all(isinstance(record, dict) and known <= record.keys() for record in records):
         raise BadConfig(f"{file}: merge.experts is {records!r:.60}; expected a list of objects with {', '.join(known)}.")
     try:
@@ -284,7 +286,7 @@ def _take_out(records: list[Record], expert: Expert, name: str) -> Record:
 
 def _add_to(records: list[Record], expert: Expert, weight: Weight, name: str) -> Record:
     """Append and return the record of an expert. Raises ArgumentError if it has one."""
-    record = expert_record(metadata_of(expert), expert_digest(expert), weight)
+    record = expert_record(expert.metadata, expert_digest(expert), weight)
     if any(other["digest"] == record["digest"] for other in records):
         raise ArgumentError(f"{name} is in the merge already; to change its weight, remove it in the same step.")
     records.append(record)

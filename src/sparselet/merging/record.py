@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.delta import SparseDelta
-from sparselet.merging.engine.plan import Plan, metadata_of
+from sparselet.expert import Expert
+from sparselet.merging.engine.plan import Plan
 
 SAMPLE = 64
 
@@ -37,44 +39,46 @@ def delta_digest(delta: SparseDelta) -> bytes:
     return hashlib.sha256(f"{delta.shape} {delta.block_size} {len(delta.indices)} ".encode() + indices + values).digest()
 
 
-def expert_digest(expert: Mapping[str, SparseDelta]) -> str:
+def expert_digest(expert: Expert) -> str:
     """The digest of a whole expert, as a merge records it."""
     return _join({name: delta_digest(delta) for name in expert if (delta := expert[name]).nnz})
 
 
-def merged_metadata(plan: Plan, digests: Digests) -> dict[str, Any]:
+def merged_metadata(plan: Plan, digests: Digests) -> AdapterMetadata:
     """The merged adapter's metadata: the base model, and the recipe of the merge."""
     records = [
-        expert_record(metadata_of(expert), digest, weight)
+        expert_record(expert.metadata, digest, weight)
         for expert, digest, weight in zip(plan.experts, digests.hex(), plan.weights, strict=True)
     ]
     return metadata_of_merge(records, plan.method, plan.parameters)
 
 
-def expert_record(metadata: Mapping[str, Any], digest: str, weight: Any) -> dict[str, Any]:
+def expert_record(metadata: AdapterMetadata, digest: str, weight: Any) -> dict[str, Any]:
     """What is recorded of one expert; of one that was merged itself, also of what."""
-    merged = {"merge": metadata["merge"]} if metadata.get("merge") else {}
+    merged = {"merge": metadata.merge} if metadata.merge else {}
     return {
         **merged,
-        "task": metadata.get("task"),
-        "data_fingerprint": metadata.get("data_fingerprint"),
-        "base": metadata.get("base_model_name_or_path"),
-        "task_type": metadata.get("task_type"),
-        "chat_template": metadata.get("chat_template"),
+        "task": metadata.task,
+        "data_fingerprint": metadata.data_fingerprint,
+        "base": metadata.base_model_name_or_path,
+        "task_type": metadata.task_type,
+        "chat_template": metadata.chat_template,
         "digest": digest,
         "weight": weight,
     }
 
 
-def metadata_of_merge(records: Sequence[Mapping[str, Any]], method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def metadata_of_merge(records: Sequence[Mapping[str, Any]], method: str, parameters: Mapping[str, Any]) -> AdapterMetadata:
     """The metadata of a merge of the experts recorded."""
     names = {record["base"] for record in records if record["base"]}
-    return {
-        "base_model_name_or_path": min(names) if names else None,
-        "task_type": _agreed(record["task_type"] for record in records),
-        "chat_template": _agreed(record["chat_template"] for record in records),
-        "merge": {"method": method, "parameters": dict(parameters), "experts": list(records)},
-    }
+    return AdapterMetadata.from_json(
+        {
+            "base_model_name_or_path": min(names) if names else None,
+            "task_type": _agreed(record["task_type"] for record in records),
+            "chat_template": _agreed(record["chat_template"] for record in records),
+            "merge": {"method": method, "parameters": dict(parameters), "experts": list(records)},
+        }
+    )
 
 
 def _join(parts: Mapping[str, bytes]) -> str:

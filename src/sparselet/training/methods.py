@@ -8,7 +8,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -83,9 +83,13 @@ def sparse(context: TrainContext) -> Iterator[TrainableModel]:
         def write(directory: Path, metadata: Mapping[str, Any]) -> SparseAdapter:
             adapter = to_adapter(wrapped, metadata=metadata)
             if context.start is not None:  # the settings say nothing of how these masks were chosen, but the first stage does
-                kept = {key: value for key, value in context.start.metadata.items() if key != "merge"}
-                own = {key: adapter.metadata[key] for key in ("task_type", "data_fingerprint", "versions")}
-                adapter = SparseAdapter(adapter, {**kept, **own, **metadata}, adapter.fingerprints)
+                own = {
+                    "task_type": adapter.metadata.task_type,
+                    "data_fingerprint": adapter.metadata.data_fingerprint,
+                    "versions": adapter.metadata.versions,
+                }
+                first_stage = replace(context.start.metadata, merge=None, nulls=context.start.metadata.nulls - {"merge"})
+                adapter = SparseAdapter(adapter, first_stage.with_fields({**own, **metadata}), adapter.fingerprints)
             adapter.save(directory)
             return adapter
 

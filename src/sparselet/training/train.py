@@ -180,7 +180,7 @@ def _load_start(path: Path) -> SparseAdapter:
     file = AdapterFile(path)
     if file.unfinished:
         raise ConfigError(f"init_from: {path} was saved while its mask was still being selected. Train it to its end first.")
-    if file.metadata.get("modules_to_save"):
+    if file.trained_modules:
         raise ConfigError(f"init_from: {path} trained modules in full (modules_to_save), which a second stage does not take.")
     if not file.nnz:
         raise ConfigError(f"init_from: {path} has no entries, so there is nothing to start from.")
@@ -272,8 +272,13 @@ def _metadata(
         return metadata
     training: dict[str, Any] = {"method": settings.method}
     if start is not None:
-        told = ("task", "data_fingerprint", "merge", "training")
-        training["init_from"] = {key: start.metadata[key] for key in told if start.metadata.get(key) is not None}
+        origin = {
+            "task": start.metadata.task,
+            "data_fingerprint": start.metadata.data_fingerprint,
+            "merge": start.metadata.merge,
+            "training": start.metadata.training,
+        }
+        training["init_from"] = {key: value for key, value in origin.items() if value is not None}
     return {**metadata, "training": training}
 
 

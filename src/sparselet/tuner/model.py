@@ -203,8 +203,6 @@ def to_adapter(model: nn.Module, adapter_name: str = "default", metadata: Mappin
     """
     layers = require_layers(model, adapter_name)
     config = adapter_config(model, adapter_name).to_dict()
-    own = {"peft_type", "format_version", "targets"}
-    described = {key: value for key, value in config.items() if key not in own} | {"inference_mode": True}
     modules = {
         name.replace(f".modules_to_save.{adapter_name}.", "."): tensor.detach().cpu()
         for name, tensor in base_model(model).state_dict().items()
@@ -212,7 +210,7 @@ def to_adapter(model: nn.Module, adapter_name: str = "default", metadata: Mappin
     }
     return SparseAdapter(
         {name: layer.delta(adapter_name) for name, layer in layers.items()},
-        {**described, "versions": versions(), **(metadata or {})},
+        {**config, "inference_mode": True, "versions": versions(), **(metadata or {})},
         {name: layer.base_fingerprint() for name, layer in layers.items()},
         modules,
     )

@@ -39,9 +39,9 @@ def test_each_expert_gets_what_the_method_leaves_of_it(tmp_path, method):
         assert sorted(found) == [Q, V, OTHER]
         for name, delta in found.items():
             assert_is(delta, *spelt_out(PER_TASK[method](*parts(name), **own)[i]))
-        assert found.metadata["task"] == path.name
-        assert found.metadata["merge"]["method"] == method
-        assert len(found.metadata["merge"]["experts"]) == 3
+        assert found.metadata.task == path.name
+        assert found.metadata.merge["method"] == method
+        assert len(found.metadata.merge["experts"]) == 3
 
 
 @pytest.mark.parametrize("workers", [2, None])

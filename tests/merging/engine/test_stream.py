@@ -66,9 +66,9 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, method, restored_t
 def test_a_merged_file_loads_and_says_what_it_is(tmp_path):
     base = torch.arange(72.0).view(6, 12)
     merged = SparseAdapter.load(merge_to(tmp_path / "out", [expert(1, 3, base=base), expert(2, 3)], "uniform", [1, 3]))
-    assert merged.metadata["base_model_name_or_path"] == "base"
-    assert merged.metadata["block_size"] == 3
-    assert merged.metadata["density"] == merged.density
+    assert merged.metadata.base_model_name_or_path == "base"
+    assert merged.metadata.block_size == 3
+    assert merged.metadata.density == merged.density
     assert merged.fingerprints[Q] == fingerprint_weight(base)
 
 

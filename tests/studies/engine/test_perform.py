@@ -66,7 +66,7 @@ def test_training_is_that_of_the_library(undisturbed, units, places, tmp_path):
     assert (there / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "straight" / "adapter_model.safetensors"
     ).read_bytes()
-    metrics = adapter.metadata["metrics"]
+    metrics = adapter.metadata.metrics
     assert undisturbed.result(unit.key) == {
         "parameters": adapter.nnz,
         "active_layers": 2,

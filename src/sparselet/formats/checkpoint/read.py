@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparselet.adapter import check_target_name, require_finite
+from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.delta import SparseDelta, check_shape
 from sparselet.errors import MissingTensor, ShapeMismatch, UnknownTensor, UnsupportedExpert
 from sparselet.fingerprint import fingerprint_weight
@@ -55,7 +56,7 @@ class CheckpointFile(ExpertFile):
                 )
             check_target_name(target)
             shapes[target] = check_shape((math.prod(shape[:-1]) if len(shape) > 1 else 1, shape[-1] if shape else 1))
-        super().__init__(path, shapes, {"base_model_name_or_path": base.name, **_task_type(files.config)})
+        super().__init__(path, shapes, AdapterMetadata(base.name, _task_type(files.config)))
         self._lock = threading.Lock()
         self._fingerprints: dict[str, dict[str, str] | None] = {}
         self._surveyed: dict[str, tuple[bool, bool]] = {}
@@ -179,10 +180,10 @@ def _equal(first: Tensor, second: Tensor) -> bool:
     return first.dtype == second.dtype and torch.equal(first, second)
 
 
-def _task_type(config: dict[str, Any]) -> dict[str, str]:
+def _task_type(config: dict[str, Any]) -> str | None:
     """PEFT's name for what the model is made for, where its configuration tells."""
     names = config.get("architectures")
     architecture = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        return {"task_type": "CAUSAL_LM"}
-    return {"task_type": "SEQ_2_SEQ_LM"} if config.get("is_encoder_decoder") else {}
+        return "CAUSAL_LM"
+    return "SEQ_2_SEQ_LM" if config.get("is_encoder_decoder") else None

@@ -1,14 +1,14 @@
 """A base model with an adapter merged into it, as a plain checkpoint."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparselet.apply import absorb, applied
-from sparselet.delta import SparseDelta
+from sparselet.expert import Expert
 from sparselet.formats.checkpoint.base_files import copy_base_files
 from sparselet.formats.linear_targets import refuse_modules
 from sparselet.io.files import atomic_directory
@@ -19,7 +19,7 @@ _GENERATION = "generation_config.json"
 def export_checkpoint(
     model: Any,
     tokenizer: Any,
-    adapter: Mapping[str, SparseDelta],
+    adapter: Expert,
     output: str | Path,
     max_shard_size: str = "5GB",
     keep_base: bool = True,
@@ -46,7 +46,7 @@ def export_checkpoint(
 def write_checkpoint(
     model: Any,
     tokenizer: Any,
-    adapter: Mapping[str, SparseDelta],
+    adapter: Expert,
     directory: Path,
     max_shard_size: str = "5GB",
     keep_base: bool = True,

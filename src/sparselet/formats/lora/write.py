@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparselet.adapter import PREFIX
 from sparselet.delta import SparseDelta, check_dense_shape
 from sparselet.errors import ArgumentError, ExportError
+from sparselet.expert import Expert
 from sparselet.formats.linear_targets import linear_targets
 from sparselet.formats.lora.read import A, B
 from sparselet.formats.single_entries.write import write_peft
@@ -24,7 +25,7 @@ WHOLE = 1024  # a smaller side up to which all singular values are computed
 
 
 def export_lora(
-    adapter: Mapping[str, SparseDelta],
+    adapter: Expert,
     output: str | Path,
     rank: int | None = None,
     max_error: float = 0.01,

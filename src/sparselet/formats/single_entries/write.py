@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sparselet.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from sparselet.delta import SparseDelta, check_dense_shape
 from sparselet.errors import ExportError
+from sparselet.expert import Expert
 from sparselet.formats.linear_targets import Target, linear_targets
 from sparselet.formats.single_entries.read import NOTE, SHIRA, SUPER_TUNING, Layout
 from sparselet.io.files import atomic_directory, atomic_write, write_json
@@ -26,7 +27,7 @@ from sparselet.io.tensor_files import TensorStream
 _LARGEST = 2**31 - 1  # PEFT numbers the entries with int32
 
 
-def export_shira(adapter: Mapping[str, SparseDelta], output: str | Path, base: nn.Module | None = None) -> Path:
+def export_shira(adapter: Expert, output: str | Path, base: nn.Module | None = None) -> Path:
     """Write a SHiRA adapter that `PeftModel.from_pretrained` loads without sparselet.
 
     base: the base model, to check that the targets are linear layers (see `linear_targets`).
@@ -48,7 +49,7 @@ def export_shira(adapter: Mapping[str, SparseDelta], output: str | Path, base: n
     return _write(adapter, targets, output, SHIRA, config, lambda shape: r * sum(shape))
 
 
-def export_super_tuning(adapter: Mapping[str, SparseDelta], output: str | Path, base: nn.Module | None = None) -> Path:
+def export_super_tuning(adapter: Expert, output: str | Path, base: nn.Module | None = None) -> Path:
     """Write a Super-Tuning adapter that `PeftModel.from_pretrained` (PEFT 0.21 and later) loads without sparselet.
 
     base: the base model, to check that the targets are linear layers (see `linear_targets`).
@@ -84,7 +85,7 @@ def smallest_fit(targets: list[tuple[int, int]]) -> float:
 def write_peft(
     output: str | Path,
     config: Mapping[str, Any],
-    adapter: Mapping[str, SparseDelta],
+    adapter: Expert,
     names: list[str],
     fill: Callable[[TensorStream], Mapping[str, Any]],
     notes: Mapping[str, str] | None = None,
@@ -93,8 +94,8 @@ def write_peft(
 
     names: of the tensors. Raises OutputExists, WriteFailed, and what `fill` raises; nothing is left then.
     """
-    metadata = getattr(adapter, "metadata", {})
-    about = {field: metadata.get(field) for field in ("base_model_name_or_path", "task_type")}
+    metadata = adapter.metadata
+    about = {"base_model_name_or_path": metadata.base_model_name_or_path, "task_type": metadata.task_type}
     with atomic_directory(output) as directory:
         with atomic_write(directory / WEIGHTS_FILE) as file, TensorStream(file, names, notes) as stream:
             content = {**config, **fill(stream)}
@@ -102,7 +103,7 @@ def write_peft(
     return Path(output)
 
 
-def _entries(adapter: Mapping[str, SparseDelta], base: nn.Module | None) -> dict[str, Target]:
+def _entries(adapter: Expert, base: nn.Module | None) -> dict[str, Target]:
     """The targets that the adapter changes, once PEFT can hold every one as single entries."""
     targets = linear_targets(adapter, base)
     for name, target in targets.items():
@@ -115,16 +116,15 @@ def _entries(adapter: Mapping[str, SparseDelta], base: nn.Module | None) -> dict
 
 
 def _write(
-    adapter: Mapping[str, SparseDelta],
+    adapter: Expert,
     targets: Mapping[str, Target],
     output: str | Path,
     layout: Layout,
     config: Mapping[str, Any],
     count: Callable[[tuple[int, int]], int],
 ) -> Path:
-    fingerprints = getattr(adapter, "fingerprints", {})
     note = {
-        name: {"shape": list(t.shape), "nnz": t.nnz, "fingerprint": dict(fingerprints.get(name) or {}) or None}
+        name: {"shape": list(t.shape), "nnz": t.nnz, "fingerprint": dict(adapter.fingerprints.get(name) or {}) or None}
         for name, t in targets.items()
     }
 

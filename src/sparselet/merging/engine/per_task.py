@@ -11,17 +11,18 @@ from sparselet.adapter import AdapterFile
 from sparselet.adapter_stream import adapter_stream
 from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError, SparseletError, prefix_errors
+from sparselet.expert import Expert
 from sparselet.io.files import atomic_directory, check_output
 from sparselet.io.temporaries import fitting_name
 from sparselet.merging.engine.parallel import in_order
-from sparselet.merging.engine.plan import Expert, Plan, Weight, metadata_of
+from sparselet.merging.engine.plan import ExpertSource, Plan, Weight
 from sparselet.merging.methods import PER_TASK, PER_TASK_SURVEYS
 from sparselet.merging.record import Digests, merged_metadata
 
 
 def merge_per_task(
     output: str | Path,
-    experts: Sequence[Expert | str | Path],
+    experts: Sequence[ExpertSource],
     method: str,
     weights: Sequence[Weight] | None = None,
     parameters: Mapping[str, Any] | None = None,
@@ -68,8 +69,13 @@ def merge_per_task(
                     progress(target)
         merged = merged_metadata(plan, digests)
         for stream, expert in zip(streams, plan.experts, strict=True):
-            own = {key: metadata_of(expert).get(key) for key in ("task", "data_fingerprint", "chat_template", "task_type")}
-            stream.describe({**merged, **own}, plan.fingerprints)
+            own = {
+                "task": expert.metadata.task,
+                "data_fingerprint": expert.metadata.data_fingerprint,
+                "chat_template": expert.metadata.chat_template,
+                "task_type": expert.metadata.task_type,
+            }
+            stream.describe(merged.with_fields(own), plan.fingerprints)
     return [Path(output) / name for name in names]
 
 
@@ -80,18 +86,17 @@ def is_per_task(output: str | Path, experts: Sequence[Expert], method: str) -> b
     """
     names = _names(experts)
     try:
-        merges = [AdapterFile(Path(output) / name).metadata.get("merge") for name in names]
+        merges = [AdapterFile(Path(output) / name).metadata.merge for name in names]
     except (SparseletError, OSError):
         return False
-    return {*names} == {*os.listdir(output)} and all(isinstance(m, dict) and m.get("method") == method for m in merges)
+    return {*names} == {*os.listdir(output)} and all(merge and merge.get("method") == method for merge in merges)
 
 
 def _names(experts: Sequence[Expert]) -> list[str]:
     """A directory name for each expert: its task, or its own directory's; numbered where two are equal."""
     names: list[str] = []
     for i, expert in enumerate(experts, 1):
-        task, path = metadata_of(expert).get("task"), getattr(expert, "path", None)
-        called = str(task or (Path(path).name if path else f"expert-{i}"))
+        called = expert.metadata.task or (expert.path.name if expert.path else f"expert-{i}")
         plain = "".join("-" if character == "/" or not character.isprintable() else character for character in called)
         name = fitting_name(Path(), plain.strip(". ") or f"expert-{i}", "")
         while name in names:

@@ -5,9 +5,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from sparselet.adapter import require_finite
+from sparselet.adapter import as_expert
 from sparselet.delta import SparseDelta
-from sparselet.errors import ArgumentError, ShapeMismatch
+from sparselet.errors import ArgumentError, NonFiniteValue, ShapeMismatch
+from sparselet.expert import Expert
 from sparselet.fingerprint import require_same_base
 from sparselet.formats import BaseModel, open_expert
 from sparselet.merging.algebra.bands import cut, join
@@ -16,7 +17,7 @@ from sparselet.merging.algebra.ranges import require_finite_number
 from sparselet.merging.engine.parallel import MEMORY, in_order
 from sparselet.merging.methods import BY_ENTRY, METHODS, SURVEYED, SURVEYS, Survey, complete_parameters
 
-Expert = Mapping[str, SparseDelta]
+ExpertSource = Expert | Mapping[str, SparseDelta] | str | Path
 Weight = float | Mapping[str, float]
 
 
@@ -29,7 +30,7 @@ class Plan:
 
     def __init__(
         self,
-        experts: Sequence[Expert | str | Path],
+        experts: Sequence[ExpertSource],
         method: str,
         weights: Sequence[Weight] | None,
         parameters: Mapping[str, Any] | None,
@@ -41,26 +42,24 @@ class Plan:
         self.parameters = complete_parameters(method, parameters or {})
         self.weights = check_weights(weights, len(experts))
         model = None if base is None else BaseModel(base)
-        self.experts = [open_expert(e, model) if isinstance(e, (str, Path)) else e for e in experts]
+        self.experts = [open_expert(e, model) if isinstance(e, (str, Path)) else as_expert(e) for e in experts]
         for i, expert in enumerate(self.experts):
-            if getattr(expert, "modules", None) or metadata_of(expert).get("modules_to_save"):
+            if expert.trained_modules:
                 raise ArgumentError(f"{label(expert, i)} trained modules in full (modules_to_save), which cannot be merged.")
         self.shapes = _common_shapes(self.experts)
         check_patterns(self.weights, self.shapes)
         self.fingerprints = _common_fingerprints(self.experts)
         self.surveyed: dict[str, Any] = {}
         # Entries of all experts for each entry of a target, on average.
-        self._crowding = sum(_nnz(expert) / max(1, _size(expert)) for expert in self.experts)
+        self._crowding = sum(expert.nnz / max(1, _size(expert)) for expert in self.experts)
 
     def check_values(self) -> None:
         """Read every expert once for NaN and infinity. Raises NonFiniteValue."""
         for i, expert in enumerate(self.experts):
-            check = getattr(expert, "check_values", None)
-            if check is not None:
-                check()
-                continue
-            for name, delta in expert.items():
-                require_finite(delta.values, f"{label(expert, i)}: {name}")
+            try:
+                expert.check_values()
+            except NonFiniteValue as error:
+                raise error if expert.path else NonFiniteValue(f"{label(expert, i)}: {error}") from error
 
     def survey(self, surveys: Mapping[str, Survey] = SURVEYS) -> None:
         """Read every target, if the method must know the experts as wholes."""
@@ -144,21 +143,15 @@ def check_patterns(weights: Sequence[Weight], shapes: Mapping[str, tuple[int, in
                 raise ArgumentError(f"weight {i}: no target matches {pattern!r}; one is called {next(iter(shapes))}.")
 
 
-def metadata_of(expert: Expert) -> dict[str, Any]:
-    """What an expert's configuration holds beside its deltas; nothing for a plain mapping."""
-    return dict(getattr(expert, "metadata", {}))
-
-
 def label(expert: Expert, position: int) -> str:
     """An expert's path, or its place in the list."""
-    path = getattr(expert, "path", None)
-    return str(path) if path is not None else f"expert {position + 1}"
+    return str(expert.path) if expert.path is not None else f"expert {position + 1}"
 
 
 def _common_shapes(experts: Sequence[Expert]) -> dict[str, tuple[int, int]]:
     shapes: dict[str, tuple[int, int]] = {}
     for i, expert in enumerate(experts):
-        for name, shape in _shapes(expert).items():
+        for name, shape in expert.shapes.items():
             if shapes.setdefault(name, shape) != shape:
                 raise ShapeMismatch(f"{name}: {label(expert, i)} has shape {list(shape)}, an earlier one {list(shapes[name])}.")
     _refuse_other_names(experts)
@@ -168,7 +161,7 @@ def _common_shapes(experts: Sequence[Expert]) -> dict[str, tuple[int, int]]:
 def _refuse_other_names(experts: Sequence[Expert]) -> None:
     """Raise ArgumentError where a target of one expert seems to be another's under a longer name, as of a model with its head
     and one without; what a base model that was given does not have was refused before."""
-    names = [set(_shapes(expert)) for expert in experts]
+    names = [set(expert.shapes) for expert in experts]
     for i, own in enumerate(names):
         for name in sorted(set().union(*names) - own):
             shorter = name
@@ -187,22 +180,12 @@ def _common_fingerprints(experts: Sequence[Expert]) -> dict[str, Mapping[str, st
     """
     found: dict[str, Mapping[str, str] | None] = {}
     for i, expert in enumerate(experts):
-        own = {name: fp for name, fp in getattr(expert, "fingerprints", {}).items() if fp}
+        own = {name: fp for name, fp in expert.fingerprints.items() if fp}
         require_same_base(own, found, f"{label(expert, i)} and the experts before it")
         for name, fp in own.items():
             found[name] = max(fp, found.get(name) or fp, key=lambda one: one["dtype"])  # float64, float32, float16, bfloat16
     return found
 
 
-def _shapes(expert: Expert) -> dict[str, tuple[int, int]]:
-    known = getattr(expert, "shapes", None)
-    return dict(known) if known is not None else {name: delta.shape for name, delta in expert.items()}
-
-
 def _size(expert: Expert) -> int:
-    return sum(rows * columns for rows, columns in _shapes(expert).values())
-
-
-def _nnz(expert: Expert) -> int:
-    known = getattr(expert, "nnz", None)
-    return known if known is not None else sum(delta.nnz for delta in expert.values())
+    return sum(rows * columns for rows, columns in expert.shapes.values())

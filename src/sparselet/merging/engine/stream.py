@@ -12,14 +12,14 @@ from sparselet.delta import SparseDelta
 from sparselet.errors import prefix_errors
 from sparselet.io.files import atomic_directory, check_output
 from sparselet.merging.engine.parallel import in_order
-from sparselet.merging.engine.plan import Expert, Plan, Weight
+from sparselet.merging.engine.plan import ExpertSource, Plan, Weight
 from sparselet.merging.record import Digests, merged_metadata
 
 Target = tuple[str, SparseDelta]
 
 
 def merge(
-    experts: Sequence[Expert | str | Path],
+    experts: Sequence[ExpertSource],
     method: str = "overlap",
     weights: Sequence[Weight] | None = None,
     parameters: Mapping[str, Any] | None = None,
@@ -51,7 +51,7 @@ def merge(
 
 def merge_to(
     output: str | Path,
-    experts: Sequence[Expert | str | Path],
+    experts: Sequence[ExpertSource],
     method: str = "overlap",
     weights: Sequence[Weight] | None = None,
     parameters: Mapping[str, Any] | None = None,

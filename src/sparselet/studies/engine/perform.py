@@ -28,6 +28,7 @@ from sparselet.delta import SparseDelta
 from sparselet.errors import ConfigError, ModelError, SparseletError, TaskError, WriteFailed
 from sparselet.evaluation import EvalResult, EvalSettings, evaluate
 from sparselet.evaluation.metrics import rouge_l_of_each
+from sparselet.expert import Expert
 from sparselet.formats import open_expert
 from sparselet.formats.checkpoint.model_files import MODEL_CONFIG
 from sparselet.io.files import read_object, write_text
@@ -203,7 +204,7 @@ class Performer:
             given["init_from"] = str(self.store.expert(unit.inputs[0].key))
         return TrainSettings(**given)
 
-    def _subject(self, unit: Unit) -> Mapping[str, SparseDelta] | None:
+    def _subject(self, unit: Unit) -> Expert | Mapping[str, SparseDelta] | None:
         """What is written into the base model for an evaluation; None for the base model alone."""
         if not unit.inputs:
             return None
@@ -212,7 +213,7 @@ class Performer:
             return subject
         return {name: subject[name].restrict(masks[0][name]) for name in subject if name in masks[0]}
 
-    def _open(self, unit: Unit) -> Mapping[str, SparseDelta]:
+    def _open(self, unit: Unit) -> Expert:
         """What a unit trained, to be read target by target; or a merge, made in memory."""
         if unit.kind == "merge":
             threads = torch.get_num_threads()
