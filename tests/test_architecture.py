@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ROOT = "sparselet"
 
 GROUND = {"errors", "setting_checks", "io", "kernels"}
-CORE = GROUND | {"adapter_format", "adapter_metadata", "delta", "fingerprint", "masks", "names", "scores"}
+CORE = GROUND | {"adapter_format", "adapter_metadata", "delta", "fingerprint", "masks", "names", "scores", "selection_settings"}
 CORE |= {"adapter", "adapter_stream", "apply", "expert", "model_config"}
 INPUTS = CORE | {"hub", "models", "tasks"}
 APART = ("tuner", "formats", "analysis", "activations", "attention")

@@ -1,12 +1,17 @@
 """Each score against its formula on dense matrices."""
 
+from dataclasses import fields, replace
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.strategies import tile_sums
 
 from sparselet.errors import UnknownScore
 from sparselet.masks import top_k
-from sparselet.scores import RANKS_UNTRAINED, REPLACED, SCORES, Candidate, get_score
+from sparselet.scores import REPLACED, SCORES, Candidate, Score, get_score, score_help
+from sparselet.selection_settings import SelectionSettings
+from sparselet.training import TrainSettings
 
 FORMULAS = {
     "mcs": lambda w, g: w * g,
@@ -21,7 +26,7 @@ SHAPES = ((6, 12), (12, 6), (6, 6))
 def candidate(shape=(6, 12), block_size=1, kept=8, mask=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
     values, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
-    return Candidate(values, gradient, block_size, kept, mask, torch.Generator().manual_seed(seed))
+    return Candidate(gradient, block_size, kept, torch.Generator().manual_seed(seed), mask, values)
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 6])
@@ -36,7 +41,7 @@ def test_a_score_is_its_formula_summed_over_tiles(name, shape, block_size):
 @pytest.mark.parametrize("name", [*FORMULAS, "gd"])
 def test_a_score_reads_transposed_matrices_in_their_own_order(name):
     c = candidate((12, 6), 3)
-    turned = Candidate(c.values.t().contiguous().t(), c.gradient.t().contiguous().t(), 3, c.kept, c.mask, c.generator)
+    turned = replace(c, values=c.values.t().contiguous().t(), gradient=c.gradient.t().contiguous().t())
     torch.testing.assert_close(SCORES[name](turned), SCORES[name](c))
 
 
@@ -84,7 +89,7 @@ def test_grow_and_drop_shrinks_and_grows_to_the_number_kept():
 
 def test_a_dropped_block_does_not_return_at_once_even_where_every_gradient_is_zero():
     c = candidate(kept=5, mask=torch.arange(5))
-    still = Candidate(c.values, torch.zeros_like(c.gradient), 1, 5, c.mask, c.generator)
+    still = replace(c, gradient=torch.zeros_like(c.gradient), kept=5)
     stay = c.values.view(-1)[:5].abs().topk(4).indices.tolist()
     assert top_k(SCORES["gd"](still), 5).tolist() == [*sorted(stay), 5]
 
@@ -97,11 +102,31 @@ def test_random_is_equal_for_equal_seeds_and_differs_for_others():
 def test_scores_said_to_rank_untrained_entries_do_so():
     for name in SCORES:
         c = candidate(kept=4, mask=torch.arange(4))
-        untrained = Candidate(torch.zeros_like(c.values), c.gradient, 1, 4, c.mask, c.generator)
-        assert (len(SCORES[name](untrained)[4:].unique()) > 1) == (name in RANKS_UNTRAINED), name
+        untrained = replace(c, values=torch.zeros_like(c.values), kept=4)
+        assert (len(SCORES[name](untrained)[4:].unique()) > 1) == SCORES[name].ranks_untrained, name
 
 
 def test_an_unknown_score_lists_those_there_are():
     assert get_score("mcs") is SCORES["mcs"]
     with pytest.raises(UnknownScore, match="'snip'; there are mcs, mcs_neg, cs, gm, wm, gd, random"):
         get_score("snip")
+
+
+def test_a_score_is_added_by_one_function_and_one_line(monkeypatch):
+    def steepest(gradient, kept):
+        """Largest k·g."""
+        return gradient.flatten() * kept
+
+    monkeypatch.setitem(SCORES, "steepest", Score(steepest, ranks_untrained=True))
+    assert SelectionSettings(score="steepest", initial_mask="random").interval == 100
+    assert SCORES["steepest"].needs == ("gradient", "kept")
+    assert "steepest: Largest k·g" in score_help()
+    c = candidate(kept=2)
+    assert torch.equal(SCORES["steepest"](replace(c, values=None)), 2 * c.gradient.flatten())
+
+
+def test_the_command_line_and_the_documentation_explain_every_score():
+    page = (Path(__file__).parents[1] / "docs/training.md").read_text()
+    (field,) = [field for field in fields(TrainSettings) if field.name == "score"]
+    assert all(f"{name}: {score.help}" in field.metadata["help"] and score.help for name, score in SCORES.items())
+    assert all(f"| `{name}` | {score.help} |" in page for name, score in SCORES.items())

@@ -17,6 +17,14 @@ def check_settings(settings: Any) -> None:
         _check(name, getattr(settings, name), hint)
 
 
+def check_at_least(settings: Any, bound: float, *names: str) -> None:
+    """Raise ConfigError, naming the field, if one of these fields is below `bound`; None passes. settings: a dataclass."""
+    for name in names:
+        value = vars(settings)[name]
+        if value is not None and value < bound:
+            raise ConfigError(f"{name} must be at least {bound}, got {value}.")
+
+
 def check_seed(seed: Any) -> None:
     """Raise ConfigError unless `seed` is an integer in [0, 2³²)."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < LARGEST:

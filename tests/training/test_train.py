@@ -524,7 +524,7 @@ def test_what_the_model_refuses_leaves_nothing_behind(settings, tmp_path, change
         ({"density": float("nan")}, DensityOutOfRange),
         ({"score": "best"}, UnknownScore),
         ({"task": ""}, ConfigError),
-        ({"block_size": 0}, ConfigError),
+        ({"block_size": 0}, BlockSizeError),
         ({"batch_size": 0}, ConfigError),
         ({"batch_size": 6, "gradient_accumulation": 4}, ConfigError),
         ({"gradient_accumulation": 0}, ConfigError),

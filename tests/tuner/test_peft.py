@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import fields
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -35,6 +37,7 @@ from sparselet.errors import (
     UnsortedIndices,
     WrongBase,
 )
+from sparselet.selection_settings import SelectionSettings
 from sparselet.tuner import UnselectedMaskWarning, sparselet_layers, to_adapter
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -213,6 +216,12 @@ def test_embedding_tied_to_a_target_is_not_changed(make_llama, batch):
 def test_wrong_configuration_is_refused(changes, error):
     with pytest.raises(error):
         SparseletConfig(**changes)
+
+
+def test_the_configuration_has_every_selection_setting_with_its_type_and_default():
+    own = {field.name: (get_type_hints(SparseletConfig)[field.name], field.default) for field in fields(SparseletConfig)}
+    for field in fields(SelectionSettings):
+        assert own[field.name] == (get_type_hints(SelectionSettings)[field.name], field.default)
 
 
 def test_block_size_that_does_not_divide_names_the_target_and_the_sizes_that_fit(make_llama):

@@ -1,6 +1,7 @@
 """Choosing masks: scopes, starts, moments, and what a selection must leave alone."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import sparselet
 from sparselet import SparseAdapter, SparseletConfig
 from sparselet.errors import ConfigError, NonFiniteScore, SelectionError
 from sparselet.masks import blocks_to_keep
+from sparselet.scores import Score
 from sparselet.tuner import sparselet_layers, to_adapter
 
 
@@ -170,7 +172,7 @@ def test_sparse_starts_hold_nothing_dense(make_llama, make_batches):
 def test_sparse_start_refuses_a_score_that_cannot_move_the_mask(score):
     with pytest.raises(ConfigError, match="reselect_every"):
         SparseletConfig(initial_mask="gradient", score=score, reselect_every=10)
-    assert SparseletConfig(initial_mask="gradient", score=score).interval == 0
+    assert SparseletConfig(initial_mask="gradient", score=score).selection.interval == 0
 
 
 def test_value_that_left_a_sparse_start_is_dropped(make_llama, make_batches):
@@ -233,11 +235,11 @@ def test_several_scoring_batches_equal_one_large_batch(make_llama, make_batches,
 def test_score_sees_all_values_and_the_mean_gradient_there(make_llama, make_batches, monkeypatch, count):
     base, batches, seen = make_llama(torch.float64), make_batches(3), []
 
-    def spy(candidate):
-        seen.append(candidate)
-        return candidate.gradient.abs().flatten()
+    def spy(values, gradient, kept, mask):
+        seen.append(SimpleNamespace(values=values, gradient=gradient, kept=kept, mask=mask))
+        return gradient.abs().flatten()
 
-    monkeypatch.setitem(sparselet.SCORES, "spy", spy)
+    monkeypatch.setitem(sparselet.SCORES, "spy", Score(spy))
     model, optimizer = start(base, score="spy", density=0.1)
     for selections in range(2):
         train(model, optimizer, batches)

@@ -29,6 +29,7 @@ from sparselet.fingerprint import fingerprint_weight
 from sparselet.generation.prompts import PromptFormat, end_tokens
 from sparselet.io.files import atomic_write, write_json
 from sparselet.names import Names, refuse_shared
+from sparselet.selection_settings import selection_values
 from sparselet.training.sampling import balanced_rows
 from sparselet.training.schedule import MaskSchedule
 from sparselet.training.settings import TrainSettings
@@ -200,20 +201,10 @@ def sparse_config(context: TrainContext) -> SparseletConfig:
     settings, start = context.settings, context.start
     config = SparseletConfig(
         task_type=_task_type(context.model),
-        density=settings.density,
-        block_size=settings.block_size,
-        score=settings.score,
-        scope=settings.scope,
-        layer_drop=settings.layer_drop,
-        initial_mask=settings.initial_mask,
-        reselect_every=settings.reselect_every,
-        selection_epochs=settings.selection_epochs,
-        score_batches=settings.score_batches,
-        offload=settings.offload,
+        **selection_values(settings),
         target_modules=list(settings.target_modules) or None,
         exclude_modules=list(settings.exclude_modules) or None,
         layers_to_transform=list(settings.layers) or None,
-        seed=settings.seed,
         data_fingerprint=context.data_fingerprint,
     )
     if start is not None:  # as of a saved adapter: these targets, no selection

@@ -91,13 +91,14 @@ class MaskSchedule(TrainerCallback):
             raise SelectionError("scoring batches are drawn from the training data, which must have a length.")
         steps = max(1, -(-len(loader) // args.gradient_accumulation_steps))
         self.phase = max(1, min(round(config.selection_epochs * steps), state.max_steps))
-        self.interval = min(config.interval, max(1, self.phase // MIN_SELECTIONS))
-        if self.interval < config.interval:
+        interval = config.selection.interval
+        self.interval = min(interval, max(1, self.phase // MIN_SELECTIONS))
+        if self.interval < interval:
             logger.warning(
                 "the selection phase has %d optimizer steps, so masks are selected every %d instead of every %d.",
                 self.phase,
                 self.interval,
-                config.interval,
+                interval,
             )
         self.trainer = None if self.loss is not None else trainer_of(state)
         self.scoring_loss = self.loss if self.trainer is None else trainer_loss(self.trainer)

@@ -4,24 +4,12 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from sparselet.errors import ConfigError
-from sparselet.masks import check_density
-from sparselet.scores import get_score
-from sparselet.setting_checks import check_seed, check_settings
+from sparselet.selection_settings import SelectionSettings
+from sparselet.setting_checks import check_at_least
 
 TrainMethod = Literal["sparse", "lora", "full", "full-qkv", "multitask"]
 
-SELECTION = (
-    "density",
-    "block_size",
-    "score",
-    "scope",
-    "layer_drop",
-    "initial_mask",
-    "reselect_every",
-    "selection_epochs",
-    "score_batches",
-    "offload",
-)
+SELECTION = tuple(field.name for field in fields(SelectionSettings) if field.name != "seed")
 TARGETS = ("target_modules", "exclude_modules", "layers")
 # The settings that only some methods know, and those methods.
 ONLY: dict[str, tuple[TrainMethod, ...]] = {
@@ -32,11 +20,8 @@ ONLY: dict[str, tuple[TrainMethod, ...]] = {
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """Settings of `sparselet train`; defaults are the paper's unless said otherwise.
-
-    Raises ConfigError and its kin for a value out of range, or a setting that the method does not know.
-    """
+class TaskSettings:
+    """Which model is trained on which rows, and by which method."""
 
     model: str = "packaged:smollm2-135m"
     """Base model: a hub name, a local directory, or packaged:smollm2-135m."""
@@ -51,26 +36,14 @@ class TrainSettings:
     target_column: str = "target"
     """What the task's rows call the text to produce."""
 
-    density: float = 0.1
-    """Fraction of each target's entries to train, in (0, 1]."""
-    block_size: int = 1
-    """1 trains single entries, B trains tiles of B×B (the paper takes 16)."""
-    score: str = "mcs"
-    """How entries are ranked: mcs (the paper's, as printed), mcs_neg, cs, gm, wm, gd or random."""
-    scope: Literal["target", "global"] = "target"
-    """Keep the fraction in each target, or over all targets together."""
-    layer_drop: bool = False
-    """Leave out layers that no entry above the global threshold lies in."""
-    initial_mask: Literal["dense", "gradient", "random"] = "dense"
-    """Train all entries until the first selection, or start sparse from the gradient or at random."""
-    reselect_every: int | None = None
-    """Optimizer steps between selections; 0 selects once. By default 100, less on small data."""
-    selection_epochs: float = 1.0
-    """Length of the selection phase in epochs."""
-    score_batches: int = 1
-    """Batches averaged for one selection."""
-    offload: bool = False
-    """Keep the selection phase's dense values, and gradients and scores that wait, in CPU memory."""
+
+@dataclass(frozen=True)
+class TrainSettings(SelectionSettings, TaskSettings):
+    """Settings of `sparselet train`; defaults are the paper's unless a field says otherwise.
+
+    Raises ConfigError for a value out of range or a setting that the method does not have, and what `SelectionSettings` raises.
+    """
+
     target_modules: tuple[str, ...] = ()
     """Names that the layers to adapt end in; by default the query, key and value projections."""
     exclude_modules: tuple[str, ...] = ()
@@ -114,42 +87,21 @@ class TrainSettings:
     """Save a checkpoint for --resume after this many steps; 0 saves after each epoch only."""
     report_to: tuple[str, ...] = ()
     """Experiment trackers of transformers, such as tensorboard or wandb."""
-    seed: int = 0
-    """Of the order of the rows, random masks and scoring batches."""
 
     def __post_init__(self) -> None:
-        check_density(self.density)
-        get_score(self.score)
-        check_settings(self)
-        check_seed(self.seed)
+        super().__post_init__()
         names = (self.task,) if isinstance(self.task, str) else tuple(self.task)
         object.__setattr__(self, "task", names[0] if len(names) == 1 else names)
         if not names or not all(names):
             raise ConfigError("task is missing; give --task DIRECTORY, builtin:NAME or a hub data set.")
-        least = {
-            "block_size": 1,
-            "batch_size": 1,
-            "gradient_accumulation": 1,
-            "max_input_length": 1,
-            "score_batches": 1,
-            "patience": 0,
-            "save_steps": 0,
-            "weight_decay": 0,
-            "selection_epochs": 0,
-            "warmup": 0,
-            "lora_rank": 1,
-        }
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ConfigError(f"{name} must be at least {bound}, got {getattr(self, name)}.")
+        counts = ("batch_size", "gradient_accumulation", "max_input_length", "lora_rank", "train_rows", "validation_rows")
+        check_at_least(self, 1, *counts)
+        check_at_least(self, 0, "patience", "save_steps", "weight_decay", "warmup")
         if not self.warmup < 1:
             raise ConfigError(f"warmup is a fraction of the steps, below 1; got {self.warmup}.")
         for name in ("learning_rate", "epochs", "lora_alpha"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}.")
-        for name in ("train_rows", "validation_rows"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.batch_size % self.gradient_accumulation:
             raise ConfigError(
                 f"batch_size {self.batch_size} cannot be divided into {self.gradient_accumulation} accumulation steps."

@@ -5,7 +5,7 @@ import enum
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -14,10 +14,9 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
 
 from sparselet.adapter import AdapterFile, UnfinishedAdapterWarning
 from sparselet.adapter_format import CONFIG_FILE, METHOD, WEIGHTS_FILE, check_config, unnamed_modules
-from sparselet.errors import BlockSizeError, ConfigError
+from sparselet.errors import ConfigError
 from sparselet.io.files import read_object, write_json
-from sparselet.masks import check_density
-from sparselet.scores import RANKS_UNTRAINED, get_score
+from sparselet.selection_settings import InitialMask, Scope, SelectionSettings, selection_values
 
 
 class PeftMethod(enum.StrEnum):
@@ -34,48 +33,35 @@ PICKLE = "adapter_model.bin"  # what PEFT writes with safe_serialization=False, 
 class SparseletConfig(PeftConfig):
     """Configuration of a sparse adapter for `peft.get_peft_model`.
 
-    density: fraction of each target's entries that is trained, in (0, 1]; the paper's keep-ratio.
-    block_size: 1 for single entries, B for tiles of B×B (paper: 16).
-    score: how entries are ranked, a name in `sparselet.SCORES`.
+    density to seed: the settings of mask selection; `SelectionSettings` explains them.
     target_modules: names the target layers end in, or one regular expression for their full names, or "all-linear"; by
         default the query, key and value projections of the language model, found by architecture.
     exclude_modules: the same, for layers to leave out.
     layers_to_transform: indices of the layers to adapt; all by default. Not with a regular expression, which says it itself.
     layers_pattern: the name of the module list that these indices number, where a model has several.
     modules_to_save: modules to train and save in full, such as a new classification head.
-    scope: "target" keeps the fraction in each target, "global" over all targets together.
-    layer_drop: leave out layers in which no score reaches the global threshold (paper, Eq. 5 and 6).
-    initial_mask: "dense" trains all entries until the first selection (the paper); "gradient" selects before the first
-        step by accumulated |g|; "random" starts from random entries. The last two keep nothing dense.
-    reselect_every: optimizer steps between selections (paper: 100); 0 selects once. None: 100, or 0 where the start is
-        not dense and the score cannot rank an entry that was never trained.
-    selection_epochs: length of the selection phase in epochs (paper: 1).
-    score_batches: batches averaged for a selection. One needs a single dense gradient at a time, more need one a target.
-    offload: keep the dense Ŵ of the selection phase, and gradients and scores that wait, in CPU memory (paper, Appendix C).
-    seed: of random masks, random scores and the choice of scoring batches. Adapters with one seed get one random mask,
-        unless their `data_fingerprint` tells them apart, as `sparselet train` sees to.
 
     The remaining fields record a saved adapter (docs/format.md) and are not set by hand; where they are set, they alone say
     which layers are changed. Raises DensityOutOfRange, BlockSizeError, UnknownScore, ConfigError; for the configuration of a
     saved adapter what `SparseAdapter.load` raises.
     """
 
-    density: float = 0.1
-    block_size: int = 1
-    score: str = "mcs"
+    density: float = SelectionSettings.density
+    block_size: int = SelectionSettings.block_size
+    score: str = SelectionSettings.score
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    scope: Literal["target", "global"] = "target"
-    layer_drop: bool = False
-    initial_mask: Literal["dense", "gradient", "random"] = "dense"
-    reselect_every: int | None = None
-    selection_epochs: float = 1.0
-    score_batches: int = 1
-    offload: bool = False
-    seed: int = 0
+    scope: Scope = SelectionSettings.scope
+    layer_drop: bool = SelectionSettings.layer_drop
+    initial_mask: InitialMask = SelectionSettings.initial_mask
+    reselect_every: int | None = SelectionSettings.reselect_every
+    selection_epochs: float = SelectionSettings.selection_epochs
+    score_batches: int = SelectionSettings.score_batches
+    offload: bool = SelectionSettings.offload
+    seed: int = SelectionSettings.seed
 
     format_version: int | None = None
     targets: dict[str, Any] | None = field(default=None, repr=False)
@@ -104,10 +90,7 @@ class SparseletConfig(PeftConfig):
 
     def validate(self) -> None:
         """Check the settings of training."""
-        check_density(self.density)
-        get_score(self.score)
-        if not isinstance(self.block_size, int) or self.block_size < 1:
-            raise BlockSizeError(f"block_size must be a positive integer, got {self.block_size!r}.")
+        _ = self.selection  # checks its values
         pattern = isinstance(self.target_modules, str) and self.target_modules.lower() != ALL_LINEAR
         if pattern and (self.layers_to_transform is not None or self.layers_pattern):
             raise ConfigError(
@@ -116,18 +99,11 @@ class SparseletConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern says where layers are numbered; set layers_to_transform too.")
-        _one_of("scope", self.scope, ("target", "global"))
-        _one_of("initial_mask", self.initial_mask, ("dense", "gradient", "random"))
-        _at_least("score_batches", self.score_batches, 1)
-        _at_least("selection_epochs", self.selection_epochs, 0)
-        if self.reselect_every is not None:
-            _at_least("reselect_every", self.reselect_every, 0)
-        if self.initial_mask != "dense" and self.reselect_every and self.score not in RANKS_UNTRAINED:
-            raise ConfigError(
-                f"score {self.score!r} is 0 for every entry that was never trained, and initial_mask "
-                f"{self.initial_mask!r} trains none outside the mask, so it cannot move the mask every "
-                f"{self.reselect_every} steps. Set reselect_every=0, or a score of {', '.join(sorted(RANKS_UNTRAINED))}."
-            )
+
+    @property
+    def selection(self) -> SelectionSettings:
+        """The settings of mask selection. Raises what `SelectionSettings` raises."""
+        return SelectionSettings(**selection_values(self))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> PeftConfig:
@@ -147,13 +123,6 @@ class SparseletConfig(PeftConfig):
                 file = hf_hub_download(pretrained_model_name_or_path, WEIGHTS_FILE, subfolder=subfolder, **options)
                 _check_saved(Path(file).parent)
         return config
-
-    @property
-    def interval(self) -> int:
-        """Optimizer steps between selections, with the default of `reselect_every` filled in."""
-        if self.reselect_every is not None:
-            return self.reselect_every
-        return 100 if self.initial_mask == "dense" or self.score in RANKS_UNTRAINED else 0
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON can hold them."""
@@ -182,13 +151,3 @@ def _check_saved(directory: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnfinishedAdapterWarning)  # training may go on from it
         AdapterFile(directory)
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
-        raise ConfigError(f"{name} must be a number of at least {least}, got {value!r}.")

@@ -159,17 +159,10 @@ class _Scorer:
             average(gradient, self.group)
         kept = blocks_to_keep(config.density, gradient.numel() // config.block_size**2)
         # The start of initial_mask="gradient" is no mask yet: its entries have no claim to stay.
-        present = None if state.dense or not state.selections else layer.sparse_indices[self.name]
-        scores = self.score(
-            Candidate(
-                values=layer.dense_values(self.name),
-                gradient=gradient,
-                block_size=config.block_size,
-                kept=kept,
-                mask=present,
-                generator=seeded(config.seed, config.data_fingerprint, target, state.selections),
-            )
-        )
+        mask = None if state.dense or not state.selections else layer.sparse_indices[self.name]
+        values = layer.dense_values(self.name) if "values" in self.score.needs else None
+        generator = seeded(config.seed, config.data_fingerprint, target, state.selections)
+        scores = self.score(Candidate(gradient, config.block_size, kept, generator, mask, values))
         self.informed = self.informed or bool(scores.any())
         if self.together:
             self.scores[target] = scores.cpu() if config.offload else scores

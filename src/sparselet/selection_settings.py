@@ -1,0 +1,76 @@
+"""`SelectionSettings`: how the masks of a sparse expert are chosen. PEFT's configuration and training share it."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from sparselet.errors import BlockSizeError, ConfigError
+from sparselet.masks import check_density
+from sparselet.scores import SCORES, get_score, score_help
+from sparselet.setting_checks import check_at_least, check_seed, check_settings
+
+Scope = Literal["target", "global"]
+InitialMask = Literal["dense", "gradient", "random"]
+
+DEFAULT_INTERVAL = 100  # optimizer steps (paper, Appendix)
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """Settings of mask selection; defaults are the paper's.
+
+    Raises DensityOutOfRange, UnknownScore, BlockSizeError, and ConfigError for any other value out of range.
+    """
+
+    density: float = 0.1
+    """Fraction of each target's entries to train, in (0, 1]; the paper's keep-ratio."""
+    block_size: int = 1
+    """1 trains single entries, B trains tiles of B×B (paper: 16)."""
+    score: str = field(default="mcs", metadata={"help": f"How entries are ranked: {score_help()}."})
+    scope: Scope = "target"
+    """Keep the fraction in each target, or over all targets together (global; paper, Eq. 5)."""
+    layer_drop: bool = False
+    """Leave out layers in which no score reaches the global threshold (paper, Eq. 6)."""
+    initial_mask: InitialMask = "dense"
+    """Train all entries until the first selection (dense), or start sparse from the gradient or at random."""
+    reselect_every: int | None = None
+    """Optimizer steps between selections; 0 selects once. By default 100, less on small data."""
+    selection_epochs: float = 1.0
+    """Length of the selection phase in epochs."""
+    score_batches: int = 1
+    """Batches averaged for one selection. One needs a single dense gradient at a time, more need one for each target."""
+    offload: bool = False
+    """Keep the selection phase's dense values, waiting gradients and scores in CPU memory (paper, Appendix C)."""
+    seed: int = 0
+    """Seed of random masks, random scores, scoring batches, and the order of training rows."""
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        score = get_score(self.score)
+        if type(self.block_size) is not int or self.block_size < 1:
+            raise BlockSizeError(f"block_size must be a positive integer, got {self.block_size!r}.")
+        check_settings(self)
+        check_seed(self.seed)
+        check_at_least(self, 0, "reselect_every", "selection_epochs")
+        check_at_least(self, 1, "score_batches")
+        if self.initial_mask != "dense" and self.reselect_every and not score.ranks_untrained:
+            usable = ", ".join(name for name, score in SCORES.items() if score.ranks_untrained)
+            raise ConfigError(
+                f"score {self.score!r} is 0 for entries that were never trained, and initial_mask {self.initial_mask!r} trains "
+                f"only entries in the mask, so it cannot move the mask every {self.reselect_every} steps. Set "
+                f"reselect_every=0, or one of these scores: {usable}."
+            )
+
+    @property
+    def interval(self) -> int:
+        """Optimizer steps between selections, with the default of `reselect_every`; 0 selects once.
+
+        The default is 100, or 0 where the initial mask is not dense and the score cannot rank entries that were never trained.
+        """
+        if self.reselect_every is not None:
+            return self.reselect_every
+        return DEFAULT_INTERVAL if self.initial_mask == "dense" or get_score(self.score).ranks_untrained else 0
+
+
+def selection_values(settings: Any) -> dict[str, Any]:
+    """The values of the fields of `SelectionSettings` that an object, such as a configuration, has under the same names."""
+    return {field.name: vars(settings)[field.name] for field in fields(SelectionSettings)}
