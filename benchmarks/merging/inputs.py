@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparselet import SparseAdapter, SparseDelta
 from sparselet.adapter import WEIGHTS_FILE
-from sparselet.io.files import atomic_directory
+from sparselet.io.atomic import atomic_directory
 from sparselet.models import packaged_model
 
 # (rows, columns) of each target of one layer, by its module's name.

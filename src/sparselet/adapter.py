@@ -36,7 +36,9 @@ from sparselet.errors import (
     SparseletError,
 )
 from sparselet.expert import Expert
-from sparselet.io.files import atomic_directory, atomic_write, check_inside, json_bytes, read_object, replaced_directory
+from sparselet.io.atomic import atomic_directory, atomic_write, replaced_directory
+from sparselet.io.json_files import json_bytes, read_object
+from sparselet.io.paths import check_inside
 from sparselet.io.temporaries import remove_left
 from sparselet.io.tensor_files import TensorFile, TensorStream
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter, adapter_config, add_delta, require_finite, tensor_names
 from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.delta import SparseDelta
-from sparselet.io.files import atomic_write, write_json
+from sparselet.io.atomic import atomic_write
+from sparselet.io.json_files import write_json
 from sparselet.io.tensor_files import TensorStream
 
 

@@ -28,7 +28,8 @@ from transformers.cache_utils import DynamicLayer
 
 from sparselet.errors import MissingExtra, ModelError, SparseletError
 from sparselet.hub import sources as hub
-from sparselet.io.files import atomic_directory, cache_directory
+from sparselet.io.atomic import atomic_directory
+from sparselet.io.paths import cache_directory
 from sparselet.io.printable import reason
 from sparselet.io.temporaries import scratch_directory
 from sparselet.io.tensor_files import TensorFile

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sparselet.io import files, temporaries
+from sparselet.io import atomic, temporaries
 
 EVENTS = {"os.mkdir", "os.rename", "os.rmdir", "os.remove", "os.link", "os.chmod", "os.symlink", "os.truncate"}
 ALL = os.environ.get("SPARSELET_KILLS") == "all"  # every moment, which takes long, rather than a sample
@@ -58,7 +58,7 @@ def run(work: Callable[[], object], at: int = 0, number: int = signal.SIGKILL) -
                 os.dup2(null, stream)
             clock = Clock(at, number)
             os.fsync = clock.ticking(os.fsync)
-            files.exchange = clock.ticking(temporaries.exchange)
+            atomic.exchange = clock.ticking(temporaries.exchange)
             sys.addaudithook(clock.audit)
             try:
                 work()

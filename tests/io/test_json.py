@@ -6,7 +6,7 @@ import pytest
 
 from sparselet import SparseAdapter
 from sparselet.errors import NonFiniteValue
-from sparselet.io.files import json_bytes, write_json
+from sparselet.io.json_files import json_bytes, write_json
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])

@@ -11,16 +11,11 @@ from helpers.tiny import make_adapter, make_model
 
 from sparselet import SparseAdapter
 from sparselet.errors import OutputExists, WriteFailed
-from sparselet.io.files import (
-    atomic_directory,
-    atomic_write,
-    check_output,
-    naming_failure,
-    read_object,
-    replaced_directory,
-    write_json,
-)
+from sparselet.io.atomic import atomic_directory, atomic_write, replaced_directory
+from sparselet.io.json_files import read_object, write_json
+from sparselet.io.paths import check_output
 from sparselet.io.temporaries import held, scratch_directory, temporary_directory, temporary_file
+from sparselet.io.write_errors import convert_write_errors
 from sparselet.merging import MergeRecipe, merge_per_task, read_recipe, recipe_text
 from sparselet.training.train import work_directory
 
@@ -338,14 +333,14 @@ def test_a_per_task_directory_that_holds_something_else_is_not_taken_for_that_of
     ids=str,
 )
 def test_failures_to_write_are_named_whoever_finds_them(error, reason, tmp_path):
-    with pytest.raises(WriteFailed, match=f"cannot write .*out: .*{reason}") as caught, naming_failure(tmp_path / "out"):
+    with pytest.raises(WriteFailed, match=f"cannot write .*out: .*{reason}") as caught, convert_write_errors(tmp_path / "out"):
         raise error
     assert ("disk" in str(caught.value)) == ("No space" in reason or "quota" in reason)
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), KeyError("x")], ids=str)
 def test_other_errors_are_not_taken_for_failures_to_write(error, tmp_path):
-    with pytest.raises(type(error)), naming_failure(tmp_path / "out"):
+    with pytest.raises(type(error)), convert_write_errors(tmp_path / "out"):
         raise error
 
 

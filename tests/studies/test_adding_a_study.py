@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.plans import by_hash, measured
 
-from sparselet.io.files import json_bytes
+from sparselet.io.json_files import json_bytes
 from sparselet.models import model_fingerprint
 from sparselet.studies.arms import Study
 from sparselet.studies.engine.local import Event

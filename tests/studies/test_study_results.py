@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers.plans import by_hash, made, measured
 
-from sparselet.io.files import json_bytes
+from sparselet.io.json_files import json_bytes
 from sparselet.studies.paper.tables import make_tables
 from sparselet.studies.results import results
 

@@ -10,7 +10,7 @@ from sparselet.adapter import SparseAdapter
 from sparselet.cli.terminal import TrainingProgress, note, print_json, progress, quiet_libraries, say, status, table, word
 from sparselet.errors import OutputExists
 from sparselet.evaluation import EvalSettings, evaluate
-from sparselet.io.files import write_json
+from sparselet.io.json_files import write_json
 from sparselet.io.temporaries import remove_left
 from sparselet.merging import merge_to
 from sparselet.models import PACKAGED, load_model, load_tokenizer, packaged_model

@@ -14,7 +14,8 @@ from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, t
 from sparselet.evaluation import EvalResult, EvalSettings, evaluate
 from sparselet.evaluation.metrics import DEFAULT_METRICS, choose_metrics
 from sparselet.expert import Expert
-from sparselet.io.files import check_output, write_text
+from sparselet.io.atomic import write_text
+from sparselet.io.paths import check_output
 from sparselet.models import load_model, load_tokenizer
 from sparselet.tasks.task import load_task
 

@@ -13,7 +13,7 @@ from sparselet.formats.checkpoint.write import export_checkpoint
 from sparselet.formats.gguf import export_gguf_checkpoint
 from sparselet.formats.lora.write import export_lora
 from sparselet.formats.single_entries.write import export_shira, export_super_tuning
-from sparselet.io.files import check_output
+from sparselet.io.paths import check_output
 from sparselet.models import DTYPES, directory_of, load_model, load_tokenizer, lossless_dtype, skeleton
 
 Format = Literal["shira", "supertuning", "lora", "checkpoint", "gguf"]

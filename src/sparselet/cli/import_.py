@@ -6,7 +6,7 @@ from sparselet.adapter import AdapterFile
 from sparselet.cli.opening import open_experts
 from sparselet.cli.terminal import facts, print_json, progress, quiet_libraries, say, word
 from sparselet.formats import save_expert
-from sparselet.io.files import check_output
+from sparselet.io.paths import check_output
 
 
 def import_(expert: str, /, *, out: Path, model: str | None = None, json: bool = False) -> None:

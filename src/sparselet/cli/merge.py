@@ -16,7 +16,9 @@ from sparselet.errors import ConfigError
 from sparselet.evaluation import EvalSettings
 from sparselet.expert import Expert
 from sparselet.formats.checkpoint.write import write_checkpoint
-from sparselet.io.files import atomic_directory, check_output, write_json, write_text
+from sparselet.io.atomic import atomic_directory, write_text
+from sparselet.io.json_files import write_json
+from sparselet.io.paths import check_output
 from sparselet.merging import (
     METHODS,
     PER_TASK,

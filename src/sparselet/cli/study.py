@@ -16,7 +16,7 @@ from sparselet.cli.study_view import live, tell_failures, tell_plan, tell_result
 from sparselet.cli.terminal import note, print_json, quiet_libraries, say, word
 from sparselet.cli.terminal import status as showing
 from sparselet.errors import ConfigError, StudyIncomplete, WriteFailed
-from sparselet.io.files import write_json
+from sparselet.io.json_files import write_json
 from sparselet.models import local_path, model_fingerprint
 from sparselet.report.study_page import write_report
 from sparselet.studies.arms import Study

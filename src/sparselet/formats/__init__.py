@@ -14,7 +14,8 @@ from sparselet.formats.expert import ExpertFile, SomeTargets, leave_out
 from sparselet.formats.lora.read import LoraFile
 from sparselet.formats.single_entries.read import SHIRA, SUPER_TUNING, EntriesFile
 from sparselet.hub import sources as hub
-from sparselet.io.files import check_inside, read_object
+from sparselet.io.json_files import read_object
+from sparselet.io.paths import check_inside
 from sparselet.names import unwrapped
 
 __all__ = [

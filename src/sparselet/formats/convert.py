@@ -8,7 +8,7 @@ import torch
 from sparselet.adapter_stream import adapter_stream
 from sparselet.errors import UnsupportedExpert
 from sparselet.expert import Expert
-from sparselet.io.files import atomic_directory
+from sparselet.io.atomic import atomic_directory
 
 
 def save_expert(expert: Expert, output: str | Path, progress: Callable[[str], None] | None = None) -> Path:

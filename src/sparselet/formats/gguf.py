@@ -11,7 +11,8 @@ from sparselet.expert import Expert
 from sparselet.formats.checkpoint.model_files import MODEL_CONFIG, ModelFiles
 from sparselet.formats.checkpoint.write import write_checkpoint
 from sparselet.formats.linear_targets import refuse_modules
-from sparselet.io.files import atomic_directory, read_object, write_json
+from sparselet.io.atomic import atomic_directory
+from sparselet.io.json_files import read_object, write_json
 
 # The converter's table (llama.cpp, conversion/), for the classes of transformers whose tensors it takes one by one.
 ARCHITECTURES = {

@@ -7,7 +7,7 @@ from typing import Any
 from sparselet.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.errors import MissingFile, MissingTensor, UnknownTensor, UnsupportedExpert
-from sparselet.io.files import check_inside
+from sparselet.io.paths import check_inside
 from sparselet.io.tensor_files import TensorFile
 from sparselet.names import unwrapped
 

@@ -20,15 +20,11 @@ from typing import Any
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, require_finite
 from sparselet.errors import BadConfig, FormatError, MissingExtra, MissingFile, ModelError
 from sparselet.hub.card import model_card, peft_card
-from sparselet.io.files import (
-    atomic_directory,
-    check_inside,
-    check_output,
-    naming_failure,
-    read_object,
-    write_text,
-)
+from sparselet.io.atomic import atomic_directory, write_text
+from sparselet.io.json_files import read_object
+from sparselet.io.paths import check_inside, check_output
 from sparselet.io.tensor_files import TensorFile
+from sparselet.io.write_errors import convert_write_errors
 
 CARD_FILE = "README.md"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "run.json", "merge_counts.safetensors", CARD_FILE)
@@ -282,7 +278,7 @@ def _cached(name: str, absent: str) -> Path:
 def _download(name: str, commit: str, files: list[str]) -> Path:
     """The snapshot of a commit in the hub library's cache, with all the files in it. Raises ModelError, WriteFailed."""
     hub, (repository, revision) = _hub(), parse_name(name)
-    with naming_failure(hub.constants.HF_HUB_CACHE):
+    with convert_write_errors(hub.constants.HF_HUB_CACHE):
         try:
             directory = Path(
                 hub.snapshot_download(

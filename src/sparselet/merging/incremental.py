@@ -36,7 +36,8 @@ from sparselet.errors import (
 )
 from sparselet.expert import Expert
 from sparselet.formats import open_expert
-from sparselet.io.files import atomic_directory, atomic_write, check_inside, check_output
+from sparselet.io.atomic import atomic_directory, atomic_write
+from sparselet.io.paths import check_inside, check_output
 from sparselet.io.tensor_files import TensorFile, TensorStream
 from sparselet.kernels import selected
 from sparselet.merging.algebra.entries import common_blocks, compact, per_block

@@ -7,7 +7,7 @@ from typing import Any, cast
 import matplotlib
 import numpy as np
 
-from sparselet.io.files import atomic_write
+from sparselet.io.atomic import atomic_write
 from sparselet.report.summary import Cell
 
 matplotlib.use("Agg")  # before pyplot: there may be no screen

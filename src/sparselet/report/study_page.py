@@ -8,7 +8,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from sparselet.io.files import atomic_write, check_inside, write_text
+from sparselet.io.atomic import atomic_write, write_text
+from sparselet.io.paths import check_inside
 from sparselet.report import charts, sheet
 from sparselet.report.quantities import clock, size, told
 

@@ -27,7 +27,8 @@ from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError, ConfigError, NoTargets, TrainingDiverged
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.generation.prompts import PromptFormat, end_tokens
-from sparselet.io.files import atomic_write, write_json
+from sparselet.io.atomic import atomic_write
+from sparselet.io.json_files import write_json
 from sparselet.names import Names, refuse_shared
 from sparselet.selection_settings import selection_values
 from sparselet.training.sampling import balanced_rows

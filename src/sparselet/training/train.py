@@ -22,8 +22,11 @@ from sparselet.apply import target_weights
 from sparselet.errors import ConfigError, OutputExists
 from sparselet.generation.prompts import PromptFormat, prompt_format
 from sparselet.hub.sources import directory_of
-from sparselet.io.files import atomic_directory, check_output, naming_failure, parents_of, read_object, utf8_path, write_json
+from sparselet.io.atomic import atomic_directory
+from sparselet.io.json_files import read_object, write_json
+from sparselet.io.paths import check_output, parents_of, utf8_path
 from sparselet.io.temporaries import fitting_name, held, remove_directory, remove_left
+from sparselet.io.write_errors import convert_write_errors
 from sparselet.models import load_model, load_tokenizer
 from sparselet.tasks.task import Task, load_task
 from sparselet.training.collate import Collator, Encoded, collator, encode
@@ -223,7 +226,7 @@ def _fit(
     with preserve_switches(context.model, context.settings), utf8_path(work) as place:
         every = [*trainable.callbacks, *callbacks]
         trainer = make_trainer(trainable.module, collate, rows, context.settings, place, every, trainable.autocast)
-        with naming_lost_process(), naming_failure(work, "Checkpoints that are whole are kept for --resume."):
+        with naming_lost_process(), convert_write_errors(work, "Checkpoints that are whole are kept for --resume."):
             trainer.train(resume_from_checkpoint=str(place / checkpoint.name) if checkpoint else None)
     return trainer.state
 

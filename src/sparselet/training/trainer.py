@@ -27,7 +27,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from sparselet.errors import MissingTensor, TrainingDiverged
 from sparselet.generation.prefix import model_inputs, token_loss
-from sparselet.io.files import atomic_write, flush, naming_failure
+from sparselet.io.atomic import atomic_write, flush
+from sparselet.io.write_errors import convert_write_errors
 from sparselet.training.collate import IGNORED, Encoded
 from sparselet.training.processes import needs_cpu, share_of_batch
 from sparselet.training.sampling import LengthGroupedSampler, Rows, without_labels
@@ -199,7 +200,7 @@ class RunTrainer(Trainer):
             (checkpoint / COMPLETE).unlink()
             flush(checkpoint)
         self.accelerator.wait_for_everyone()
-        with warnings.catch_warnings(), naming_failure(checkpoint, "Checkpoints before it are kept for --resume."):
+        with warnings.catch_warnings(), convert_write_errors(checkpoint, "Checkpoints before it are kept for --resume."):
             warnings.simplefilter("ignore", UnselectedMaskWarning)  # the masks will be selected when it goes on
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # each process writes the state of its own generators

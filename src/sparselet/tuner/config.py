@@ -15,7 +15,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
 from sparselet.adapter import AdapterFile, UnfinishedAdapterWarning
 from sparselet.adapter_format import CONFIG_FILE, METHOD, WEIGHTS_FILE, check_config, unnamed_modules
 from sparselet.errors import ConfigError
-from sparselet.io.files import read_object, write_json
+from sparselet.io.json_files import read_object, write_json
 from sparselet.selection_settings import InitialMask, Scope, SelectionSettings, selection_values
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sparselet.errors import BadConfig, ConfigError, MissingExtra, WriteFailed
-from sparselet.io.files import write_json
+from sparselet.io.json_files import write_json
 from sparselet.studies.engine.store import ANSWERS, EXPERT, Store
 from sparselet.studies.engine.unit import Unit
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sparselet.errors import BadConfig, MissingFile, MissingTensor, UnsafePath, UnsupportedExpert
-from sparselet.io.files import read_object
+from sparselet.io.json_files import read_object
 from sparselet.io.tensor_files import TensorFile
 
 MODEL_CONFIG = "config.json"

@@ -11,7 +11,7 @@ from sparselet.apply import absorb, applied
 from sparselet.expert import Expert
 from sparselet.formats.checkpoint.base_files import copy_base_files
 from sparselet.formats.linear_targets import refuse_modules
-from sparselet.io.files import atomic_directory
+from sparselet.io.atomic import atomic_directory
 
 _GENERATION = "generation_config.json"
 

@@ -21,7 +21,8 @@ from sparselet.errors import ExportError
 from sparselet.expert import Expert
 from sparselet.formats.linear_targets import Target, linear_targets
 from sparselet.formats.single_entries.read import NOTE, SHIRA, SUPER_TUNING, Layout
-from sparselet.io.files import atomic_directory, atomic_write, write_json
+from sparselet.io.atomic import atomic_directory, atomic_write
+from sparselet.io.json_files import write_json
 from sparselet.io.tensor_files import TensorStream
 
 _LARGEST = 2**31 - 1  # PEFT numbers the entries with int32

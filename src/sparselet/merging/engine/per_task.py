@@ -12,7 +12,8 @@ from sparselet.adapter_stream import adapter_stream
 from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError, SparseletError, prefix_errors
 from sparselet.expert import Expert
-from sparselet.io.files import atomic_directory, check_output
+from sparselet.io.atomic import atomic_directory
+from sparselet.io.paths import check_output
 from sparselet.io.temporaries import fitting_name
 from sparselet.merging.engine.parallel import in_order
 from sparselet.merging.engine.plan import ExpertSource, Plan, Weight

@@ -10,7 +10,8 @@ from sparselet.adapter import SparseAdapter, require_finite
 from sparselet.adapter_stream import adapter_stream
 from sparselet.delta import SparseDelta
 from sparselet.errors import prefix_errors
-from sparselet.io.files import atomic_directory, check_output
+from sparselet.io.atomic import atomic_directory
+from sparselet.io.paths import check_output
 from sparselet.merging.engine.parallel import in_order
 from sparselet.merging.engine.plan import ExpertSource, Plan, Weight
 from sparselet.merging.record import Digests, merged_metadata

@@ -31,7 +31,8 @@ from sparselet.evaluation.metrics import rouge_l_of_each
 from sparselet.expert import Expert
 from sparselet.formats import open_expert
 from sparselet.formats.checkpoint.model_files import MODEL_CONFIG
-from sparselet.io.files import read_object, write_text
+from sparselet.io.atomic import write_text
+from sparselet.io.json_files import read_object
 from sparselet.io.tensor_files import TensorFile
 from sparselet.masks import layer_of
 from sparselet.merging import merge, merge_to

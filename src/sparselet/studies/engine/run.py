@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from sparselet.errors import StudyRunning, WriteFailed
-from sparselet.io.files import naming_failure
+from sparselet.io.write_errors import convert_write_errors
 from sparselet.studies.engine.cost import Estimates
 from sparselet.studies.engine.jobs import Job, make_jobs, priorities, seconds_left, stored
 from sparselet.studies.engine.local import Event, Executor
@@ -50,7 +50,7 @@ def claimed(store: Store) -> Iterator[int]:
 
     Raises StudyRunning, WriteFailed.
     """
-    with naming_failure(store.lock):
+    with convert_write_errors(store.lock):
         store.lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(store.lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:

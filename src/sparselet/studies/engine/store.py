@@ -20,8 +20,11 @@ from typing import Any
 import fsspec
 
 from sparselet.errors import BadConfig, ConfigError, MissingExtra
-from sparselet.io.files import atomic_directory, atomic_write, cache_directory, json_bytes, naming_failure, write_json
+from sparselet.io.atomic import atomic_directory, atomic_write
+from sparselet.io.json_files import json_bytes, write_json
+from sparselet.io.paths import cache_directory
 from sparselet.io.temporaries import remove_all_left, scratch_directory
+from sparselet.io.write_errors import convert_write_errors
 from sparselet.studies.engine.unit import Unit
 
 UNIT, RESULT, COST = "unit.json", "result.json", "cost.json"
@@ -68,7 +71,7 @@ class Store:
     def directory(self, unit: Unit) -> Path:
         """Where a unit's files are made. Half-written ones of an attempt that was killed are removed."""
         directory = self.path / "units" / unit.key
-        with naming_failure(directory):
+        with convert_write_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
             for left in directory.glob(".*.tmp"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -134,7 +137,7 @@ class Store:
         names = self._names("failed/*.json")
         for name in (f"failed/{key}.json" for key in keys):
             if name in names:
-                with naming_failure(name):
+                with convert_write_errors(name):
                     (self.path / name).unlink() if self._remote is None else self._remote.rm_file(f"{self._root}/{name}")
 
     def _names(self, pattern: str) -> set[str]:
@@ -167,7 +170,7 @@ class Store:
                 file.write(content)
             return
         there = f"{self._root}/{name}"
-        with naming_failure(f"{self.out}/{name}"):
+        with convert_write_errors(f"{self.out}/{name}"):
             self._remote.makedirs(self._remote._parent(there), exist_ok=True)
             with self._remote.transaction, self._remote.open(there, "wb") as file:
                 if isinstance(content, bytes):
