@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,8 @@ from sparselet.cli import opening
 from sparselet.errors import ModelError
 from sparselet.evaluation import EvalResult
 from sparselet.formats import open_expert
-from sparselet.merging import PER_TASK, merge_with_counts, read_recipe
+from sparselet.merging import merge_with_counts, per_expert_methods, read_recipe
 from sparselet.merging.incremental import COUNTS_FILE
-from sparselet.merging.methods import defaults
 
 searching = importlib.import_module("sparselet.workflows.search")
 
@@ -97,7 +97,7 @@ def test_weights_and_parameters(cli, tmp_path, experts):
     assert "Parameters: density = 0.5, scale = 1.0, merge = ties, rescale = density, seed = 7" in out
     recipe = read_recipe(tmp_path / "x" / "recipe.toml")
     assert (recipe.method, recipe.weights) == ("dare", (-1.0, 0.5))
-    assert recipe.parameters == {**defaults("dare"), **parameters}
+    assert recipe.parameters == {**METHODS["dare"].defaults, **parameters}
 
 
 def test_settings_come_from_a_file_too(cli, tmp_path, experts):
@@ -146,7 +146,7 @@ def test_a_checkpoint_is_the_base_model_with_the_adapter_applied(cli, tmp_path, 
         assert contents(tmp_path / "x") == contents(tmp_path / "y")
 
 
-@pytest.mark.parametrize("method", PER_TASK)
+@pytest.mark.parametrize("method", per_expert_methods())
 def test_one_adapter_an_expert(cli, tmp_path, experts, method):
     flags = ("--method", method, "--per-task", tmp_path / "parts")
     code, out, err = cli("merge", *experts, "--out", tmp_path / "x", *flags)
@@ -411,7 +411,7 @@ def test_help_lists_the_methods(cli):
     _, out, _ = cli("merge", "--help")
     said = " ".join(line.strip("│ ") for line in out.splitlines())
     assert f"How to merge, overlap by default: {', '.join(METHODS)}." in said
-    assert f"({', '.join(PER_TASK)})" in said
+    assert f"({', '.join(per_expert_methods())})" in said
 
 
 # Stopped, and a full disk
@@ -429,7 +429,7 @@ def test_ctrl_c_in_a_merge_leaves_nothing(cli, tmp_path, base_dir, experts, monk
             raise KeyboardInterrupt
         return deltas[0]
 
-    monkeypatch.setitem(METHODS, "overlap", interrupt)
+    monkeypatch.setitem(METHODS, "overlap", replace(METHODS["overlap"], function=interrupt))
     arguments = ("--out", tmp_path / "x", "--as", kind, "--model", base_dir, "--workers", workers)
     code, out, err = cli("merge", *experts, *arguments)
     assert len(calls) >= 3
@@ -451,7 +451,7 @@ def test_ctrl_c_elsewhere_leaves_nothing(cli, tmp_path, base_dir, task_dir, expe
         monkeypatch.setattr(searching, "evaluate", interrupt)
         flags = [*flags, "weights", "--validation", task_dir, "--model", base_dir]
     else:
-        monkeypatch.setitem(PER_TASK, "emr", interrupt)
+        monkeypatch.setitem(METHODS, "emr", replace(METHODS["emr"], per_expert=interrupt))
         flags = [*flags, tmp_path / "parts"]
     before = contents(tmp_path)
     assert cli("merge", experts[0], third, "--out", tmp_path / "x", *flags)[0] == 130

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from sparselet.errors import ArgumentError, ConfigError, MissingExtra, SparseletError, UnknownMethod
 from sparselet.merging import METHODS, MergeRecipe, merge_to, read_recipe, recipe_text
-from sparselet.merging.methods import defaults
 
 
 def there_and_back(recipe, directory):
@@ -33,7 +32,7 @@ def test_a_recipe_comes_back_as_it_was(tmp_path_factory, experts, data):
         tuple(experts),
         method,
         tuple(data.draw(weights | patterns) for _ in experts),
-        {"density": 0.8} if "density" in defaults(method) else {},
+        {"density": 0.8} if "density" in METHODS[method].defaults else {},
         data.draw(st.sampled_from([None, "packaged:smollm2-135m", "gpt2", "org/base@v1"])),
         method == "overlap" and data.draw(st.booleans()),
     )
@@ -43,7 +42,7 @@ def test_a_recipe_comes_back_as_it_was(tmp_path_factory, experts, data):
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_are_filled_in_and_written(tmp_path, method):
     recipe = MergeRecipe(("org/a", "org/b"), method)
-    assert recipe.parameters == defaults(method)
+    assert recipe.parameters == METHODS[method].defaults
     assert recipe.weights == (1.0, 1.0)
     assert there_and_back(recipe, tmp_path) == recipe
 

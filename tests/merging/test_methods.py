@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from sparselet import SparseDelta
 from sparselet.errors import ArgumentError, UnknownMethod
-from sparselet.merging.methods import METHODS, PER_TASK, SURVEYED, complete_parameters, defaults
+from sparselet.merging.method import STATS
+from sparselet.merging.methods import METHODS, complete_parameters, per_expert_methods
 
 # What leaves a single expert as it is, where the defaults are meant to change it.
 NEUTRAL = {
@@ -37,11 +38,16 @@ NO_CANCELLING = {
 # Where an entry selected with value 0 is not the same as one that is not selected, and why.
 COUNTS_MASKS = {"overlap": "Eq. 4 divides by how many masks select an entry"}
 
+
+def defaults(method):
+    return METHODS[method].defaults
+
+
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def neutral(method, deltas, weights):
-    return METHODS[method](deltas, weights, **NEUTRAL.get(method, {}))
+    return METHODS[method].function(deltas, weights, **NEUTRAL.get(method, {}))
 
 
 def mixed_deltas(dtype=torch.float32):
@@ -83,9 +89,9 @@ def test_weights_one_and_minus_one_cancel(method, deltas):
 @pytest.mark.parametrize("parameters", [NEUTRAL, {}], ids=["neutral", "default"])
 def test_order_matters_only_to_rounding(method, parameters):
     deltas, given = mixed_deltas(), parameters.get(method, {})
-    expected = METHODS[method](deltas, WEIGHTS, **given)
+    expected = METHODS[method].function(deltas, WEIGHTS, **given)
     for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3], [1, 2, 3, 4, 0]):
-        found = METHODS[method]([deltas[i] for i in order], [WEIGHTS[i] for i in order], **given)
+        found = METHODS[method].function([deltas[i] for i in order], [WEIGHTS[i] for i in order], **given)
         torch.testing.assert_close(found.to_dense(), expected.to_dense(), rtol=1e-5, atol=1e-6)
         assert torch.equal(spelt_out(found)[1], spelt_out(expected)[1])
 
@@ -94,7 +100,9 @@ def test_order_matters_only_to_rounding(method, parameters):
 @pytest.mark.parametrize("parameters", [NEUTRAL, {}], ids=["neutral", "default"])
 def test_tiles_are_merged_as_their_entries(method, parameters):
     deltas, given = [normal(random_delta((6, 12), 3, 0.5, i), i) for i in range(3)], parameters.get(method, {})
-    tiles, entries = (METHODS[method](experts, WEIGHTS[:3], **given) for experts in (deltas, [d.expand() for d in deltas]))
+    tiles, entries = (
+        METHODS[method].function(experts, WEIGHTS[:3], **given) for experts in (deltas, [d.expand() for d in deltas])
+    )
     torch.testing.assert_close(tiles.to_dense(), entries.to_dense(), rtol=1e-6, atol=1e-7)
     assert torch.equal(spelt_out(tiles)[1], spelt_out(entries)[1])
 
@@ -102,7 +110,10 @@ def test_tiles_are_merged_as_their_entries(method, parameters):
 @every_method
 def test_half_precision_experts_are_merged_in_float32(method):
     low = mixed_deltas(torch.bfloat16)
-    found, expected = METHODS[method](low, WEIGHTS), METHODS[method]([d.to(torch.float32) for d in low], WEIGHTS)
+    found, expected = (
+        METHODS[method].function(low, WEIGHTS),
+        METHODS[method].function([d.to(torch.float32) for d in low], WEIGHTS),
+    )
     assert found.values.dtype == torch.float32
     assert bytes_of(found) == bytes_of(expected)
 
@@ -114,17 +125,17 @@ def test_sparse_experts_are_merged_as_dense_ones(method, parameters):
         pytest.skip(COUNTS_MASKS[method])
     given = parameters.get(method, {})
     dense = [SparseDelta.from_dense(d.to_dense(), torch.ones(d.shape, dtype=torch.bool)) for d in mixed_deltas()]
-    expected = METHODS[method](dense, WEIGHTS, **given).to_dense()
-    torch.testing.assert_close(METHODS[method](mixed_deltas(), WEIGHTS, **given).to_dense(), expected)
+    expected = METHODS[method].function(dense, WEIGHTS, **given).to_dense()
+    torch.testing.assert_close(METHODS[method].function(mixed_deltas(), WEIGHTS, **given).to_dense(), expected)
     some = [*mixed_deltas()[:2], *dense[2:]]
-    torch.testing.assert_close(METHODS[method](some, WEIGHTS, **given).to_dense(), expected)
+    torch.testing.assert_close(METHODS[method].function(some, WEIGHTS, **given).to_dense(), expected)
 
 
 @every_method
 def test_experts_that_change_nothing_merge_to_nothing(method):
     empty, no_tiles = SparseDelta.empty((6, 12)), random_delta((6, 12), 3, 0.0)
     for experts in ([empty], [empty, empty], [empty, no_tiles, empty]):
-        merged = METHODS[method](experts, [1.0] * len(experts))
+        merged = METHODS[method].function(experts, [1.0] * len(experts))
         assert (merged.shape, merged.nnz) == ((6, 12), 0)
 
 
@@ -133,7 +144,7 @@ def test_experts_that_change_nothing_merge_to_nothing(method):
 @given(deltas=distinct(2, 4), weights=st.lists(st.sampled_from([-1.0, 0.0, 0.5, 3.0]), min_size=4, max_size=4))
 def test_the_merged_values_are_finite_and_their_mask_is_within_the_union(method, deltas, weights):
     weights = [*weights[: len(deltas) - 1], 5.0 - sum(weights[: len(deltas) - 1])]  # that do not sum to 0
-    merged = METHODS[method](deltas, weights)
+    merged = METHODS[method].function(deltas, weights)
     assert merged.values.isfinite().all()
     assert not (spelt_out(merged)[1] & ~torch.stack([spelt_out(d)[1] for d in deltas]).any(0)).any()
 
@@ -141,13 +152,13 @@ def test_the_merged_values_are_finite_and_their_mask_is_within_the_union(method,
 @every_method
 def test_zeros_that_are_selected_stay_zero(method):
     zeros = [d.scale(0) for d in mixed_deltas()]
-    assert not METHODS[method](zeros, WEIGHTS).values.any()
+    assert not METHODS[method].function(zeros, WEIGHTS).values.any()
 
 
 @every_method
 def test_experts_are_left_as_they_were(method):
     deltas = mixed_deltas()
-    METHODS[method](deltas, WEIGHTS)
+    METHODS[method].function(deltas, WEIGHTS)
     assert [bytes_of(d) for d in deltas] == [bytes_of(d) for d in mixed_deltas()]
 
 
@@ -156,14 +167,14 @@ def test_equal_input_gives_equal_bytes_with_any_number_of_threads(method):
     deltas, threads, found = [normal(random_delta((192, 576), 1, 0.5, i), i) for i in range(3)], torch.get_num_threads(), set()
     for count in (1, 1, 2, 5):
         torch.set_num_threads(count)
-        found.add(bytes_of(METHODS[method](deltas, [1.0, 0.5, 2.0])))
+        found.add(bytes_of(METHODS[method].function(deltas, [1.0, 0.5, 2.0])))
     torch.set_num_threads(threads)
     assert len(found) == 1
 
 
 def digests():
     """A digest of each method's result."""
-    return {name: hashlib.sha256(bytes_of(METHODS[name](mixed_deltas(), WEIGHTS))).hexdigest() for name in METHODS}
+    return {name: hashlib.sha256(bytes_of(METHODS[name].function(mixed_deltas(), WEIGHTS))).hexdigest() for name in METHODS}
 
 
 def test_equal_input_gives_equal_bytes_in_another_process():
@@ -176,10 +187,10 @@ def test_equal_input_gives_equal_bytes_in_another_process():
     assert json.loads(done.stdout) == digests()
 
 
-@pytest.mark.parametrize("method", PER_TASK)
+@pytest.mark.parametrize("method", per_expert_methods())
 def test_methods_that_compress_give_each_expert_a_delta_on_its_own_mask(method):
     deltas = mixed_deltas()
-    experts = PER_TASK[method](deltas, WEIGHTS)
+    experts = METHODS[method].per_expert(deltas, WEIGHTS)
     assert len(experts) == len(deltas)
     for expert, delta in zip(experts, deltas, strict=True):
         assert torch.equal(spelt_out(expert)[1], spelt_out(delta)[1])
@@ -190,7 +201,7 @@ def test_methods_that_compress_give_each_expert_a_delta_on_its_own_mask(method):
 def test_parameters_are_completed_with_their_defaults(method):
     assert complete_parameters(method, {}) == defaults(method)
     assert complete_parameters(method, NEUTRAL.get(method, {})) == {**defaults(method), **NEUTRAL.get(method, {})}
-    assert not set(defaults(method)) & set(SURVEYED)
+    assert STATS not in defaults(method)
 
 
 @every_method
@@ -198,9 +209,8 @@ def test_a_parameter_the_method_does_not_take_is_refused(method):
     takes = f"it takes {', '.join(defaults(method))}" if defaults(method) else "it takes none"
     with pytest.raises(UnknownMethod, match=f"{method} has no parameter 'sparsity'; {takes}"):
         complete_parameters(method, {"sparsity": 0.2})
-    for surveyed in SURVEYED:
-        with pytest.raises(UnknownMethod, match=f"no parameter '{surveyed}'"):
-            complete_parameters(method, {surveyed: [1.0]})
+    with pytest.raises(UnknownMethod, match=f"no parameter '{STATS}'"):
+        complete_parameters(method, {STATS: [1.0]})
 
 
 @pytest.mark.parametrize(("method", "parameter"), [(m, p) for m in METHODS for p in defaults(m)])
@@ -219,7 +229,8 @@ def test_the_documentation_lists_the_method_with_its_parameters_and_defaults(met
     page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     (row,) = [line for line in page.splitlines() if line.startswith(f"| `{method}` |")]
     parameters = ", ".join(f"`{name}` {as_documented(value)}" for name, value in defaults(method).items())
-    assert row.split(" |")[-3].strip("| ") == parameters
+    formula = METHODS[method].formula.replace("|", "\\|")
+    assert row == f"| `{method}` | {formula} | {f'{parameters} ' if parameters else ''}| {METHODS[method].source} |"
 
 
 def test_an_unknown_method_lists_those_there_are():

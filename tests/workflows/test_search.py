@@ -13,7 +13,6 @@ from sparselet import SparseAdapter, SparseDelta, merge
 from sparselet.errors import ConfigError, MissingExtra, MissingFile, TaskError
 from sparselet.evaluation import EvalResult, EvalSettings, evaluate
 from sparselet.merging import METHODS, MergeRecipe
-from sparselet.merging.methods import defaults
 from sparselet.models import load_model, load_tokenizer
 from sparselet.tasks.task import Row, Task, load_task
 from sparselet.workflows.search import SearchSettings, Trial, search
@@ -106,11 +105,11 @@ def test_more_trials_find_better_weights(recipe, scores):
 # Density and λ
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if "density" in defaults(m)])
+@pytest.mark.parametrize("method", [m for m in METHODS if "density" in METHODS[m].defaults])
 def test_the_density_of_every_method_that_has_one_can_be_searched(recipe, scores, method):
     recipe = MergeRecipe(recipe.experts, method)
     result = run(recipe, SearchSettings("density", trials=6))
-    assert result.trials[0].chosen == {"density": defaults(method)["density"]}
+    assert result.trials[0].chosen == {"density": METHODS[method].defaults["density"]}
     assert len({trial.chosen["density"] for trial in result.trials}) == 6
     assert all(0.02 <= trial.chosen["density"] <= 1 for trial in result.trials)
     scores.by = lambda dense: float(len(scores.merged))  # the last is the best
@@ -128,7 +127,7 @@ def test_the_range_ends_where_the_method_refuses(recipe, scores):
         assert max(drawn) - min(drawn) > 0.5 * (high - low) or low == high
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if "scale" in defaults(m)])
+@pytest.mark.parametrize("method", [m for m in METHODS if "scale" in METHODS[m].defaults])
 def test_lambda_is_the_methods_scale(recipe, scores, method):
     asked = MergeRecipe(recipe.experts, method, (0.5, 1.0), {"scale": 0.75})
     scores.by = lambda dense: float(len(scores.merged))

@@ -21,13 +21,13 @@ from sparselet.io.json_files import write_json
 from sparselet.io.paths import check_output
 from sparselet.merging import (
     METHODS,
-    PER_TASK,
     MergeRecipe,
     change_merge,
     is_per_task,
     merge_per_task,
     merge_to,
     merge_with_counts,
+    per_expert_methods,
     read_recipe,
     recipe_text,
 )
@@ -39,7 +39,7 @@ RECIPE_FILE = "recipe.toml"
 SEARCH_FILE = "search.json"
 
 Many = Parameter(consume_multiple=True, negative="")
-_PER_TASK = f"Also write one adapter an expert to this directory: the merge under the expert's mask ({', '.join(PER_TASK)})."
+_PER_TASK = "Also write one adapter per expert to this directory: the merge under the expert's mask ({})."
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def merge_(
     as_: Annotated[Literal["adapter", "checkpoint"], Parameter(name="--as")] = "adapter",
     dtype: str | None = None,
     keep_counts: bool = False,
-    per_task: Annotated[Path | None, Parameter(help=_PER_TASK)] = None,
+    per_task: Annotated[Path | None, Parameter(help=_PER_TASK.format(", ".join(per_expert_methods())))] = None,
     add: Annotated[list[str] | None, Many] = None,
     remove: Annotated[list[str] | None, Many] = None,
     searching: Annotated[SearchSettings | None, Parameter(name="*")] = None,
@@ -286,8 +286,8 @@ def _check_per_task(directory: Path, out: Path, method: str, experts: Sequence[E
     True where such adapters are there, by a run that was killed before it had written the merge.
     """
     _refuse_inside(directory, experts)
-    if method not in PER_TASK:
-        raise ConfigError(f"--per-task goes with method {' or '.join(PER_TASK)}, not with {method}.")
+    if method not in per_expert_methods():
+        raise ConfigError(f"--per-task goes with method {' or '.join(per_expert_methods())}, not with {method}.")
     here, there = directory.resolve(), out.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ConfigError(f"--per-task {directory} and --out {out} must be apart from each other.")

@@ -50,7 +50,7 @@ def merged_metadata(plan: Plan, digests: Digests) -> AdapterMetadata:
         expert_record(expert.metadata, digest, weight)
         for expert, digest, weight in zip(plan.experts, digests.hex(), plan.weights, strict=True)
     ]
-    return metadata_of_merge(records, plan.method, plan.parameters)
+    return metadata_of_merge(records, plan.method.name, plan.parameters)
 
 
 def expert_record(metadata: AdapterMetadata, digest: str, weight: Any) -> dict[str, Any]:

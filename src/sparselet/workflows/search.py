@@ -12,7 +12,6 @@ from sparselet.evaluation import EvalSettings, evaluate
 from sparselet.formats import open_expert
 from sparselet.merging import METHODS, MergeRecipe, merge
 from sparselet.merging.engine.plan import Expert, Weight
-from sparselet.merging.methods import defaults
 from sparselet.setting_checks import check_seed, check_settings
 from sparselet.tasks.task import Task
 
@@ -141,7 +140,7 @@ def _start(recipe: MergeRecipe, what: What) -> dict[str, float]:
 
 
 def _methods_with(parameter: str) -> str:
-    return ", ".join(method for method in METHODS if parameter in defaults(method))
+    return ", ".join(method for method in METHODS if parameter in METHODS[method].defaults)
 
 
 def _range(recipe: MergeRecipe, what: What, name: str, start: float) -> tuple[float, float]:

@@ -12,13 +12,12 @@ from sparselet.errors import ArgumentError
 from sparselet.merging import merge_to
 from sparselet.merging.algebra import bands
 from sparselet.merging.engine import plan
-from sparselet.merging.methods import BY_ENTRY, defaults
 
 SHAPE = (12, 12)
 SETTINGS = [
     (method, {"trim": trim} if trim else {})
     for method in METHODS
-    for trim in (("target", "global") if "trim" in defaults(method) else (None,))
+    for trim in (("target", "global") if "trim" in METHODS[method].defaults else (None,))
 ]
 
 
@@ -45,7 +44,7 @@ def test_bands_give_the_bytes_of_the_whole(tmp_path, monkeypatch, method, parame
     monkeypatch.setattr(plan, "join", lambda parts: (seen.append(len(parts)), bands.join(parts))[1])
     paths = saved(tmp_path, experts(blocks))
     found = merge(paths, method, weights, parameters, workers=workers)
-    assert set(seen) == ({4 if blocks == (3, 3, 3) else 12} if method in BY_ENTRY else set())
+    assert set(seen) == ({4 if blocks == (3, 3, 3) else 12} if METHODS[method].elementwise else set())
     merge_to(tmp_path / "out", paths, method, weights, parameters, workers=workers)
     for name, delta in expected.items():
         assert found[name].block_size == delta.block_size

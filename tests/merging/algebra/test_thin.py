@@ -13,7 +13,7 @@ from sparselet.delta import MAX_ENTRIES, MAX_SIDE
 from sparselet.errors import BadDtype
 from sparselet.merging import change_merge, merge_per_task, merge_to, merge_with_counts
 from sparselet.merging.algebra import entries
-from sparselet.merging.methods import PER_TASK, SURVEYS, complete_parameters
+from sparselet.merging.methods import complete_parameters, per_expert_methods
 
 HUGE = [(2**19, 2**19), (MAX_SIDE, MAX_ENTRIES // MAX_SIDE), (MAX_ENTRIES // MAX_SIDE, MAX_SIDE)]
 LARGE = [(2**15, 2**15), (MAX_SIDE, 28), (28, MAX_SIDE)]  # whose entries int32 can number
@@ -66,13 +66,13 @@ def test_no_bit_depends_on_whether_the_target_is_spelt_out(spelt_out, method, op
     assert equal(*found)
 
 
-@pytest.mark.parametrize("method", PER_TASK)
+@pytest.mark.parametrize("method", per_expert_methods())
 def test_no_bit_of_a_single_experts_part_depends_on_it(spelt_out, method):
     deltas = [delta((16, 24), 40, seed, side) for seed, side in enumerate((1, 4, 4))]
     found = []
     for whole in (True, False):
         spelt_out(whole)
-        found.append(PER_TASK[method](deltas, [1.0, -0.5, 2.0]))
+        found.append(METHODS[method].per_expert(deltas, [1.0, -0.5, 2.0]))
     assert all(map(equal, *found))
 
 
@@ -102,7 +102,7 @@ def test_huge_targets_take_the_memory_of_their_entries(tmp_path, shape):
         else:
             with pytest.raises(BadDtype, match=r"q\.sparse_indices: .*got torch\.int64"):
                 merge_to(tmp_path / method, paths, method)
-    for method in SURVEYS:
+    for method in (name for name, m in METHODS.items() if m.global_stats):
         for trim in ("global", "target"):
             merge(paths, method, None, {"trim": trim})
     assert memory() - before < 300  # MiB
@@ -113,7 +113,7 @@ def test_parts_and_counts_of_large_targets_take_the_memory_of_their_entries(tmp_
     for seed in range(2):
         SparseAdapter({"q": delta(shape, 3, seed), "r": delta(shape, 3, seed, 4)}).save(tmp_path / f"e{seed}")
     paths, before = [tmp_path / "e0", tmp_path / "e1"], memory()
-    for method in PER_TASK:
+    for method in per_expert_methods():
         merge_per_task(tmp_path / f"{method}-each", paths, method)
     merge_with_counts(tmp_path / "counted", paths)
     change_merge(tmp_path / "one", tmp_path / "counted", remove=paths[1:])

@@ -1,4 +1,4 @@
-"""One adapter an expert: what the functions in PER_TASK give, written target by target."""
+"""One adapter an expert: what `MergeMethod.per_expert` gives, written target by target."""
 
 import inspect
 
@@ -9,9 +9,9 @@ from helpers.strategies import assert_is, spelt_out
 
 from sparselet import SparseAdapter, SparseDelta
 from sparselet.errors import ArgumentError, NonFiniteValue, OutputExists
-from sparselet.merging import METHODS, PER_TASK, merge_per_task
+from sparselet.merging import METHODS, merge_per_task, per_expert_methods
 from sparselet.merging.methods import complete_parameters
-from sparselet.merging.methods.emr import survey_emr
+from sparselet.merging.methods.emr import emr_rescalers
 
 
 def experts():
@@ -26,19 +26,19 @@ def parts(name):
     return [one.get(name, SparseDelta.empty((6, 12))) for one in experts()], weights
 
 
-@pytest.mark.parametrize("method", PER_TASK)
+@pytest.mark.parametrize("method", per_expert_methods())
 def test_each_expert_gets_what_the_method_leaves_of_it(tmp_path, method):
     paths = merge_per_task(tmp_path / "out", saved(tmp_path, experts()), method, WEIGHTS)
     assert [path.name for path in paths] == ["task 1", "task 11", "task 21"]
-    takes = inspect.signature(PER_TASK[method]).parameters
+    takes = inspect.signature(METHODS[method].per_expert).parameters
     own = {name: value for name, value in complete_parameters(method, {}).items() if name in takes}
     if method == "emr":
-        own |= survey_emr(lambda: (parts(name) for name in (Q, V, OTHER)), own)
+        own["stats"] = emr_rescalers(lambda: (parts(name) for name in (Q, V, OTHER)), own)
     for i, path in enumerate(paths):
         found = SparseAdapter.load(path)
         assert sorted(found) == [Q, V, OTHER]
         for name, delta in found.items():
-            assert_is(delta, *spelt_out(PER_TASK[method](*parts(name), **own)[i]))
+            assert_is(delta, *spelt_out(METHODS[method].per_expert(*parts(name), **own)[i]))
         assert found.metadata.task == path.name
         assert found.metadata.merge["method"] == method
         assert len(found.metadata.merge["experts"]) == 3
@@ -70,9 +70,9 @@ def test_experts_of_one_task_or_none_are_told_apart(tmp_path):
 
 def test_a_method_that_leaves_nothing_of_single_experts_is_refused(tmp_path):
     for method in METHODS:
-        if method not in PER_TASK:
+        if method not in per_expert_methods():
             with pytest.raises(
-                ArgumentError, match=f"{method} makes one merged adapter only; one a task come from emr, consensus"
+                ArgumentError, match=f"{method} merges into one adapter only; emr, consensus give one per expert"
             ):
                 merge_per_task(tmp_path / "out", experts(), method)
     assert not names_in(tmp_path)

@@ -15,7 +15,7 @@ from sparselet.errors import ArgumentError, MissingFile, NonFiniteValue, ShapeMi
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.merging import METHODS, merge_to, merge_with_counts
 from sparselet.merging.engine.plan import Plan, weight_of
-from sparselet.merging.methods import SURVEYS, defaults
+from sparselet.merging.method import MergeMethod
 
 
 def assert_refused(error, message, experts, tmp_path, method="overlap", weights=None, parameters=None, base=None):
@@ -65,7 +65,7 @@ def test_weights_by_pattern_are_weights_of_each_target():
     merged = merge(experts, "arithmetic", [{"*": 0.5, "*.v": 2}, 3])
     for name, weight in ((Q, 0.5), (V, 2.0), (OTHER, 0.5)):
         parts = [one.get(name, SparseDelta.empty((6, 12))) for one in experts]
-        assert torch.equal(merged[name].to_dense(), METHODS["arithmetic"](parts, [weight, 3.0]).to_dense())
+        assert torch.equal(merged[name].to_dense(), METHODS["arithmetic"].function(parts, [weight, 3.0]).to_dense())
 
 
 @pytest.mark.parametrize("weights", [[], [1.0], [1.0, 1.0, 1.0]])
@@ -197,18 +197,17 @@ def surveyed(monkeypatch):
     """A method with a survey: what both are called with."""
     calls = {"survey": [], "merge": []}
 
-    def method(deltas, weights, *, scale=2.0, cutoffs=None):
+    def method(deltas, weights, *, scale=2.0, stats=None):
         if any(delta.nnz for delta in deltas):
-            calls["merge"].append((list(weights), scale, cutoffs))
-        return METHODS["overlap"](deltas, weights)
+            calls["merge"].append((list(weights), scale, stats))
+        return METHODS["overlap"].function(deltas, weights)
 
     def survey(targets, parameters):
         calls["survey"].append([[(delta.nnz, weight) for delta, weight in zip(*target, strict=True)] for target in targets()])
         assert [len(deltas) for deltas, _ in targets()] == [2] * 3  # a second time
-        return {"cutoffs": [parameters["scale"] * 10]}
+        return [parameters["scale"] * 10]
 
-    monkeypatch.setitem(METHODS, "surveying", method)
-    monkeypatch.setitem(SURVEYS, "surveying", survey)
+    monkeypatch.setitem(METHODS, "surveying", MergeMethod("surveying", method, "", "", global_stats=survey))
     return calls
 
 
@@ -225,7 +224,7 @@ def test_a_survey_reads_all_targets_once_and_its_findings_reach_the_method(surve
 
 
 WAYS = [(method, {}) for method in METHODS]
-WAYS += [(method, {"trim": trim}) for method in METHODS if "trim" in defaults(method) for trim in ("target", "global")]
+WAYS += [(method, {"trim": trim}) for method in METHODS if "trim" in METHODS[method].defaults for trim in ("target", "global")]
 
 
 @pytest.mark.parametrize(("method", "parameters"), WAYS)

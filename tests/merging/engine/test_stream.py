@@ -34,7 +34,7 @@ def test_a_missing_target_counts_as_no_change(method):
     assert sorted(merged) == [Q, V, OTHER]
     for name in merged:
         parts = [one.get(name, empty) for one in mixed_experts()]
-        assert_is(merged[name], *spelt_out(METHODS[method](parts, [1.0] * 4)))
+        assert_is(merged[name], *spelt_out(METHODS[method].function(parts, [1.0] * 4)))
 
 
 @pytest.mark.parametrize("method", METHODS)

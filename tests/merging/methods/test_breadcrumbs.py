@@ -1,5 +1,7 @@
 """Model Breadcrumbs against its dense definition and mergekit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.dense_merges import assert_close, band, distinct, elected_mean, factors, full_deltas, normal, stacked
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparselet import SparseAdapter, SparseDelta, merge
 from sparselet.errors import ArgumentError, DensityOutOfRange
-from sparselet.merging.methods import SURVEYS, complete_parameters
+from sparselet.merging.methods import METHODS, complete_parameters
 from sparselet.merging.methods.breadcrumbs import breadcrumbs
 
 cuts = st.sampled_from([(0.15, 0.006), (0.2, 0.1), (0.5, 0.5), (0.9, 0.0), (1.0, 0.0)])
@@ -43,8 +45,10 @@ def test_global_ranks_are_those_of_the_flattened_task_vectors(targets, cut, dens
         assert_close(merged[f"layers.{t}.q"], part.sum(0), (part != 0).any(0))
 
 
-def test_ranks_in_each_target_need_no_survey():
-    assert SURVEYS["breadcrumbs"](lambda: pytest.fail("read a target"), complete_parameters("breadcrumbs", {})) == {}
+def test_ranks_in_each_target_need_no_survey(monkeypatch):
+    failing = replace(METHODS["breadcrumbs"], global_stats=lambda targets, parameters: pytest.fail("surveyed"))
+    monkeypatch.setitem(METHODS, "breadcrumbs", failing)
+    merge([SparseAdapter({"q": random_delta((6, 12))})], "breadcrumbs")
 
 
 @pytest.mark.parametrize("merge", ["linear", "ties"])

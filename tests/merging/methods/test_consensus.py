@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sparselet import SparseDelta
 from sparselet.errors import ArgumentError, ShapeMismatch
-from sparselet.merging.methods import PER_TASK
+from sparselet.merging.methods import METHODS
 from sparselet.merging.methods.arithmetic import arithmetic
 from sparselet.merging.methods.consensus import consensus, consensus_experts
 
@@ -76,7 +76,7 @@ def test_tiles_of_the_experts_stay_tiles():
 
 
 def test_consensus_is_registered_with_its_experts():
-    assert PER_TASK["consensus"] is consensus_experts
+    assert METHODS["consensus"].per_expert is consensus_experts
 
 
 @pytest.mark.parametrize("method", [consensus, consensus_experts])

@@ -8,8 +8,8 @@ from hypothesis import given
 
 from sparselet import SparseDelta
 from sparselet.errors import ShapeMismatch
-from sparselet.merging.methods import PER_TASK, PER_TASK_SURVEYS, SURVEYED
-from sparselet.merging.methods.emr import emr, emr_experts, survey_emr
+from sparselet.merging.methods import METHODS
+from sparselet.merging.methods.emr import emr, emr_experts, emr_rescalers
 
 
 def dense_taus(deltas, weights):
@@ -53,7 +53,7 @@ def test_the_experts_are_their_dense_definition_on_their_own_masks(deltas, weigh
 @given(same_shape(2, 2), same_shape(2, 2), factors)
 def test_the_survey_sums_over_all_targets(first, second, weights):
     targets = [(first, weights[:2]), (second, weights[2:])]
-    rescalers = survey_emr(lambda: targets, {})["rescalers"]
+    rescalers = emr_rescalers(lambda: targets, {})
     taus = [dense_taus(*target) for target in targets]
     for i in range(2):
         own = sum(t[i].abs().sum() for t in taus)
@@ -61,7 +61,7 @@ def test_the_survey_sums_over_all_targets(first, second, weights):
         assert rescalers[i] == pytest.approx(float(own / left) if left else 0.0)
     for target, dense in zip(targets, taus, strict=True):
         for found, expected in zip(
-            emr_experts(*target, rescalers=rescalers), dense_experts(dense, torch.tensor(rescalers)), strict=True
+            emr_experts(*target, stats=rescalers), dense_experts(dense, torch.tensor(rescalers)), strict=True
         ):
             torch.testing.assert_close(spelt_out(found)[0], expected, rtol=1e-5, atol=1e-6)
 
@@ -97,9 +97,8 @@ def test_tiles_stay_tiles():
 
 
 def test_emr_is_registered_with_its_survey_and_its_experts():
-    assert PER_TASK_SURVEYS["emr"] is survey_emr
-    assert PER_TASK["emr"] is emr_experts
-    assert "rescalers" in SURVEYED
+    assert METHODS["emr"].per_expert_stats is emr_rescalers
+    assert METHODS["emr"].per_expert is emr_experts
 
 
 @pytest.mark.parametrize("method", [emr, emr_experts])

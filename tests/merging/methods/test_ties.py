@@ -1,5 +1,7 @@
 """TIES against its dense definition, mergekit and PEFT."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.dense_merges import assert_close, densities, distinct, elected_mean, factors, full_deltas, largest, normal, stacked
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparselet import SparseAdapter, SparseDelta, merge
 from sparselet.errors import ArgumentError, DensityOutOfRange
-from sparselet.merging.methods import SURVEYS, complete_parameters
+from sparselet.merging.methods import METHODS, complete_parameters
 from sparselet.merging.methods.ties import ties
 
 populations = st.sampled_from(["size", "nonzeros"])
@@ -40,9 +42,10 @@ def test_global_trimming_is_that_of_the_flattened_task_vectors(targets, density,
         assert_close(merged[f"layers.{t}.q"], values.view(shape), mask.view(shape))
 
 
-def test_trimming_each_target_needs_no_survey():
-    survey = SURVEYS["ties"]
-    assert survey(lambda: pytest.fail("read a target"), complete_parameters("ties", {"trim": "target"})) == {}
+def test_trimming_each_target_needs_no_survey(monkeypatch):
+    failing = replace(METHODS["ties"], global_stats=lambda targets, parameters: pytest.fail("surveyed"))
+    monkeypatch.setitem(METHODS, "ties", failing)
+    merge([SparseAdapter({"q": random_delta((6, 12))})], "ties", parameters={"trim": "target"})
 
 
 @few

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,9 +11,11 @@ from sparselet import kernels
 from sparselet.delta import SparseDelta
 from sparselet.kernels import selected
 from sparselet.merging.algebra.ranges import require_choice
+from sparselet.merging.method import AllTargets
 
-Targets = Callable[[], Iterable[tuple[Sequence[SparseDelta], Sequence[float]]]]
-# Which magnitudes are wanted, given how many entries a density is a fraction of: 1 is the largest.
+# The lowest and the highest magnitude that is kept of an expert.
+Bounds = tuple[float, float]
+# The ranks of magnitudes, given how many entries a density is a fraction of; rank 1 is the largest.
 Ranks = Callable[[int], Sequence[int]]
 
 
@@ -54,7 +56,7 @@ def kth_largest(numbers: Tensor, k: int) -> float:
     return float(kernels.kth_largest([numbers], k))
 
 
-def expert_magnitudes_at(targets: Targets, ranks: Ranks, density_of: str) -> list[tuple[float, ...]]:
+def expert_magnitudes_at(targets: AllTargets, ranks: Ranks, density_of: str) -> list[tuple[float, ...]]:
     """`magnitudes_at` of whole experts, over all their targets together: one tuple an expert.
 
     targets: called at most twice; each call yields the same (deltas, weights), one delta an expert. No more than one target is

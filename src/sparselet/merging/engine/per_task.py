@@ -1,7 +1,6 @@
 """What a merge leaves of each single expert, as adapters: masks of one merged delta that bring the expert back."""
 
 import contextlib
-import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from sparselet.io.paths import check_output
 from sparselet.io.temporaries import fitting_name
 from sparselet.merging.engine.parallel import in_order
 from sparselet.merging.engine.plan import ExpertSource, Plan, Weight
-from sparselet.merging.methods import PER_TASK, PER_TASK_SURVEYS
+from sparselet.merging.method import STATS, keyword_defaults
+from sparselet.merging.methods import get_method, per_expert_methods
 from sparselet.merging.record import Digests, merged_metadata
 
 
@@ -39,22 +39,24 @@ def merge_per_task(
     keep_equal: the directory may be there already with the very same adapters, and then stays as it is.
     Raises ArgumentError for a method that leaves nothing of single experts, and what `merge_to` raises.
     """
-    if method not in PER_TASK:
-        raise ArgumentError(f"{method} makes one merged adapter only; one a task come from {', '.join(PER_TASK)}.")
+    chosen = get_method(method)
+    per_expert = chosen.per_expert
+    if per_expert is None:
+        raise ArgumentError(f"{method} merges into one adapter only; {', '.join(per_expert_methods())} give one per expert.")
     if not keep_equal:
         check_output(output)
     plan = Plan(experts, method, weights, parameters, base)
     plan.check_values()
-    plan.survey(PER_TASK_SURVEYS)
-    takes = inspect.signature(PER_TASK[method]).parameters
-    chosen = {name: value for name, value in {**plan.parameters, **plan.surveyed}.items() if name in takes}
+    arguments = {name: plan.parameters[name] for name in keyword_defaults(per_expert)}
+    if chosen.per_expert_stats:
+        arguments[STATS] = plan.over_all_targets(chosen.per_expert_stats)
     digests = Digests(len(plan.experts))
 
     def work(name: str) -> tuple[str, list[SparseDelta]]:
         deltas = plan.deltas(name)
         digests.add(name, deltas)
         with prefix_errors(name):
-            return name, PER_TASK[method](deltas, plan.weights_of(name), **chosen)
+            return name, per_expert(deltas, plan.weights_of(name), **arguments)
 
     names = _names(plan.experts)
     with atomic_directory(output, keep_equal) as directory:

@@ -15,7 +15,8 @@ from sparselet.merging.algebra.bands import cut, join
 from sparselet.merging.algebra.entries import common_blocks, is_thin
 from sparselet.merging.algebra.ranges import require_finite_number
 from sparselet.merging.engine.parallel import MEMORY, in_order
-from sparselet.merging.methods import BY_ENTRY, METHODS, SURVEYED, SURVEYS, Survey, complete_parameters
+from sparselet.merging.method import STATS, GlobalStats
+from sparselet.merging.methods import get_method
 
 ExpertSource = Expert | Mapping[str, SparseDelta] | str | Path
 Weight = float | Mapping[str, float]
@@ -38,8 +39,8 @@ class Plan:
     ) -> None:
         if isinstance(experts, (str, Path)) or not experts:
             raise ArgumentError(f"experts must be a list of at least one expert, got {experts!r}.")
-        self.method = method
-        self.parameters = complete_parameters(method, parameters or {})
+        self.method = get_method(method)
+        self.parameters = self.method.complete_parameters(parameters or {})
         self.weights = check_weights(weights, len(experts))
         model = None if base is None else BaseModel(base)
         self.experts = [open_expert(e, model) if isinstance(e, (str, Path)) else as_expert(e) for e in experts]
@@ -49,7 +50,7 @@ class Plan:
         self.shapes = _common_shapes(self.experts)
         check_patterns(self.weights, self.shapes)
         self.fingerprints = _common_fingerprints(self.experts)
-        self.surveyed: dict[str, Any] = {}
+        self._stats: dict[str, Any] = {}
         # Entries of all experts for each entry of a target, on average.
         self._crowding = sum(expert.nnz / max(1, _size(expert)) for expert in self.experts)
 
@@ -61,13 +62,14 @@ class Plan:
             except NonFiniteValue as error:
                 raise error if expert.path else NonFiniteValue(f"{label(expert, i)}: {error}") from error
 
-    def survey(self, surveys: Mapping[str, Survey] = SURVEYS) -> None:
-        """Read every target, if the method must know the experts as wholes."""
-        if self.method in surveys:
-            self.surveyed = surveys[self.method](
-                lambda: ((self.deltas(name), self.weights_of(name)) for name in self.shapes), self.parameters
-            )
-            assert set(self.surveyed) <= set(SURVEYED)
+    def survey(self) -> None:
+        """Read every target, if the method needs statistics over all of them."""
+        if self.method.global_stats and self.parameters.get("trim") != "target":
+            self._stats = {STATS: self.over_all_targets(self.method.global_stats)}
+
+    def over_all_targets(self, stats: GlobalStats) -> Any:
+        """Statistics over all targets."""
+        return stats(lambda: ((self.deltas(name), self.weights_of(name)) for name in self.shapes), self.parameters)
 
     def deltas(self, name: str) -> list[SparseDelta]:
         """One target's deltas, one an expert; empty where an expert has no such target."""
@@ -79,21 +81,21 @@ class Plan:
 
     def merge(self, name: str, deltas: Sequence[SparseDelta]) -> SparseDelta:
         """Merge one target's deltas."""
-        return METHODS[self.method](deltas, self.weights_of(name), **self.parameters, **self.surveyed)
+        return self.method.function(deltas, self.weights_of(name), **self.parameters, **self._stats)
 
     def merge_in_bands(self, name: str, deltas: Sequence[SparseDelta], workers: int | None) -> SparseDelta:
-        """`merge` by several threads, where the method can be given some of the rows; the result is the same."""
-        if self.method not in BY_ENTRY:
+        """`merge` by several threads, if the method is elementwise; the result is the same."""
+        if not self.method.elementwise:
             return self.merge(name, deltas)
         deltas, weights = common_blocks(deltas), self.weights_of(name)
         if is_thin(deltas):
             return self.merge(name, deltas)
-        surveyed = self.surveyed
-        if self.parameters.get("trim") == "target":
-            surveyed = SURVEYS[self.method](lambda: [(deltas, weights)], {**self.parameters, "trim": "global"})
+        stats = self._stats
+        if self.method.global_stats and not stats:
+            stats = {STATS: self.method.global_stats(lambda: [(deltas, weights)], self.parameters)}
 
         def work(band: Sequence[SparseDelta]) -> SparseDelta:
-            return METHODS[self.method](band, weights, **self.parameters, **surveyed)
+            return self.method.function(band, weights, **self.parameters, **stats)
 
         return join(list(in_order(work, cut(deltas), lambda band: self._bytes(band[0].size), workers)))
 

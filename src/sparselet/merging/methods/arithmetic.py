@@ -8,6 +8,7 @@ from sparselet.delta import SparseDelta
 from sparselet.kernels import selected
 from sparselet.merging.algebra.entries import common_blocks, compact, mask_count, weighted_sum
 from sparselet.merging.algebra.ranges import require_finite_number
+from sparselet.merging.method import MergeMethod
 
 
 def arithmetic(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale: float = 1.0) -> SparseDelta:
@@ -43,3 +44,8 @@ def magmax(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale: fl
     blocks = selected(mask_count(deltas))
     high, low = largest.index_select(0, blocks), smallest.index_select(0, blocks)
     return places.delta(blocks, torch.where(high >= -low, high, low) * scale)
+
+
+ARITHMETIC = MergeMethod("arithmetic", arithmetic, "λ · Σ wᵢ·ΔWᵢ", "Ilharco et al. 2023", elementwise=True)
+
+MAGMAX = MergeMethod("magmax", magmax, "λ · wᵢ·ΔWᵢ of the i with the largest |wᵢ·ΔWᵢ|", "Marczak et al. 2024", elementwise=True)

@@ -6,6 +6,7 @@ from sparselet.delta import SparseDelta
 from sparselet.kernels import selected
 from sparselet.merging.algebra.entries import common_blocks, compact, mask_count, per_block, weighted_sum
 from sparselet.merging.algebra.ranges import require_sum
+from sparselet.merging.method import MergeMethod
 
 
 def overlap(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDelta:
@@ -37,3 +38,8 @@ def uniform(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDe
     deltas, places = compact(common_blocks(deltas))
     total, blocks = weighted_sum(deltas, weights), selected(mask_count(deltas))
     return places.delta(blocks, total.index_select(0, blocks) / whole)
+
+
+OVERLAP = MergeMethod("overlap", overlap, "Σ wᵢ·ΔWᵢ / max(Σ Mᵢ, 1), Mᵢ the masks", "Arnob et al. 2025, Eq. 4", elementwise=True)
+
+UNIFORM = MergeMethod("uniform", uniform, "Σ wᵢ·ΔWᵢ / Σ wᵢ", "Wortsman et al. 2022", elementwise=True)

@@ -8,7 +8,8 @@ from sparselet.errors import ArgumentError
 from sparselet.masks import blocks_to_keep, check_density
 from sparselet.merging.algebra.election import disjoint_mean
 from sparselet.merging.algebra.ranges import require_choice, require_finite_number, require_fraction
-from sparselet.merging.algebra.trim import Ranks, Targets, entries_of, expert_magnitudes_at, magnitudes_at, require_trim, within
+from sparselet.merging.algebra.trim import Bounds, Ranks, entries_of, expert_magnitudes_at, magnitudes_at, require_trim, within
+from sparselet.merging.method import AllTargets, MergeMethod
 from sparselet.merging.methods.arithmetic import arithmetic
 
 
@@ -22,7 +23,7 @@ def breadcrumbs(
     trim: str = "target",
     density_of: str = "size",
     merge: str = "linear",
-    cutoffs: Sequence[tuple[float, float]] | None = None,
+    stats: Sequence[Bounds] | None = None,
 ) -> SparseDelta:
     """Model Breadcrumbs (Davari & Belilovsky 2023): ΔW_m = α · Σ wᵢ·mᵢ∘ΔWᵢ, mᵢ hiding ΔWᵢ's largest and smallest magnitudes.
 
@@ -35,7 +36,7 @@ def breadcrumbs(
     trim: ranks are counted in each target ("target", published) or over all targets of an expert together ("global").
     merge: "linear" (published), or "ties": `disjoint_mean` of what is kept.
     scale: α; the paper chooses it on validation data. With 1 a single expert is what was kept of it.
-    cutoffs: the largest and the smallest magnitude that each expert keeps; without them as for `ties`.
+    stats: the magnitudes that each expert keeps; by default those of `trim` "target", whatever `trim` is.
 
     deltas: N of one target. weights: N.
     Returns an element mask, the union of what is kept. Raises ShapeMismatch, DensityOutOfRange, ArgumentError.
@@ -47,21 +48,29 @@ def breadcrumbs(
     require_finite_number("scale", scale)
     require_trim(density_of, trim)
     require_choice("merge", merge, ("linear", "ties"))
-    if cutoffs is None:
-        ranks = _bounds(density, gamma)
-        cutoffs = [(high, low) for d in deltas for high, low in [magnitudes_at(d, ranks(entries_of(d, density_of)))]]
-    kept = [within(delta, low, high) for delta, (high, low) in zip(deltas, cutoffs, strict=True)]
+    if stats is None:
+        ranks = _ranks(density, gamma)
+        stats = [(low, high) for d in deltas for low, high in [magnitudes_at(d, ranks(entries_of(d, density_of)))]]
+    kept = [within(delta, *bounds) for delta, bounds in zip(deltas, stats, strict=True)]
     return disjoint_mean(kept, weights, scale=scale) if merge == "ties" else arithmetic(kept, weights, scale=scale)
 
 
-def survey_breadcrumbs(targets: Targets, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The cutoffs of `breadcrumbs` with global trimming, over all targets of each expert."""
-    if parameters["trim"] != "global":
-        return {}
-    ranks = _bounds(parameters["density"], parameters["gamma"])
-    return {"cutoffs": expert_magnitudes_at(targets, ranks, parameters["density_of"])}
+def breadcrumbs_bounds(targets: AllTargets, parameters: Mapping[str, Any]) -> list[Bounds]:
+    """The magnitudes that each expert keeps, ranked over all targets."""
+    ranks = _ranks(parameters["density"], parameters["gamma"])
+    return [(low, high) for low, high in expert_magnitudes_at(targets, ranks, parameters["density_of"])]
 
 
-def _bounds(density: float, gamma: float) -> Ranks:
-    """The ranks of the largest and the smallest magnitude that is kept."""
-    return lambda entries: (round(gamma * entries) + 1, round(gamma * entries) + blocks_to_keep(density, entries))
+def _ranks(density: float, gamma: float) -> Ranks:
+    """The ranks of the lowest and the highest magnitude that is kept."""
+    return lambda entries: (round(gamma * entries) + blocks_to_keep(density, entries), round(gamma * entries) + 1)
+
+
+BREADCRUMBS = MergeMethod(
+    "breadcrumbs",
+    breadcrumbs,
+    "α · Σ wᵢ·ΔWᵢ without the largest and the smallest of each",
+    "Davari & Belilovsky 2023",
+    elementwise=True,
+    global_stats=breadcrumbs_bounds,
+)

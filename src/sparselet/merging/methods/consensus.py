@@ -11,6 +11,7 @@ from sparselet.kernels import selected
 from sparselet.merging.algebra.entries import common_blocks, compact
 from sparselet.merging.algebra.ranges import require_finite_number
 from sparselet.merging.algebra.sums import sum_in_double
+from sparselet.merging.method import MergeMethod
 
 
 def consensus(
@@ -90,3 +91,13 @@ def _factors(deltas: Sequence[SparseDelta], k: int, mask_lambda: float | Sequenc
     if len(factors) != len(deltas):
         raise ArgumentError(f"{len(deltas)} experts need as many mask_lambda, or one for all; got {len(factors)}.")
     return factors
+
+
+CONSENSUS = MergeMethod(
+    "consensus",
+    consensus,
+    "λ · Σ wᵢ·ΔWᵢ where at least k experts' masks select it",
+    "Wang et al. 2024",
+    elementwise=True,
+    per_expert=consensus_experts,
+)

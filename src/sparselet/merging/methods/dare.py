@@ -8,6 +8,7 @@ from sparselet.merging.algebra.election import disjoint_mean
 from sparselet.merging.algebra.ranges import require_choice, require_finite_number, require_seed
 from sparselet.merging.algebra.sampling import RESCALE, sampled
 from sparselet.merging.algebra.trim import within
+from sparselet.merging.method import MergeMethod
 from sparselet.merging.methods.arithmetic import arithmetic
 
 
@@ -40,3 +41,6 @@ def dare(
     require_seed("seed", seed)
     kept = [sampled(within(delta, 0.0), density, seed=seed, rescale=rescale) for delta in deltas]
     return disjoint_mean(kept, weights, scale=scale) if merge == "ties" else arithmetic(kept, weights, scale=scale)
+
+
+DARE = MergeMethod("dare", dare, "λ · Σ wᵢ·Bᵢ·ΔWᵢ / d, Bᵢ = 1 with probability d", "Yu et al. 2024")

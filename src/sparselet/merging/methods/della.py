@@ -12,6 +12,7 @@ from sparselet.merging.algebra.election import disjoint_mean, require_election
 from sparselet.merging.algebra.ranges import require_choice, require_finite_number, require_fraction, require_seed
 from sparselet.merging.algebra.sampling import RESCALE, sampled
 from sparselet.merging.algebra.trim import require_trim, within
+from sparselet.merging.method import MergeMethod
 
 
 def della(
@@ -80,3 +81,8 @@ def keep_probabilities(delta: SparseDelta, density: float, epsilon: float, densi
         place += 2 * (columns - 1 - others)
         others = torch.full_like(others, columns - 1)
     return (density - epsilon + epsilon * place / others).masked_fill_(others == 0, density)
+
+
+DELLA = MergeMethod(
+    "della", della, "as `ties`, of Bᵢ·ΔWᵢ / pᵢ, Bᵢ = 1 with a probability pᵢ that grows with the magnitude", "Deep et al. 2024"
+)

@@ -10,7 +10,7 @@ from sparselet.delta import SparseDelta
 from sparselet.kernels import selected
 from sparselet.merging.algebra.entries import common_blocks, compact, mask_count
 from sparselet.merging.algebra.sums import sum_in_double, total
-from sparselet.merging.algebra.trim import Targets
+from sparselet.merging.method import AllTargets, MergeMethod
 
 
 def emr(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDelta:
@@ -29,34 +29,34 @@ def emr(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDelta:
 
 
 def emr_experts(
-    deltas: Sequence[SparseDelta], weights: Sequence[float], *, rescalers: Sequence[float] | None = None
+    deltas: Sequence[SparseDelta], weights: Sequence[float], *, stats: Sequence[float] | None = None
 ) -> list[SparseDelta]:
     """Mask and rescale of EMR-Merging: λᵢ · Mᵢ ⊙ τ_uni for each expert, Mᵢ = [τᵢ ⊙ τ_uni > 0].
 
-    rescalers: λᵢ = Σ|τᵢ| / Σ|Mᵢ ⊙ τ_uni|, sums over the whole model as in the paper, from `survey_emr`; without them over the
-        given deltas. (The authors' code adds up the parameters' means, so that a small parameter weighs as much as a large
-        one.) For an expert whose mask is empty λᵢ is 0.
+    stats: λᵢ = Σ|τᵢ| / Σ|Mᵢ ⊙ τ_uni|, 0 for an expert whose mask is empty, with sums over the whole model as in the paper
+        (`emr_rescalers`); by default over these deltas. (The authors' code adds up the parameters' means, so that a small
+        parameter weighs as much as a large one.)
     Returns a delta an expert, on the expert's own mask, with 0 where Mᵢ is 0. Raises ShapeMismatch.
     """
     whole = common_blocks(deltas)
     deltas, _ = compact(whole)
     unified = _unified(deltas, weights)
-    if rescalers is None:
-        rescalers = [_rescaler(*_magnitudes(*one, unified)) for one in zip(deltas, weights, strict=True)]
+    if stats is None:
+        stats = [_rescaler(*_magnitudes(*one, unified)) for one in zip(deltas, weights, strict=True)]
     return [
         SparseDelta(own.shape, own.indices, _masked(delta, weight, unified) * rescaler, own.block_size)
-        for own, delta, weight, rescaler in zip(whole, deltas, weights, rescalers, strict=True)
+        for own, delta, weight, rescaler in zip(whole, deltas, weights, stats, strict=True)
     ]
 
 
-def survey_emr(targets: Targets, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def emr_rescalers(targets: AllTargets, parameters: Mapping[str, Any]) -> list[float]:
     """The rescalers of `emr_experts` over all targets."""
     sums = torch.zeros(1, 2, dtype=torch.float64)
     for deltas, weights in targets():
         deltas, _ = compact(common_blocks(deltas))
         unified = _unified(deltas, weights)
         sums = sums + torch.tensor([_magnitudes(*one, unified) for one in zip(deltas, weights, strict=True)])
-    return {"rescalers": [_rescaler(*both) for both in sums.tolist()]}
+    return [_rescaler(*both) for both in sums.tolist()]
 
 
 def _unified(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> Tensor:
@@ -84,3 +84,14 @@ def _magnitudes(delta: SparseDelta, weight: float, unified: Tensor) -> tuple[flo
 
 def _rescaler(own: float, kept: float) -> float:
     return own / kept if kept else 0.0
+
+
+EMR = MergeMethod(
+    "emr",
+    emr,
+    "the largest wᵢ·ΔWᵢ that has the elected sign",
+    "Huang et al. 2024",
+    elementwise=True,
+    per_expert=emr_experts,
+    per_expert_stats=emr_rescalers,
+)

@@ -8,6 +8,7 @@ from sparselet.delta import SparseDelta
 from sparselet.kernels import selected
 from sparselet.merging.algebra.entries import common_blocks, compact, mask_count, weighted_sum
 from sparselet.merging.algebra.gram import cosines, gram
+from sparselet.merging.method import MergeMethod
 
 _SINGULAR = 1e-6
 
@@ -41,3 +42,8 @@ def _step(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> float:
     mean = float(cosine.triu(diagonal=1).sum()) / (count * (count - 1) / 2)
     divisor = 1 + (count - 1) * mean
     return count * mean / divisor if abs(divisor) > _SINGULAR else 0.0
+
+
+MODEL_STOCK = MergeMethod(
+    "model_stock", model_stock, "t · Σ wᵢ·ΔWᵢ / N, t from the mean angle between the experts", "Jang et al. 2024"
+)

@@ -12,6 +12,7 @@ from sparselet.merging.algebra.entries import common_blocks, compact
 from sparselet.merging.algebra.ranges import require_finite_number, require_fraction
 from sparselet.merging.algebra.sums import sum_in_double
 from sparselet.merging.algebra.trim import entries_of, kth_largest, require_trim
+from sparselet.merging.method import MergeMethod
 
 
 def pcb(
@@ -88,3 +89,6 @@ def _share(balance: Tensor, kept: int) -> Tensor:
     if cutoff == best:
         return (balance == best).double()
     return ((balance - cutoff) / (best - cutoff)).clamp_(min=0)
+
+
+PCB = MergeMethod("pcb", pcb, "λ · Σ sᵢ·wᵢ·ΔWᵢ / Σ sᵢ, sᵢ from importance in ΔWᵢ and agreement with Σ ΔWⱼ", "Du et al. 2024")

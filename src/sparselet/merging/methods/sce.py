@@ -12,6 +12,7 @@ from sparselet.merging.algebra.entries import common_blocks, compact, mask_count
 from sparselet.merging.algebra.ranges import require_choice
 from sparselet.merging.algebra.sums import sum_in_double, total
 from sparselet.merging.algebra.trim import kth_largest
+from sparselet.merging.method import MergeMethod
 
 
 def sce(
@@ -92,3 +93,11 @@ def _majority(
     blocks = selected(mask_count(deltas))
     above, below = above.index_select(0, blocks), below.index_select(0, blocks)
     return blocks, torch.where(below > 0, above / below, torch.zeros_like(above))
+
+
+SCE = MergeMethod(
+    "sce",
+    sce,
+    "mean of the wᵢ·ΔWᵢ that have the elected sign, weighted by Σ (wᵢ·ΔWᵢ)², of the entries that vary most",
+    "Wan et al. 2024",
+)

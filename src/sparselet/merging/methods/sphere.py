@@ -16,6 +16,7 @@ from sparselet.kernels import selected
 from sparselet.merging.algebra.entries import common_blocks, compact, mask_count, weighted_sum
 from sparselet.merging.algebra.gram import cosines, gram
 from sparselet.merging.algebra.ranges import require_finite_number, require_sum
+from sparselet.merging.method import MergeMethod
 
 _NO_DIRECTION = 1e-6  # of its terms' lengths: a shorter sum is taken for 0; from a Gram matrix it is known to about 1e-8
 
@@ -120,3 +121,8 @@ def _along(deltas: Sequence[SparseDelta], products: Tensor, alphas: Tensor, dire
     blocks = selected(mask_count(deltas))
     values = weighted_sum(deltas, coefficients).index_select(0, blocks)
     return places.delta(blocks, values)
+
+
+MULTISLERP = MergeMethod("multislerp", multislerp, "mean direction, at the mean length", "Goddard, mergekit")
+
+KARCHER = MergeMethod("karcher", karcher, "Karcher mean of the directions, at the mean length", "Wang et al. 2026")

@@ -1,5 +1,6 @@
 """TIES: trim, elect sign, disjoint mean."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,8 @@ from sparselet.delta import SparseDelta
 from sparselet.masks import blocks_to_keep, check_density
 from sparselet.merging.algebra.election import disjoint_mean, require_election
 from sparselet.merging.algebra.ranges import require_finite_number
-from sparselet.merging.algebra.trim import Targets, entries_of, expert_magnitudes_at, magnitudes_at, require_trim, within
+from sparselet.merging.algebra.trim import Bounds, entries_of, expert_magnitudes_at, magnitudes_at, require_trim, within
+from sparselet.merging.method import AllTargets, MergeMethod
 
 
 def ties(
@@ -20,7 +22,7 @@ def ties(
     density_of: str = "size",
     elect: str = "sum",
     mean: str = "count",
-    cutoffs: Sequence[float] | None = None,
+    stats: Sequence[Bounds] | None = None,
 ) -> SparseDelta:
     """TIES (Yadav et al. 2023): each delta keeps its k largest magnitudes; those with the elected sign are averaged.
 
@@ -30,7 +32,7 @@ def ties(
         ("nonzeros"): with "size" 0.2 trims nothing of an expert of density 0.1.
     trim: k is counted over all targets of an expert together ("global", published) or in each target ("target").
     elect, mean, scale: see `disjoint_mean`. The paper chooses λ on validation data, near 1 (0.8 to 2.5).
-    cutoffs: the smallest magnitude that each expert keeps; without them the deltas are taken as whole targets, or experts.
+    stats: the magnitudes that each expert keeps; by default those of `trim` "target", whatever `trim` is.
 
     deltas: N of one target. weights: N.
     Returns an element mask, the union of the trimmed deltas'. Raises ShapeMismatch, DensityOutOfRange, ArgumentError.
@@ -39,16 +41,24 @@ def ties(
     require_finite_number("scale", scale)
     require_trim(density_of, trim)
     require_election(elect, mean)
-    if cutoffs is None:
-        cutoffs = [magnitudes_at(d, (blocks_to_keep(density, entries_of(d, density_of)),))[0] for d in deltas]
-    trimmed = [within(delta, cutoff) for delta, cutoff in zip(deltas, cutoffs, strict=True)]
+    if stats is None:
+        stats = [(magnitudes_at(d, (blocks_to_keep(density, entries_of(d, density_of)),))[0], math.inf) for d in deltas]
+    trimmed = [within(delta, *bounds) for delta, bounds in zip(deltas, stats, strict=True)]
     return disjoint_mean(trimmed, weights, elect=elect, mean=mean, scale=scale)
 
 
-def survey_ties(targets: Targets, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The cutoffs of `ties` with global trimming: each expert's k-th largest magnitude over all its targets."""
-    if parameters["trim"] != "global":
-        return {}
+def ties_bounds(targets: AllTargets, parameters: Mapping[str, Any]) -> list[Bounds]:
+    """The magnitudes that each expert keeps: from its k-th largest over all targets."""
     density = parameters["density"]
-    found = expert_magnitudes_at(targets, lambda entries: (blocks_to_keep(density, entries),), parameters["density_of"])
-    return {"cutoffs": [cutoff for (cutoff,) in found]}
+    cutoffs = expert_magnitudes_at(targets, lambda entries: (blocks_to_keep(density, entries),), parameters["density_of"])
+    return [(cutoff, math.inf) for (cutoff,) in cutoffs]
+
+
+TIES = MergeMethod(
+    "ties",
+    ties,
+    "λ · mean of the trimmed wᵢ·ΔWᵢ that have the elected sign",
+    "Yadav et al. 2023",
+    elementwise=True,
+    global_stats=ties_bounds,
+)
