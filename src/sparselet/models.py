@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,7 +26,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from sparselet.errors import MissingExtra, ModelError, SparseletError
-from sparselet.hub import sources as hub
+from sparselet.hub.sources import is_hub_name, local_directory
 from sparselet.io.atomic import atomic_directory
 from sparselet.io.paths import cache_directory
 from sparselet.io.printable import reason
@@ -142,7 +141,7 @@ def _loading(what: str) -> Iterator[None]:
 def lossless_dtype(name: str, dtype: str) -> str:
     """What to load a base model in, for its weights to be changed and then rounded to `dtype` once: that, if all of its files
     hold it already, and otherwise float32. Raises ModelError."""
-    stored = {kind for file in sorted(directory_of(name).glob("*.safetensors")) for kind in TensorFile(file).dtypes.values()}
+    stored = {kind for file in sorted(model_directory(name).glob("*.safetensors")) for kind in TensorFile(file).dtypes.values()}
     return dtype if stored == {_STORED.get(dtype)} else "float32"
 
 
@@ -177,7 +176,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def local_path(name: str) -> str:
     """What transformers can load: a directory for the packaged model and for a name with a revision, else the name itself.
 
-    Raises ModelError for an unknown packaged model or a path that is not a model directory, and what `hub.fetch` raises.
+    Raises ModelError for an unknown packaged model or a path that is not a model directory, and what `fetch` raises.
     """
     if name.startswith("packaged:"):
         if name != PACKAGED:
@@ -187,22 +186,19 @@ def local_path(name: str) -> str:
     if path.is_dir() and not (path / "config.json").is_file():
         hint = " It is an adapter; name its base model." if (path / "adapter_config.json").is_file() else ""
         raise ModelError(f"{name} is a directory without config.json, so not a base model.{hint}")
-    if "@" in name and hub.is_hub_name(name, bare=True):  # transformers takes the revision apart from the name
-        return str(hub.fetch(name))
+    if "@" in name and is_hub_name(name, bare=True):  # transformers takes the revision apart from the name
+        return str(local_directory(name, bare=True))
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"{name} does not exist; give a hub name, a model directory, or {PACKAGED}.")
     return name
 
 
-def directory_of(name: str) -> Path:
-    """The directory of a base model's files; one on the hub is fetched. Raises ModelError, MissingExtra."""
-    path = Path(local_path(name))
-    if path.is_dir():
-        return path
-    try:
-        return Path(snapshot_download(name, allow_patterns=_DEFINING, ignore_patterns=["*/*"]))
-    except Exception as error:  # of the hub's library, too
-        raise ModelError(f"cannot read the files of the base model {name}: {reason(error)}") from error
+def model_directory(name: str) -> Path:
+    """The directory of a base model's files; one on the hub is fetched. Raises ModelError, FormatError, MissingExtra."""
+    directory = local_directory(local_path(name), bare=True)
+    if directory is None:
+        raise ModelError(f"{name} is not a directory or a hub name, so not a base model.")
+    return directory
 
 
 def model_fingerprint(name: str) -> str:
@@ -211,7 +207,7 @@ def model_fingerprint(name: str) -> str:
     What has other bytes is another model here; `fingerprint` tells whether two fit the same adapter. A model on the hub is
     fetched. Raises ModelError, MissingExtra.
     """
-    path = directory_of(name)
+    path = model_directory(name)
     try:
         digest = hashlib.sha256()
         for file in sorted({file for pattern in _DEFINING for file in path.glob(pattern) if file.is_file()}):

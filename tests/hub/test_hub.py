@@ -41,7 +41,9 @@ from sparselet.errors import (
     WriteFailed,
 )
 from sparselet.hub.card import model_card, peft_card
-from sparselet.hub.sources import CachedCopyWarning, check, fetch, parse_name, prepare, pull, push
+from sparselet.hub.contents import check_directory
+from sparselet.hub.publish import prepare, push
+from sparselet.hub.sources import CachedCopyWarning, fetch, parse_name, pull
 
 NAME = "lab/expert"
 ABOUT = {"task": "backwards", "task_type": "CAUSAL_LM", "base_model_name_or_path": "org/base", "score": "mcs"}
@@ -245,7 +247,7 @@ def test_a_lora_adapter_is_pushed_and_loads_where_it_was_pulled(hub, lora, tmp_p
     push(lora, NAME)
     assert hub.repositories[NAME].messages[-1] == "Upload LORA adapter"
     pull(NAME, tmp_path / "pulled")
-    assert check(tmp_path / "pulled") == "LORA adapter"
+    assert check_directory(tmp_path / "pulled") == "LORA adapter"
     inputs = torch.tensor([[5, 9, 33]])
     logits = [PeftModel.from_pretrained(make_model(), str(path))(inputs).logits for path in (lora, tmp_path / "pulled")]
     assert torch.equal(*logits)
@@ -337,7 +339,7 @@ def test_a_checkpoint_is_fetched_and_loads(hub, tmp_path, base_dir):
     files["adapter[1].safetensors"] = files["model.safetensors"]  # no pattern
     hub.add("lab/model", {**files, **evil})
     assert contents(pull("lab/model", tmp_path / "pulled")) == files
-    assert check(tmp_path / "pulled") == "checkpoint"
+    assert check_directory(tmp_path / "pulled") == "checkpoint"
     inputs = torch.tensor([[5, 9, 33]])
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "pulled")(inputs).logits, make_model()(inputs).logits)
 
@@ -487,7 +489,7 @@ def test_what_others_fetched_is_there_by_name_commit_and_path(cached, hub, exper
     ):
         directory = cached(name, source)
         assert fetch(name) == fetch(f"{name}@{'a' * 40}") == directory
-        assert check(directory) == kind
+        assert check_directory(directory) == kind
         assert contents(pull(name, tmp_path / "pulled" / name)) == contents(source)
     loaded, original = SparseAdapter.load(cached("lab/again", expert)), SparseAdapter.load(expert)
     assert all(torch.equal(loaded[name].values, original[name].values) for name in original)
@@ -686,7 +688,8 @@ def test_a_missing_library_names_the_extra(hub, monkeypatch):
 def test_by_environment_alone_and_imported_only_when_used(hub, expert, tmp_path):
     code = f"""
 import sys
-from sparselet.hub.sources import pull, push
+from sparselet.hub.publish import push
+from sparselet.hub.sources import pull
 assert "huggingface_hub" not in sys.modules
 push({str(expert)!r}, {NAME!r})
 pull({NAME!r}, {str(tmp_path / "pulled")!r})

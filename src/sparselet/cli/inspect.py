@@ -7,7 +7,7 @@ from typing import Any
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter
 from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.cli.terminal import SHADES, facts, heading, print_json, quiet_libraries, say, table, word
-from sparselet.hub.sources import directory_of
+from sparselet.hub.sources import local_directory
 from sparselet.masks import layer_of
 from sparselet.report.summary import Cell, layer_table
 
@@ -28,7 +28,7 @@ def inspect_(adapter: str, /, *, json: bool = False) -> None:
         Print the facts as JSON.
     """
     quiet_libraries()
-    directory = directory_of(adapter) or Path(adapter)
+    directory = local_directory(adapter) or Path(adapter)
     loaded = SparseAdapter.load(directory)
     cells = layer_table(loaded)
     sizes = {name: (directory / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE)}

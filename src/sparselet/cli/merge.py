@@ -31,7 +31,7 @@ from sparselet.merging import (
     read_recipe,
     recipe_text,
 )
-from sparselet.models import DTYPES, directory_of, load_model, load_tokenizer, lossless_dtype
+from sparselet.models import DTYPES, load_model, load_tokenizer, lossless_dtype, model_directory
 from sparselet.tasks.task import load_task
 from sparselet.workflows.search import SearchResult, SearchSettings, search
 
@@ -165,7 +165,7 @@ def merge_(
         if loaded is not None and asked.model:
             with tempfile.TemporaryDirectory(prefix=".", dir=directory) as scratch:
                 merged = _merge(asked, opened, Path(scratch) / "adapter", workers)
-                how: dict[str, Any] = {"dtype": DTYPES[rounded], "base": directory_of(asked.model)}
+                how: dict[str, Any] = {"dtype": DTYPES[rounded], "base": model_directory(asked.model)}
                 write_checkpoint(loaded, None, merged, directory, keep_base=False, **how)
         else:
             merged = _merge(asked, opened, directory, workers)

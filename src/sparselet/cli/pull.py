@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from sparselet.cli.terminal import facts, print_json, quiet_libraries, say, word
-from sparselet.hub.sources import check, pull, show_progress
+from sparselet.hub.client import show_progress
+from sparselet.hub.contents import check_directory
+from sparselet.hub.sources import pull
 
 
 def pull_(name: str, /, *, out: Path, json: bool = False) -> None:
@@ -27,7 +29,7 @@ def pull_(name: str, /, *, out: Path, json: bool = False) -> None:
     quiet_libraries()
     show_progress(not json)
     pull(name, out)
-    kind, files = check(out), {file.name: file.stat().st_size for file in sorted(out.iterdir())}
+    kind, files = check_directory(out), {file.name: file.stat().st_size for file in sorted(out.iterdir())}
     if json:
         print_json({"output": str(out), "kind": kind, "files": files})
         return

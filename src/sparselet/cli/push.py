@@ -6,7 +6,9 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from sparselet.cli.terminal import print_json, quiet_libraries, say, table
-from sparselet.hub.sources import CARD_FILE, Upload, prepare, send, show_progress
+from sparselet.hub.client import show_progress
+from sparselet.hub.contents import CARD_FILE
+from sparselet.hub.publish import Upload, prepare, send
 
 
 def push_(

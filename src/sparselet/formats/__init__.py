@@ -13,7 +13,7 @@ from sparselet.formats.convert import save_expert
 from sparselet.formats.expert import ExpertFile, SomeTargets, leave_out
 from sparselet.formats.lora.read import LoraFile
 from sparselet.formats.single_entries.read import SHIRA, SUPER_TUNING, EntriesFile
-from sparselet.hub import sources as hub
+from sparselet.hub.sources import local_directory
 from sparselet.io.json_files import read_object
 from sparselet.io.paths import check_inside
 from sparselet.names import unwrapped
@@ -91,7 +91,7 @@ def _placed(adapter: AdapterFile, base: BaseModel | None, without: Sequence[str]
 
 def _directory(path: str | Path) -> Path:
     """The local directory of a path or hub name. Raises MissingFile, ModelError."""
-    directory = hub.directory_of(path)
+    directory = local_directory(path)
     if directory is None:
         raise MissingFile(f"{path} is not a directory; an expert is a directory or a hub name. What can be read: {KINDS}.")
     return directory

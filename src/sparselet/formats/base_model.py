@@ -9,7 +9,7 @@ import torch
 
 from sparselet.errors import MissingFile, ModelError, SparseletError, WrongBase
 from sparselet.formats.checkpoint.model_files import ModelFiles
-from sparselet.hub import sources as hub
+from sparselet.hub.sources import is_hub_name, local_directory
 from sparselet.io.printable import reason
 from sparselet.model_config import read_config
 from sparselet.names import Names, as_rows, refuse_shared
@@ -25,13 +25,16 @@ class BaseModel:
 
     def __init__(self, name: str | Path) -> None:
         self.name = str(name)
-        if not Path(name).is_dir() and not hub.is_hub_name(name, bare=True):
+        if not Path(name).is_dir() and not is_hub_name(name, bare=True):
             raise MissingFile(f"{name} is not a directory or a hub name, so not a base model.")
 
     @cached_property
     def files(self) -> ModelFiles:
         """Its files, those of weights among them."""
-        return ModelFiles(self.name if Path(self.name).is_dir() else hub.fetch(self.name))
+        directory = local_directory(self.name, bare=True)
+        if directory is None:
+            raise MissingFile(f"{self.name} was removed since it was opened as a base model.")
+        return ModelFiles(directory)
 
     @cached_property
     def config(self) -> Any:

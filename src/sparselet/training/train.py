@@ -21,7 +21,7 @@ from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, SparseAdap
 from sparselet.apply import target_weights
 from sparselet.errors import ConfigError, OutputExists
 from sparselet.generation.prompts import PromptFormat, prompt_format
-from sparselet.hub.sources import directory_of
+from sparselet.hub.sources import local_directory
 from sparselet.io.atomic import atomic_directory
 from sparselet.io.json_files import read_object, write_json
 from sparselet.io.paths import check_output, parents_of, utf8_path
@@ -97,7 +97,7 @@ def train(
                     check_output(output)
                     _check_work(work, resume)
             tasks = _load_tasks(settings)
-            place = None if settings.init_from is None else directory_of(settings.init_from) or Path(settings.init_from)
+            place = None if settings.init_from is None else local_directory(settings.init_from) or Path(settings.init_from)
             start = None if place is None else _load_start(place)
             known = _described(settings, tasks, place)
             if finished:  # by a run that was killed before it had removed its checkpoints
