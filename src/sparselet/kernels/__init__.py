@@ -9,8 +9,8 @@ from torch import Tensor
 from sparselet.kernels import reference
 from sparselet.kernels.bands import banded_weight_gradient
 from sparselet.kernels.choice import choose, writes_in_one_pass
-from sparselet.kernels.reference import all_finite, as_tiles, gather, tile_entries, tile_sum, weight_gradient, write
-from sparselet.kernels.select import kth_largest, selected
+from sparselet.kernels.reference import all_finite, as_tiles, gather, selected, tile_entries, tile_sum, weight_gradient, write
+from sparselet.kernels.select import digit_counts, digit_of_rank, kth_largest, number_of
 
 TRITON = "sparselet.kernels.triton"  # imported when it is used: triton may not be there
 
@@ -19,9 +19,12 @@ __all__ = [
     "add_at",
     "all_finite",
     "as_tiles",
+    "digit_counts",
+    "digit_of_rank",
     "gather",
     "kth_largest",
     "masked_weight_gradient",
+    "number_of",
     "selected",
     "tile_entries",
     "tile_sum",

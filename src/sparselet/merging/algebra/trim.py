@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,61 +46,41 @@ def within(delta: SparseDelta, low: float, high: float = math.inf) -> SparseDelt
 
 def magnitudes_at(delta: SparseDelta, ranks: Sequence[int]) -> tuple[float, ...]:
     """The k-th largest |ΔW| for each k in `ranks`, in float32; 0 for k beyond the selected entries."""
-    magnitudes = delta.values.detach().float().abs().reshape(-1)
-    return tuple(kth_largest(magnitudes, k) for k in ranks)
+    magnitudes = _magnitudes(delta)
+    return tuple(value_at_rank(magnitudes, k) for k in ranks)
 
 
-def kth_largest(numbers: Tensor, k: int) -> float:
+def value_at_rank(numbers: Tensor, k: int) -> float:
     """The k-th largest of `numbers` [n], k ≥ 1; 0 for k beyond n."""
-    if k > len(numbers):
-        return 0.0
-    return float(kernels.kth_largest([numbers], k))
+    return float(kernels.kth_largest([numbers], k)) if k <= len(numbers) else 0.0
 
 
 def expert_magnitudes_at(targets: AllTargets, ranks: Ranks, density_of: str) -> list[tuple[float, ...]]:
-    """`magnitudes_at` of whole experts, over all their targets together: one tuple an expert.
+    """`magnitudes_at` of whole experts, over all their targets together: one tuple per expert.
 
-    targets: called at most twice; each call yields the same (deltas, weights), one delta an expert. No more than one target is
-    in memory: for numbers that are not negative the order of floats is that of their bits, so a histogram of the upper 16 bits
-    and then one of the lower 16 bits of those that fall in the wanted bin find the k-th largest exactly.
+    targets: called at most twice; each call yields the same (deltas, weights), one delta per expert. No more than one target is
+    in memory: each call counts one 16-bit digit of the magnitudes (`kernels.select`).
     """
-    upper: defaultdict[int, Tensor] = defaultdict(lambda: torch.zeros(2**15, dtype=torch.int64))
+    first: defaultdict[int, Any] = defaultdict(int)
     entries: defaultdict[int, int] = defaultdict(int)
     for deltas, _ in targets():
         for i, delta in enumerate(deltas):
             entries[i] += entries_of(delta, density_of)
-            _count(upper[i], _bits(delta) >> 16)
+            first[i] += kernels.digit_counts(_magnitudes(delta))
         del deltas  # before the next target's are read
-    wanted = {i: [_bin(upper[i], k) for k in ranks(entries[i])] for i in upper}
-    lower = {(i, bin_): torch.zeros(2**16, dtype=torch.int64) for i in wanted for bin_, k in wanted[i] if k}
-    for deltas, _ in targets() if lower else ():
-        for (i, bin_), counts in lower.items():
-            bits = _bits(deltas[i])
-            _count(counts, bits.index_select(0, selected(bits >> 16 == bin_)) & 0xFFFF)
+    positions = {i: [kernels.digit_of_rank(counts, k) for k in ranks(entries[i])] for i, counts in first.items()}
+    second: dict[tuple[int, int], Any] = {(i, digit): 0 for i in positions for digit, k in positions[i] if k}
+    for deltas, _ in targets() if second else ():
+        for i, digit in second:
+            second[i, digit] += kernels.digit_counts(_magnitudes(deltas[i]), [digit])
         del deltas
-    return [
-        tuple(_float(bin_ << 16 | _bin(lower[i, bin_], k)[0]) if k else 0.0 for bin_, k in bins) for i, bins in wanted.items()
-    ]
+
+    def magnitude(i: int, digit: int, k: int) -> float:
+        return float(kernels.number_of([digit, kernels.digit_of_rank(second[i, digit], k)[0]], torch.float32)) if k else 0.0
+
+    return [tuple(magnitude(i, digit, k) for digit, k in positions[i]) for i in positions]
 
 
-def _bits(delta: SparseDelta) -> Tensor:
-    """The bit patterns of the float32 magnitudes, int32 [nnz]."""
-    return delta.values.detach().float().abs().reshape(-1).view(torch.int32).cpu()
-
-
-def _float(bits: int) -> float:
-    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
-
-
-def _count(counts: Tensor, bins: Tensor) -> None:
-    counts.index_add_(0, bins, torch.ones(len(bins), dtype=torch.int64))
-
-
-def _bin(counts: Tensor, k: int) -> tuple[int, int]:
-    """The bin of the k-th largest number, and its rank in that bin; rank 0 for k beyond their count."""
-    at_least = counts.flip(0).cumsum(0).flip(0)
-    found = (at_least >= k).nonzero()
-    if not len(found):
-        return 0, 0
-    bin_ = int(found[-1])
-    return bin_, k - int(at_least[bin_] - counts[bin_])
+def _magnitudes(delta: SparseDelta) -> Tensor:
+    """|ΔW| of the selected entries, float32 [nnz]."""
+    return delta.values.detach().float().abs().reshape(-1).cpu()

@@ -11,7 +11,7 @@ from sparselet.masks import blocks_to_keep, check_density
 from sparselet.merging.algebra.entries import common_blocks, compact
 from sparselet.merging.algebra.ranges import require_finite_number, require_fraction
 from sparselet.merging.algebra.sums import sum_in_double
-from sparselet.merging.algebra.trim import entries_of, kth_largest, require_trim
+from sparselet.merging.algebra.trim import entries_of, require_trim, value_at_rank
 from sparselet.merging.method import MergeMethod
 
 
@@ -70,7 +70,7 @@ def _clip(values: Tensor, count: int) -> Tensor:
     """`values` with the `count` largest magnitudes lowered to the next one."""
     if count == 0:
         return values
-    bound = kth_largest(values.abs(), count + 1)
+    bound = value_at_rank(values.abs(), count + 1)
     return values.clamp(-bound, bound)
 
 
@@ -85,7 +85,7 @@ def _share(balance: Tensor, kept: int) -> Tensor:
     best = balance.max()
     if best <= 0:
         return torch.zeros_like(balance)
-    cutoff = max(0.0, kth_largest(balance, kept + 1))
+    cutoff = max(0.0, value_at_rank(balance, kept + 1))
     if cutoff == best:
         return (balance == best).double()
     return ((balance - cutoff) / (best - cutoff)).clamp_(min=0)

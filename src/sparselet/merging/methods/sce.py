@@ -11,7 +11,7 @@ from sparselet.masks import blocks_to_keep, check_density
 from sparselet.merging.algebra.entries import common_blocks, compact, mask_count
 from sparselet.merging.algebra.ranges import require_choice
 from sparselet.merging.algebra.sums import sum_in_double, total
-from sparselet.merging.algebra.trim import kth_largest
+from sparselet.merging.algebra.trim import value_at_rank
 from sparselet.merging.method import MergeMethod
 
 
@@ -66,7 +66,7 @@ def _most_varied(
     if varying == 0:
         return deltas
     k = blocks_to_keep(density, varying if size is None else size)
-    keep = (deviation.reshape(-1) >= kth_largest(deviation.reshape(-1), k)) & (deviation.reshape(-1) > 0)
+    keep = (deviation.reshape(-1) >= value_at_rank(deviation.reshape(-1), k)) & (deviation.reshape(-1) > 0)
     kept = []
     for delta in deltas:
         here = keep.index_select(0, delta.indices)
