@@ -8,7 +8,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparselet import SparseletConfig, freeze_masks, merge, reselect, to_adapter
-from sparselet.apply import applied
+from sparselet.apply import apply_temporarily
 
 
 def tiny_model() -> LlamaForCausalLM:
@@ -49,7 +49,7 @@ def main() -> None:
     print(expert)
 
     base = tiny_model()
-    with torch.no_grad(), applied(base, merge([expert, expert])):
+    with torch.no_grad(), apply_temporarily(base, merge([expert, expert])):
         print(f"merged with itself, in a fresh model: loss {base(**batch(9999)).loss.item():.3f}")
     with torch.no_grad():
         print(f"the base model again: loss {base(**batch(9999)).loss.item():.3f}")

@@ -6,7 +6,7 @@ from helpers.tiny import make_adapter, make_model
 
 from sparselet import SparseAdapter, SparseDelta
 from sparselet.adapter_metadata import AdapterMetadata
-from sparselet.apply import applied
+from sparselet.apply import apply_temporarily
 from sparselet.errors import ShapeMismatch, UnknownTarget, UnsupportedExpert, WrongBase
 
 INTEGER = {2: torch.int16, 4: torch.int32}
@@ -41,7 +41,7 @@ def test_weights_are_the_sum_rounded_once_and_then_the_base_bit_for_bit(dtype, b
     model = odd(make_model(dtype))
     adapter = make_adapter(model, block_size, density=0.5)
     before, base = bits(model), {name: model.get_submodule(name).weight.detach().clone() for name in adapter}
-    with applied(model, adapter) as inside:
+    with apply_temporarily(model, adapter) as inside:
         assert inside is model
         for name, delta in adapter.items():
             weight = model.get_submodule(name).weight
@@ -58,7 +58,7 @@ def test_a_hundred_turns_do_not_wear_the_base(dtype):
     adapters = [make_adapter(model, block, seed=seed) for seed, block in ((1, 1), (2, 4), (3, 8))]
     before = bits(model)
     for turn in range(100):
-        with applied(model, adapters[turn % 3]):
+        with apply_temporarily(model, adapters[turn % 3]):
             pass
     assert_bits(model, before)
 
@@ -68,9 +68,9 @@ def test_blocks_inside_blocks_unwind_in_order():
     outer, inner = make_adapter(model), make_adapter(model, 4, seed=2)
     inner.fingerprints = dict.fromkeys(inner)  # made for the base, applied upon another adapter
     before = bits(model)
-    with applied(model, outer):
+    with apply_temporarily(model, outer):
         middle = bits(model)
-        with applied(model, inner):
+        with apply_temporarily(model, inner):
             pass
         assert_bits(model, middle)
     assert_bits(model, before)
@@ -80,7 +80,7 @@ def test_blocks_inside_blocks_unwind_in_order():
 def test_the_base_comes_back_after_an_error_in_the_block(error):
     model = make_model()
     before = bits(model)
-    with pytest.raises(error), applied(model, make_adapter(model)):
+    with pytest.raises(error), apply_temporarily(model, make_adapter(model)):
         raise error
     assert_bits(model, before)
 
@@ -89,14 +89,14 @@ def test_an_empty_adapter_or_an_empty_target_changes_nothing():
     model = make_model()
     before = bits(model)
     for adapter in ({}, {FIRST: SparseDelta.empty((16, 16))}):
-        with applied(model, adapter):
+        with apply_temporarily(model, adapter):
             assert_bits(model, before)
 
 
 def test_weights_that_require_gradients_can_be_changed():
     model = make_model()
     assert model.get_submodule(FIRST).weight.requires_grad
-    with applied(model, make_adapter(model)):
+    with apply_temporarily(model, make_adapter(model)):
         assert model.get_submodule(FIRST).weight.is_leaf
     assert model.get_submodule(FIRST).weight.requires_grad
 
@@ -105,7 +105,7 @@ def test_answers_differ_inside_and_agree_after():
     model = make_model()
     ids = torch.arange(8)[None]
     before = model(input_ids=ids).logits
-    with applied(model, make_adapter(model)):
+    with apply_temporarily(model, make_adapter(model)):
         assert not torch.allclose(model(input_ids=ids).logits, before)
     assert torch.equal(model(input_ids=ids).logits, before)
 
@@ -115,7 +115,7 @@ def test_answers_differ_inside_and_agree_after():
 
 def refused(model, adapter, error, match):
     before = bits(model)
-    with pytest.raises(error, match=match), applied(model, adapter):
+    with pytest.raises(error, match=match), apply_temporarily(model, adapter):
         pytest.fail("the block was entered")
     assert_bits(model, before)
 
@@ -138,7 +138,7 @@ def test_the_base_in_another_dtype_is_the_same_base(dtype):
     adapter = make_adapter(make_model())
     model = make_model(dtype)
     before = bits(model)
-    with applied(model, adapter):
+    with apply_temporarily(model, adapter):
         pass
     assert_bits(model, before)
 
@@ -170,6 +170,6 @@ def test_an_adapter_that_trained_modules_in_full_is_refused():
     for field, value in trained.items():
         refused = SparseAdapter(adapter, {}, adapter.fingerprints)
         setattr(refused, field, value)
-        with pytest.raises(UnsupportedExpert, match="also trained lm_head"), applied(model, refused):
+        with pytest.raises(UnsupportedExpert, match="also trained lm_head"), apply_temporarily(model, refused):
             pass
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())

@@ -10,7 +10,7 @@ from racing.worker import serve
 from torch import Tensor
 
 from sparselet import SparseAdapter, SparseDelta, SparseletConfig, freeze_masks, kernels, reselect
-from sparselet.apply import applied
+from sparselet.apply import apply_temporarily
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.masks import blocks_to_keep, top_k, top_k_global
 from sparselet.tuner import SparseletLayer, sparselet_layers
@@ -185,7 +185,7 @@ def enter_and_exit(job: dict[str, Any]) -> Callable[[], None]:
     adapter = _loaded(f"{job['work']}/sparse-{B}")
 
     def start() -> None:
-        with applied(model, adapter):
+        with apply_temporarily(model, adapter):
             pass
 
     return start

@@ -35,7 +35,7 @@ from sparselet.errors import (
     NonFiniteValue,
     SparseletError,
 )
-from sparselet.expert import Expert
+from sparselet.expert import Expert, ExpertOrDeltas
 from sparselet.io.atomic import atomic_directory, atomic_write, replaced_directory
 from sparselet.io.json_files import json_bytes, read_object
 from sparselet.io.paths import check_inside
@@ -256,7 +256,7 @@ class AdapterFile(Mapping[str, SparseDelta]):
         return shape[1] if len(shape) == 3 else 1
 
 
-def as_expert(expert: Expert | Mapping[str, SparseDelta]) -> Expert:
+def as_expert(expert: ExpertOrDeltas) -> Expert:
     """The expert, or a `SparseAdapter` of a plain mapping from target names to deltas."""
     return expert if isinstance(expert, Expert) else SparseAdapter(expert)
 

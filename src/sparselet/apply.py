@@ -1,8 +1,8 @@
-"""Writing an adapter into a plain model's weights, for a while or for good, and taking it out bit for bit."""
+"""Adding an adapter to a plain model's weights: temporarily, restoring the base weights bit for bit, or in place."""
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,18 @@ from sparselet import kernels
 from sparselet.adapter import as_expert
 from sparselet.delta import SparseDelta
 from sparselet.errors import NonFiniteValue, ShapeMismatch, UnsupportedExpert
-from sparselet.expert import Expert
+from sparselet.expert import ExpertOrDeltas
 from sparselet.fingerprint import fingerprint_weight, require_same_base
 from sparselet.names import Names, as_rows, refuse_shared
 
 
 @contextlib.contextmanager
-def applied(model: nn.Module, adapter: Expert | Mapping[str, SparseDelta]) -> Iterator[nn.Module]:
+def apply_temporarily(model: nn.Module, adapter: ExpertOrDeltas) -> Iterator[nn.Module]:
     """Within the block the model's weights are W + ΔW of `adapter`; afterwards they are W again, bit for bit.
 
     W + ΔW is summed in float32 (or wider) and rounded once to the weight's dtype, as in a merged checkpoint.
-    model: a base model without adapters. Raises UnknownTarget, UnsupportedExpert, ShapeMismatch, WrongBase before anything is
-    changed, and NonFiniteValue, the weights being W again, where the weight's dtype cannot hold W + ΔW.
+    model: a base model without adapters. Raises UnknownTarget, UnsupportedExpert, ShapeMismatch, WrongBase before any weight is
+    changed, and NonFiniteValue, after restoring W, where the weight's dtype cannot hold W + ΔW.
     """
     weights = target_weights(model, adapter)
     displaced: list[tuple[Tensor, Tensor, Tensor, int]] = []
@@ -40,12 +40,12 @@ def applied(model: nn.Module, adapter: Expert | Mapping[str, SparseDelta]) -> It
                 kernels.write(weight, blocks, before, block_size)
 
 
-def absorb(model: nn.Module, adapter: Expert | Mapping[str, SparseDelta], dtype: torch.dtype | None = None) -> None:
-    """Make the model's weights W + ΔW for good, keeping nothing of W: one target's delta is in memory at a time.
+def apply_in_place(model: nn.Module, adapter: ExpertOrDeltas, dtype: torch.dtype | None = None) -> None:
+    """Change the model's weights to W + ΔW and keep nothing of W. One target's delta is in memory at a time.
 
-    Sums and rounds as `applied`. dtype: give every parameter a new tensor of this dtype, W + ΔW being rounded to it at once;
-    parameters that transformers keeps in float32 whatever is asked for stay as they are. Raises NonFiniteValue where a dtype
-    cannot hold a value; UnknownTarget, UnsupportedExpert, ShapeMismatch, WrongBase before anything is changed.
+    Sums and rounds as `apply_temporarily`. dtype: every parameter gets a new tensor of this dtype, and W + ΔW is rounded to it
+    directly; parameters that transformers always keeps in float32 stay as they are. Raises NonFiniteValue where a dtype cannot
+    hold a value; UnknownTarget, UnsupportedExpert, ShapeMismatch, WrongBase before any weight is changed.
     """
     weights = target_weights(model, adapter)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def _stays_wide(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
     return any(re.search(rf"(^|\.){part}($|\.)", name) for part in kept)
 
 
-def target_weights(model: nn.Module, adapter: Expert | Mapping[str, SparseDelta]) -> dict[str, Tensor]:
+def target_weights(model: nn.Module, adapter: ExpertOrDeltas) -> dict[str, Tensor]:
     """The model's weight of each of the adapter's targets, once all fit, as the target's two sides (`names.as_rows`).
 
     Raises UnknownTarget, UnsupportedExpert (modules trained in full, which only PEFT puts in place; a weight that is shared,

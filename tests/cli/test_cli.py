@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import sparselet
 from sparselet import SparseAdapter
-from sparselet.apply import applied
+from sparselet.apply import apply_temporarily
 from sparselet.cli import demo, terminal
 from sparselet.cli import train as train_verb
 from sparselet.cli.eval import eval_
@@ -372,7 +372,7 @@ def test_train_eval_merge_and_inspect_follow_one_another(cli, tmp_path, base_dir
     code, out, _ = cli("merge", *experts, "--out", checkpoint, "--as", "checkpoint", *model)
     assert code == 0
     base = AutoModelForCausalLM.from_pretrained(base_dir)
-    with applied(base, merged):
+    with apply_temporarily(base, merged):
         for name, parameter in AutoModelForCausalLM.from_pretrained(checkpoint).named_parameters():
             assert torch.equal(parameter, base.get_parameter(name)), name
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from sparselet import SparseAdapter
-from sparselet.apply import applied
+from sparselet.apply import apply_temporarily
 from sparselet.formats import open_expert
 
 QV = ["q_proj", "v_proj"]
@@ -25,7 +25,7 @@ def expert(tmp_path_factory, base_dir):
 
 def expected(path, base=None):
     model = make_model()
-    with applied(model, open_expert(path, base)):
+    with apply_temporarily(model, open_expert(path, base)):
         return logits(model)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from sparselet import METHODS, SparseAdapter, merge
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE
-from sparselet.apply import applied
+from sparselet.apply import apply_temporarily
 from sparselet.cli import opening
 from sparselet.errors import ModelError
 from sparselet.evaluation import EvalResult
@@ -40,7 +40,7 @@ def counted(tmp_path, experts, third):
 def full(tmp_path_factory, base_dir):
     """A full checkpoint of the base model with an expert in it."""
     model, directory = make_model(), tmp_path_factory.mktemp("full") / "full"
-    with applied(model, make_adapter(model, seed=7)):
+    with apply_temporarily(model, make_adapter(model, seed=7)):
         return save_base(directory, model=model)
 
 
@@ -136,7 +136,7 @@ def test_a_checkpoint_is_the_base_model_with_the_adapter_applied(cli, tmp_path, 
     assert not [name for name in names_in(tmp_path / "x") if name.startswith(".") or "adapter" in name]
     base = AutoModelForCausalLM.from_pretrained(base_dir)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype="auto")
-    with applied(base, merge(experts, weights=[2, 1])):
+    with apply_temporarily(base, merge(experts, weights=[2, 1])):
         for name, parameter in found.named_parameters():
             assert torch.equal(parameter, base.get_parameter(name).to(parameter.dtype)), name  # summed, then rounded once
     assert all(parameter.dtype is getattr(torch, dtype or "float32") for parameter in found.parameters())

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from sparselet.apply import applied
+from sparselet.apply import apply_temporarily
 from sparselet.errors import ConfigError, TaskError, WrongBase
 from sparselet.evaluation import EvalSettings, chrf, evaluate, exact_match, rouge_l
 from sparselet.generation.generate import _batches, generate
@@ -337,7 +337,7 @@ def test_an_adapter_is_measured_and_the_base_is_left_bit_for_bit(dtype):
     (expert,) = evaluate(model, tokenizer, tasks, adapter, EvalSettings(max_new_tokens=6))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert [a for _, a in expert.predictions] != [a for _, a in base.predictions]
-    with applied(model, adapter):
+    with apply_temporarily(model, adapter):
         expected = generate(model, tokenizer, PROMPTS, max_new_tokens=6)
     assert [a for _, a in expert.predictions] == expected
     (again,) = evaluate(model, tokenizer, tasks, settings=EvalSettings(max_new_tokens=6))

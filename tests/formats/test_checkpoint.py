@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from sparselet import SparseDelta
-from sparselet.apply import absorb, applied
+from sparselet.apply import apply_in_place, apply_temporarily
 from sparselet.errors import (
     BadConfig,
     BadContainer,
@@ -50,10 +50,10 @@ def test_a_checkpoint_less_its_base_is_the_tuned_model(tmp_path, shard, tie):
     expert.check_values()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     before = logits(loaded)
-    with applied(loaded, expert):
+    with apply_temporarily(loaded, expert):
         torch.testing.assert_close(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")))
     assert torch.equal(logits(loaded), before)
-    absorb(loaded, expert)
+    apply_in_place(loaded, expert)
     torch.testing.assert_close(logits(loaded), logits(model))
 
 
@@ -81,7 +81,7 @@ def test_a_checkpoint_that_spells_out_its_tied_output_layer_is_the_same(tmp_path
         save_file(tensors, file, {"format": "pt"})
         expert = open_expert(tmp_path / "tuned", tmp_path / "base")
         assert "lm_head" not in expert
-    with applied(make_model(tie_word_embeddings=True), expert) as changed:
+    with apply_temporarily(make_model(tie_word_embeddings=True), expert) as changed:
         torch.testing.assert_close(logits(changed), logits(model))
     tensors["lm_head.weight"][0, 0] += 1
     save_file(tensors, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
@@ -101,7 +101,7 @@ def test_an_encoder_decoder_with_shared_embeddings(tmp_path):
     assert expert.metadata.task_type == "SEQ_2_SEQ_LM"
     inputs = {"input_ids": IDS, "decoder_input_ids": IDS}
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base").eval()
-    with applied(loaded, expert), torch.inference_mode():
+    with apply_temporarily(loaded, expert), torch.inference_mode():
         torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
 
 
@@ -111,12 +111,12 @@ def test_a_gpt2_checkpoint_with_biases(tmp_path):
     base.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "tuned")
     expert = open_expert(tmp_path / "tuned", tmp_path / "base")
-    with applied(make_gpt2(), expert) as changed:
+    with apply_temporarily(make_gpt2(), expert) as changed:
         torch.testing.assert_close(logits(changed), logits(model))
     tuned(model, ["transformer.h.1.attn.c_attn.bias"]).save_pretrained(tmp_path / "tuned")
     expert = open_expert(tmp_path / "tuned", tmp_path / "base")
     assert expert.shapes["transformer.h.1.attn.c_attn.bias"] == (1, 48)
-    with applied(make_gpt2(), expert) as changed:
+    with apply_temporarily(make_gpt2(), expert) as changed:
         torch.testing.assert_close(logits(changed), logits(model))
 
 
@@ -208,6 +208,6 @@ def test_targets_that_are_one_weight_are_refused(tmp_path):
     for adapter in ({"model.embed_tokens": delta, "lm_head": delta}, {"lm_head": delta}):
         with (
             pytest.raises(UnsupportedExpert, match=r"lm_head shares its weight with model\.embed_tokens"),
-            applied(model, adapter),
+            apply_temporarily(model, adapter),
         ):
             pytest.fail("the block was entered")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparselet import SparseAdapter, SparseDelta
-from sparselet.apply import applied
+from sparselet.apply import apply_temporarily
 from sparselet.errors import NonFiniteValue, OutputExists, UnsafePath, WriteFailed, WrongBase
 from sparselet.formats.checkpoint.write import export_checkpoint
 from sparselet.models import lossless_dtype
@@ -50,7 +50,7 @@ def test_the_checkpoint_holds_exactly_the_weights_with_the_adapter_applied(tmp_p
     assert export_checkpoint(model, tokenizer, adapter, tmp_path / "merged") == tmp_path / "merged"
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
-    with applied(model, adapter), torch.inference_mode():
+    with apply_temporarily(model, adapter), torch.inference_mode():
         assert all(torch.equal(p, loaded.get_parameter(name)) for name, p in model.named_parameters())
         assert torch.equal(loaded(input_ids=torch.tensor(IDS)).logits, model(input_ids=torch.tensor(IDS)).logits)
     assert any(not torch.equal(loaded.get_parameter(name), p) for name, p in before.items())
@@ -66,7 +66,7 @@ def test_checkpoints_load_where_sparselet_is_not_installed(tmp_path):
         name = str(dtype).rpartition(".")[2]
         export_checkpoint(model, tokenizer, adapter, tmp_path / name, max_shard_size=shards)
         jobs.append((str(tmp_path / name), IDS, str(tmp_path / f"{name}.pt")))
-        with applied(model, adapter), torch.inference_mode():
+        with apply_temporarily(model, adapter), torch.inference_mode():
             expected.append((str(dtype), tokenizer("ant?")["input_ids"], model(input_ids=torch.tensor(IDS)).logits))
     subprocess.run([sys.executable, "-c", ELSEWHERE, json.dumps(jobs)], check=True, timeout=120, capture_output=True)
     for (_, _, answers), (dtype, ids, logits) in zip(jobs, expected, strict=True):
@@ -143,14 +143,14 @@ def test_a_failure_while_writing_leaves_nothing_and_the_base_as_it_was(tmp_path,
 
 def test_the_sum_is_rounded_once_to_the_dtype_asked_for(tmp_path):
     model, adapter = make_model(), make_adapter(make_model(), density=0.5)
-    with applied(model, adapter):
+    with apply_temporarily(model, adapter):
         exact = {name: p.detach().clone() for name, p in model.named_parameters()}
     export_checkpoint(model, None, adapter, tmp_path / "x", dtype=torch.bfloat16)
     assert all(p.dtype is torch.float32 for p in model.parameters())
     found = load_file(tmp_path / "x" / "model.safetensors")
     assert all(torch.equal(found[name], exact[name].bfloat16()) for name in exact)
     twice = make_model(torch.bfloat16)
-    with applied(twice, SparseAdapter(dict(adapter))):  # what a base rounded before the sum would give
+    with apply_temporarily(twice, SparseAdapter(dict(adapter))):  # what a base rounded before the sum would give
         assert any(not torch.equal(found[name], p) for name, p in twice.named_parameters())
 
 
@@ -178,7 +178,7 @@ def test_a_value_beyond_the_dtype_is_named(tmp_path, of):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     if of == "adapter":
         half = make_model(torch.float16)
-        with pytest.raises(NonFiniteValue, match="beyond float16"), applied(half, adapter):
+        with pytest.raises(NonFiniteValue, match="beyond float16"), apply_temporarily(half, adapter):
             pytest.fail("the block was entered")
         assert all(torch.equal(p, before[name].half()) for name, p in half.named_parameters())
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from sparselet import SparseAdapter, SparseDelta
-from sparselet.apply import applied
+from sparselet.apply import apply_temporarily
 from sparselet.errors import ExportError, OutputExists, WrongBase
 from sparselet.formats.checkpoint.write import export_checkpoint
 from sparselet.formats.gguf import ARCHITECTURES, export_gguf_checkpoint
@@ -42,7 +42,7 @@ def test_every_tensor_has_a_name_in_gguf_and_a_dtype_that_the_converter_takes(tm
         assert None not in found
         assert "blk.1.attn_q.weight" in found
         assert {file.get_slice(name).get_dtype() for name in found.values()} == {DTYPES[dtype]}
-    with applied(model, adapter):
+    with apply_temporarily(model, adapter):
         expected = logits(model)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")), expected)
 
@@ -72,7 +72,7 @@ def test_scaled_positions_are_spelt_for_old_and_new_readers(tmp_path):
     config = read(tmp_path / "out", "config.json")
     assert config["rope_theta"] == 5000
     assert config["rope_scaling"] == config["rope_parameters"] == LLAMA3
-    with applied(model, adapter):
+    with apply_temporarily(model, adapter):
         expected = logits(model)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.config.rope_parameters == model.config.rope_parameters
@@ -105,7 +105,7 @@ def test_gpt2_and_its_tied_head(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=16, n_layer=2, n_head=2, n_positions=32, **special)).eval()
     adapter = {"transformer.h.1.attn.c_attn": SparseDelta.from_dense(torch.randn(16, 48))}
     export_gguf_checkpoint(model, make_tokenizer(), adapter, tmp_path / "out")
-    with applied(model, adapter):
+    with apply_temporarily(model, adapter):
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
 
 
@@ -169,7 +169,7 @@ def test_a_wrong_base_or_an_output_that_exists_is_refused(tmp_path):
 @pytest.mark.parametrize("export", [export_checkpoint, export_gguf_checkpoint])
 def test_the_model_can_be_given_away(tmp_path, export):
     model, adapter = make_model(), make_adapter(make_model(), 4)
-    with applied(model, adapter):
+    with apply_temporarily(model, adapter):
         expected = logits(model)
     export(model, make_tokenizer(), adapter, tmp_path / "out", keep_base=False)
     assert torch.equal(logits(model), expected)

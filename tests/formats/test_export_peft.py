@@ -18,7 +18,7 @@ from transformers import GPT2LMHeadModel
 
 from sparselet import SparseAdapter, SparseDelta
 from sparselet.adapter import AdapterFile
-from sparselet.apply import applied
+from sparselet.apply import apply_temporarily
 from sparselet.errors import BadConfig, ExportError, NonFiniteValue, OutputExists, UnknownTarget, WrongBase
 from sparselet.formats import open_expert
 from sparselet.formats.lora.write import export_lora
@@ -50,7 +50,7 @@ assert "sparselet" not in sys.modules
 
 
 def with_applied(model, adapter):
-    with applied(model, adapter):
+    with apply_temporarily(model, adapter):
         return logits(model)
 
 
@@ -271,7 +271,7 @@ def test_a_conv1d_is_written_across_and_read_back(elsewhere, tmp_path):
     export_lora(both, tmp_path / "both", base=skeleton)
     gpt2.config.tie_word_embeddings = False
     gpt2.lm_head.weight = torch.nn.Parameter(gpt2.lm_head.weight.detach().clone())
-    with applied(gpt2, both):
+    with apply_temporarily(gpt2, both):
         expected = logits(gpt2)
     torch.testing.assert_close(logits(PeftModel.from_pretrained(gpt2, tmp_path / "both")), expected)
     for export in (export_shira, export_super_tuning):

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from sparselet import merge
-from sparselet.apply import applied
+from sparselet.apply import apply_temporarily
 from sparselet.errors import (
     BadConfig,
     BadDtype,
@@ -60,7 +60,7 @@ def test_lora_is_what_peft_adds_to_the_weights(tmp_path, fields):
     expert.check_values()
     base = make_model()
     merged = model.merge_and_unload()
-    with applied(base, expert):
+    with apply_temporarily(base, expert):
         for name, parameter in merged.named_parameters():
             torch.testing.assert_close(base.get_parameter(name), parameter, rtol=0, atol=1e-6)
 
@@ -75,7 +75,7 @@ def test_lora_of_gpt2_lies_as_conv1d_stores_its_weight(tmp_path):
         assert torch.equal(expert[name].to_dense(), layer.get_delta_weight("default"))
     expected = logits(model)
     base = make_gpt2()
-    with applied(base, expert):
+    with apply_temporarily(base, expert):
         torch.testing.assert_close(logits(base), expected, rtol=1e-4, atol=1e-4)
 
 

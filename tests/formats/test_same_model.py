@@ -17,7 +17,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from sparselet.apply import applied
+from sparselet.apply import apply_temporarily
 from sparselet.errors import AbsurdShape, ModelError, UnsupportedExpert, WrongBase
 from sparselet.formats import open_expert
 from sparselet.formats.base_model import BaseModel
@@ -146,7 +146,7 @@ def test_a_tuned_checkpoint_is_the_tuned_model(tmp_path, make, names):
     assert {name for name in expert if expert[name].nnz} == {name.removesuffix(".weight") for name in names}
     expert.check_values()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    with applied(loaded, expert):
+    with apply_temporarily(loaded, expert):
         torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)
 
 
@@ -155,7 +155,7 @@ def test_a_model_without_its_head_is_tuned_against_one_with_it(tmp_path):
     model = tuned(make_model(tie_word_embeddings=True), [NORM])
     model.model.save_pretrained(tmp_path / "tuned")
     expert = open_expert(tmp_path / "tuned", tmp_path / "base")
-    with applied(make_model(tie_word_embeddings=True), expert) as changed:
+    with apply_temporarily(make_model(tie_word_embeddings=True), expert) as changed:
         torch.testing.assert_close(logits(changed), logits(model))
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft import PeftModel, SupertuningConfig
 from safetensors.torch import load_file
 
-from sparselet.apply import applied
+from sparselet.apply import apply_temporarily
 from sparselet.errors import (
     BadConfig,
     BadDtype,
@@ -46,7 +46,7 @@ def test_single_entries_are_what_peft_adds_to_the_weights(tmp_path, kind, base_d
     expert.check_values()
     expected = logits(model)
     base = make_model()
-    with applied(base, expert):
+    with apply_temporarily(base, expert):
         assert torch.equal(logits(base), expected)
 
 

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from sparselet import SparseAdapter, merge
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE
-from sparselet.apply import applied
+from sparselet.apply import apply_temporarily
 from sparselet.errors import (
     AbsurdShape,
     BadConfig,
@@ -786,7 +786,7 @@ def test_the_python_on_the_card_runs(hub, expert):
     exec(code.group(1), scope)
     inputs = torch.tensor([[5, 9, 33]])
     expected = make_model()
-    with applied(expected, SparseAdapter.load(expert)):
+    with apply_temporarily(expected, SparseAdapter.load(expert)):
         assert torch.equal(scope["model"](inputs).logits, expected(inputs).logits)
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
 
 from sparselet import SparseAdapter, merge
-from sparselet.apply import applied
+from sparselet.apply import apply_temporarily
 from sparselet.errors import ArgumentError, ConfigError, NonFiniteScore, NoTargets, TrainingDiverged, UnsupportedExpert
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.generation.prompts import prompt_format
@@ -141,7 +141,7 @@ def test_trained_qkv_weights_are_an_expert_of_density_1(settings_of, tmp_path, b
         assert torch.equal(delta.to_dense(), look.weights[f"{name}.weight"] - weight)
         assert torch.equal(delta.values, adapter[name].values)
         assert loaded.fingerprints[name] == fingerprint_weight(weight)
-    with applied(model, loaded):
+    with apply_temporarily(model, loaded):
         torch.testing.assert_close(logits(model), look.logits)
     expected = {"task": "backwards", "base_model_name_or_path": base_dir, "density": 1.0, "training": {"method": "full-qkv"}}
     assert loaded.metadata.to_json().items() >= expected.items()

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from sparselet import SparseAdapter, SparseDelta, SparseletConfig, merge
-from sparselet.apply import applied
+from sparselet.apply import apply_temporarily
 from sparselet.errors import ConfigError, MissingFile, ShapeMismatch, UnknownTarget, WrongBase
 from sparselet.models import load_model, load_tokenizer
 from sparselet.training import TrainSettings, train
@@ -57,13 +57,13 @@ def test_a_sparse_second_stage_starts_from_the_values_and_keeps_the_masks(settin
     start, path = starts[kind]
     look, model = Look(), make_model()
     trained = train(settings_of("sparse", init_from=path), tmp_path / "out", callbacks=[look])
-    with applied(model, start):
+    with apply_temporarily(model, start):
         assert torch.equal(look.first_logits, logits(model))
     assert same_masks(trained, start)
     assert all(not torch.equal(trained[n].values, start[n].values) for n in start if start[n].nnz)
     assert look.losses[1] < look.losses[0]
     loaded = SparseAdapter.load(tmp_path / "out")
-    with applied(model, loaded):
+    with apply_temporarily(model, loaded):
         assert torch.equal(logits(model), look.logits)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -80,7 +80,7 @@ def test_with_next_to_no_learning_rate_a_second_stage_changes_nothing(settings_o
         torch.testing.assert_close(delta.values, start[name].values, rtol=0, atol=1e-7)
     # The first validation loss is that of the adapter it started from.
     base = make_model()
-    with applied(base, start):
+    with apply_temporarily(base, start):
         base.save_pretrained(tmp_path / "merged")
     load_tokenizer(settings_of("sparse").model).save_pretrained(tmp_path / "merged")
     wanted = settings_of("full", model=str(tmp_path / "merged"), learning_rate=TINY)
@@ -140,7 +140,7 @@ def test_a_full_second_stage_trains_the_merged_model(settings_of, starts, tmp_pa
     look, model = Look(), make_model()
     train(settings_of(method, init_from=path, learning_rate=TINY), tmp_path / "out", callbacks=[look])
     found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
-    with applied(model, start):
+    with apply_temporarily(model, start):
         assert torch.equal(look.first_logits, logits(model))
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(found[name], parameter, rtol=0, atol=1e-7)
@@ -151,7 +151,7 @@ def test_a_full_qkv_second_stage_is_an_adapter_of_the_base_it_all_began_with(set
     start, path = starts[kind]
     look, model = Look(), make_model()
     trained = train(settings_of("full-qkv", init_from=path), tmp_path / "out", callbacks=[look])
-    with applied(model, start):
+    with apply_temporarily(model, start):
         assert torch.equal(look.first_logits, logits(model))
     qkv = {name for name, _ in model.named_modules() if name.endswith(("q_proj", "k_proj", "v_proj"))}
     assert set(trained) == qkv | set(start)
@@ -159,7 +159,7 @@ def test_a_full_qkv_second_stage_is_an_adapter_of_the_base_it_all_began_with(set
     for name in set(start) - qkv:  # not trained, so as it was
         assert torch.equal(trained[name].indices, start[name].indices)
         assert torch.equal(trained[name].values, start[name].values)
-    with applied(model, trained):
+    with apply_temporarily(model, trained):
         torch.testing.assert_close(logits(model), look.logits)
     still = train(settings_of("full-qkv", init_from=path, learning_rate=TINY), tmp_path / "still")
     for name, delta in start.items():

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparselet.apply import applied
-from sparselet.delta import SparseDelta
+from sparselet.apply import apply_temporarily
 from sparselet.errors import ConfigError, TaskError
 from sparselet.evaluation.metrics import DEFAULT_METRICS, Metric, choose_metrics, measure
-from sparselet.expert import Expert
+from sparselet.expert import ExpertOrDeltas
 from sparselet.generation.generate import generate
 from sparselet.setting_checks import check_settings
 from sparselet.tasks.task import Row, Task
@@ -55,7 +54,7 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task],
-    adapter: Expert | Mapping[str, SparseDelta] | None = None,
+    adapter: ExpertOrDeltas | None = None,
     settings: EvalSettings | None = None,
     progress: Callable[[int], None] | None = None,
     metrics: Sequence[str | Metric] = DEFAULT_METRICS,
@@ -66,7 +65,7 @@ def evaluate(
     progress: called with the number of rows answered since its last call.
     metrics: names of METRICS, `module:function`, or functions of answers and targets that return a number.
     Raises ConfigError for a metric that is unknown or fails, TaskError for two tasks of one name or a split that is not there,
-    and what `resident.applied` raises for an adapter that does not fit.
+    and what `apply_temporarily` raises for an adapter that does not fit.
     """
     settings, chosen = settings or EvalSettings(), choose_metrics(metrics)
     names = [task.name for task in tasks]
@@ -74,7 +73,7 @@ def evaluate(
         if names.count(name) > 1:
             raise TaskError(f"two tasks are called {name}, so their results could not be told apart; rename a directory.")
     results = []
-    with applied(model, adapter) if adapter is not None else contextlib.nullcontext():
+    with apply_temporarily(model, adapter) if adapter is not None else contextlib.nullcontext():
         for task in tasks:
             rows = task.rows(settings.split, settings.rows)
             answers = generate(

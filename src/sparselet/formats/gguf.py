@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sparselet.errors import ExportError, MissingExtra
-from sparselet.expert import Expert
+from sparselet.expert import ExpertOrDeltas
 from sparselet.formats.checkpoint.model_files import MODEL_CONFIG, ModelFiles
 from sparselet.formats.checkpoint.write import write_checkpoint
 from sparselet.formats.linear_targets import refuse_modules
@@ -53,7 +53,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 def export_gguf_checkpoint(
     model: Any,
     tokenizer: Any,
-    adapter: Expert,
+    adapter: ExpertOrDeltas,
     output: str | Path,
     keep_base: bool = True,
     *,
@@ -73,13 +73,13 @@ def export_gguf_checkpoint(
     Not checked is whether the converter knows the tokenizer's way to split text, which it recognises by a hash of its own.
 
     model, tokenizer: a transformers base model and its tokenizer. keep_base, dtype, base: as in `export_checkpoint`.
-    Raises ExportError, MissingExtra (gguf), what `resident.applied` raises, OutputExists, WriteFailed; nothing is left then.
+    Raises ExportError, MissingExtra (gguf), what `apply_temporarily` raises, OutputExists, WriteFailed; nothing is left then.
     """
-    refuse_modules(adapter)
+    expert = refuse_modules(adapter)
     table = _table(model)
     pieces = _check_tokenizer(model, tokenizer)
     with atomic_directory(output) as directory:
-        write_checkpoint(model, tokenizer, adapter, directory, keep_base=keep_base, dtype=dtype, base=base)
+        write_checkpoint(model, tokenizer, expert, directory, keep_base=keep_base, dtype=dtype, base=base)
         if pieces is not None:
             shutil.copyfile(pieces, directory / SENTENCEPIECE)
         if not (directory / "generation_config.json").is_file():

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from sparselet.adapter import require_finite
+from sparselet.adapter import as_expert, require_finite
 from sparselet.errors import ExportError, UnknownTarget
-from sparselet.expert import Expert
+from sparselet.expert import Expert, ExpertOrDeltas
 
 # Layers by these names are linear in some models; in others they are embeddings, or GPT-2's Conv1D, which stores its weight
 # [in, out]. Only the base model tells.
@@ -52,11 +52,13 @@ def linear_targets(adapter: Expert, base: nn.Module | None) -> dict[str, Target]
     return targets
 
 
-def refuse_modules(adapter: Expert) -> None:
-    """Raise ExportError if the adapter trained modules in full, which are not deltas of it."""
-    if adapter.trained_modules:
-        names = ", ".join(adapter.trained_modules)
+def refuse_modules(adapter: ExpertOrDeltas) -> Expert:
+    """The adapter as an expert. Raises ExportError if it trained modules in full, which are not deltas of it."""
+    expert = as_expert(adapter)
+    if expert.trained_modules:
+        names = ", ".join(expert.trained_modules)
         raise ExportError(f"the adapter trained {names} in full (modules_to_save), which is not written here.")
+    return expert
 
 
 def _is_transposed(name: str, layer: nn.Module | None) -> bool:

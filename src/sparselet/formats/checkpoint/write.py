@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from sparselet.apply import absorb, applied
-from sparselet.expert import Expert
+from sparselet.apply import apply_in_place, apply_temporarily
+from sparselet.expert import Expert, ExpertOrDeltas
 from sparselet.formats.checkpoint.base_files import copy_base_files
 from sparselet.formats.linear_targets import refuse_modules
 from sparselet.io.atomic import atomic_directory
@@ -19,7 +19,7 @@ _GENERATION = "generation_config.json"
 def export_checkpoint(
     model: Any,
     tokenizer: Any,
-    adapter: Expert,
+    adapter: ExpertOrDeltas,
     output: str | Path,
     max_shard_size: str = "5GB",
     keep_base: bool = True,
@@ -34,12 +34,12 @@ def export_checkpoint(
     dtype: what the weights are rounded to, once, from the sum in float32; by default the model's own dtype. Load the model in
     the dtype of its files or a wider one, or the base is rounded before the sum.
     base: the base model's directory, of which all other files are copied as they are.
-    Raises what `resident.applied` raises (NonFiniteValue where the dtype cannot hold W + ΔW), ExportError (modules trained in
+    Raises what `apply_temporarily` raises (NonFiniteValue where the dtype cannot hold W + ΔW), ExportError (modules trained in
     full), UnsafePath, OutputExists, WriteFailed.
     """
-    refuse_modules(adapter)
+    expert = refuse_modules(adapter)
     with atomic_directory(output) as directory:
-        write_checkpoint(model, tokenizer, adapter, directory, max_shard_size, keep_base, dtype=dtype, base=base)
+        write_checkpoint(model, tokenizer, expert, directory, max_shard_size, keep_base, dtype=dtype, base=base)
     return Path(output)
 
 
@@ -57,12 +57,12 @@ def write_checkpoint(
     """Write the checkpoint's files into a directory that is there already."""
     with contextlib.ExitStack() as stack:
         if not keep_base:
-            absorb(model, adapter, dtype)
+            apply_in_place(model, adapter, dtype)
         elif dtype is None:
-            stack.enter_context(applied(model, adapter))
+            stack.enter_context(apply_temporarily(model, adapter))
         else:
             stack.enter_context(_given_back(model))
-            absorb(model, adapter, dtype)
+            apply_in_place(model, adapter, dtype)
         own = model.config.dtype, getattr(model, "generation_config", None)
         if base is not None and (Path(base) / _GENERATION).is_file() and own[1] is not None:
             model.generation_config = type(own[1])()  # the base's own is copied, even if transformers would refuse to save it

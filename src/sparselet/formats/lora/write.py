@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselet.adapter import PREFIX
+from sparselet.adapter import PREFIX, as_expert
 from sparselet.delta import SparseDelta, check_dense_shape
 from sparselet.errors import ArgumentError, ExportError
-from sparselet.expert import Expert
+from sparselet.expert import ExpertOrDeltas
 from sparselet.formats.linear_targets import linear_targets
 from sparselet.formats.lora.read import A, B
 from sparselet.formats.single_entries.write import write_peft
@@ -25,7 +25,7 @@ WHOLE = 1024  # a smaller side up to which all singular values are computed
 
 
 def export_lora(
-    adapter: Expert,
+    adapter: ExpertOrDeltas,
     output: str | Path,
     rank: int | None = None,
     max_error: float = 0.01,
@@ -52,6 +52,7 @@ def export_lora(
         raise ArgumentError(f"rank must be a positive integer, got {rank!r}.")
     if not max_error >= 0:
         raise ArgumentError(f"max_error must be a number of at least 0, got {max_error!r}.")
+    adapter = as_expert(adapter)
     targets = linear_targets(adapter, base)
     transposed = all(target.transposed for target in targets.values())  # PEFT corrects it for layers that lie otherwise
     errors: dict[str, float] = {}

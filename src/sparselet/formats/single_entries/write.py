@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselet.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from sparselet.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, as_expert
 from sparselet.delta import SparseDelta, check_dense_shape
 from sparselet.errors import ExportError
-from sparselet.expert import Expert
+from sparselet.expert import Expert, ExpertOrDeltas
 from sparselet.formats.linear_targets import Target, linear_targets
 from sparselet.formats.single_entries.read import NOTE, SHIRA, SUPER_TUNING, Layout
 from sparselet.io.atomic import atomic_directory, atomic_write
@@ -28,13 +28,14 @@ from sparselet.io.tensor_files import TensorStream
 _LARGEST = 2**31 - 1  # PEFT numbers the entries with int32
 
 
-def export_shira(adapter: Expert, output: str | Path, base: nn.Module | None = None) -> Path:
+def export_shira(adapter: ExpertOrDeltas, output: str | Path, base: nn.Module | None = None) -> Path:
     """Write a SHiRA adapter that `PeftModel.from_pretrained` loads without sparselet.
 
     base: the base model, to check that the targets are linear layers (see `linear_targets`).
     Raises ExportError (r(m + n) entries with one r do not fit every target), UnknownTarget, NonFiniteValue, OutputExists,
     WriteFailed.
     """
+    adapter = as_expert(adapter)
     targets = _entries(adapter, base)
     needed = {name: -(-target.nnz // sum(target.shape)) for name, target in targets.items()}
     r = max(needed.values())
@@ -50,12 +51,13 @@ def export_shira(adapter: Expert, output: str | Path, base: nn.Module | None = N
     return _write(adapter, targets, output, SHIRA, config, lambda shape: r * sum(shape))
 
 
-def export_super_tuning(adapter: Expert, output: str | Path, base: nn.Module | None = None) -> Path:
+def export_super_tuning(adapter: ExpertOrDeltas, output: str | Path, base: nn.Module | None = None) -> Path:
     """Write a Super-Tuning adapter that `PeftModel.from_pretrained` (PEFT 0.21 and later) loads without sparselet.
 
     base: the base model, to check that the targets are linear layers (see `linear_targets`).
     Raises ExportError, UnknownTarget, NonFiniteValue, OutputExists, WriteFailed.
     """
+    adapter = as_expert(adapter)
     targets = _entries(adapter, base)
     sparsity = smallest_fit([(math.prod(target.shape), target.nnz) for target in targets.values()])
     config = {

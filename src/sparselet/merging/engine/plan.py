@@ -8,7 +8,7 @@ from typing import Any
 from sparselet.adapter import as_expert
 from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError, NonFiniteValue, ShapeMismatch
-from sparselet.expert import Expert
+from sparselet.expert import Expert, ExpertOrDeltas
 from sparselet.fingerprint import require_same_base
 from sparselet.formats import BaseModel, open_expert
 from sparselet.merging.algebra.bands import cut, join
@@ -18,7 +18,7 @@ from sparselet.merging.engine.parallel import MEMORY, in_order
 from sparselet.merging.method import STATS, GlobalStats
 from sparselet.merging.methods import get_method
 
-ExpertSource = Expert | Mapping[str, SparseDelta] | str | Path
+ExpertSource = ExpertOrDeltas | str | Path
 Weight = float | Mapping[str, float]
 
 

@@ -23,12 +23,11 @@ from transformers import (
 )
 
 from sparselet.adapter import WEIGHTS_FILE, AdapterFile
-from sparselet.apply import applied
-from sparselet.delta import SparseDelta
+from sparselet.apply import apply_temporarily
 from sparselet.errors import ConfigError, ModelError, SparseletError, TaskError, WriteFailed
 from sparselet.evaluation import EvalResult, EvalSettings, evaluate
 from sparselet.evaluation.metrics import rouge_l_of_each
-from sparselet.expert import Expert
+from sparselet.expert import Expert, ExpertOrDeltas
 from sparselet.formats import open_expert
 from sparselet.formats.checkpoint.model_files import MODEL_CONFIG
 from sparselet.io.atomic import write_text
@@ -133,7 +132,7 @@ class Performer:
                 model, tokenizer = self._base(job.units[0])
                 subject = self._subject(job.units[0])
                 if subject is not None:
-                    stack.enter_context(applied(model, subject))
+                    stack.enter_context(apply_temporarily(model, subject))
             for unit in job.units:
                 tell(Report("started", unit.key))
                 try:
@@ -205,7 +204,7 @@ class Performer:
             given["init_from"] = str(self.store.expert(unit.inputs[0].key))
         return TrainSettings(**given)
 
-    def _subject(self, unit: Unit) -> Expert | Mapping[str, SparseDelta] | None:
+    def _subject(self, unit: Unit) -> ExpertOrDeltas | None:
         """What is written into the base model for an evaluation; None for the base model alone."""
         if not unit.inputs:
             return None
