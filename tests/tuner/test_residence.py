@@ -236,7 +236,7 @@ def test_merge_and_unload_keeps_the_change_and_unload_drops_it(make_llama, wrap,
 
 
 @every_dtype
-@pytest.mark.parametrize("blocks", [(1, 1), (4, 4), (1, 4), (4, 8)])
+@pytest.mark.parametrize("sides", [(1, 1), (4, 4), (1, 4), (4, 8)])
 def test_overlapping_adapters_switch_without_a_trace(make_llama, wrap, add_adapter, make_batches, dtype, sides):
     base, batch = make_llama(dtype), make_batches(1)[0]
     model = wrap(base, density=0.5, block_size=sides[0])

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from sparselet import errors
 from sparselet.errors import ConfigError, SelectionError, SparseletError, WorkerFailed
 from sparselet.tuner.distributed import wrappers
-from sparselet.tuner.layer import is_sharded
+from sparselet.tuner.weights import is_sharded
 
 T = TypeVar("T")
 

@@ -1,40 +1,34 @@
-"""The weight that a pass uses: a target's base weight plus the changes of its active adapters.
+"""The weight of a pass: a target's base weight plus the changes of its active adapters.
 
 The rules of residence. They hold whatever PEFT, torch or other code does in between (`tests/tuner/test_any_sequence.py`):
 
-1. The base layer's own weight is the base model's, bit for bit, for whoever reads, copies, averages, saves or loads it. Only
-   `merge`, and a lease within one `generate`, write into it; what they displace is kept and put back bit for bit.
-2. Each pass builds its weight from the values and the mask as they are at that moment, however they came there: an optimizer's
-   step, `.data`, `load_state_dict`. Nothing has to be told of a change.
-3. A backward pass differentiates at the weight its forward pass used, whatever was written in between: it keeps the values of
-   its mask. What it does not keep (dense values, base weights, the mask that a gradient belongs to) raises if it has changed.
-4. What is saved is the values and the mask that answer.
+1. The base layer's own weight is the base model's, bit for bit, for all code that reads, copies, averages, saves or loads it.
+   Only `merge`, and a lease within one `generate`, write into it; displaced values are kept and restored bit for bit.
+2. Each pass builds its weight from the current values and mask, whatever changed them: an optimizer's step, `.data`,
+   `load_state_dict`. No change has to be announced.
+3. A backward pass differentiates at the weight of its forward pass, whatever was written in between: it keeps the values of
+   its mask. A change of anything it does not keep (dense values, base weights, the mask of a gradient) raises an error.
+4. The values and masks that are saved are those that passes use.
 
-A pass holds the built weight of one target at a time; nothing of it is kept for the backward pass, which builds it again.
+A pass holds the built weight of one target at a time. The weight is not kept for the backward pass, which builds it again.
 """
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparselet import kernels
-from sparselet.delta import index_dtype
-
-WRITING = threading.Lock()  # held while a base weight is written or copied, so that threads can share a model
 
 
 @dataclass(frozen=True)
 class Change:
-    """One adapter's change of a target as a pass uses it.
+    """One adapter's change of a target in one pass.
 
     blocks: ascending ids [n] of the entries or tiles in the mask, None for all entries. values: [n], [n, B, B] for tiles, or
-    [rows, columns] for all entries. trained: whether they get a gradient. off_mask: Ŵ [rows, columns] of the entries outside
-    of the mask, while masks are selected; what it holds at the mask does not count.
+    [rows, columns] for all entries. trained: whether the values get a gradient. off_mask: Ŵ [rows, columns] of the entries
+    outside of the mask, while masks are selected; its values at the mask are ignored.
     """
 
     blocks: Tensor | None
@@ -44,7 +38,7 @@ class Change:
     off_mask: Tensor | None = None
 
     def snapshot(self) -> "Change":
-        """The same with values of its own, which nobody can write to; dense values are not copied."""
+        """The same change with a copy of its values; dense values are not copied."""
         if self.blocks is None:
             return self
         return replace(self, values=self.values.detach().clone())
@@ -68,7 +62,7 @@ def effective_weight(base: Tensor, changes: Sequence[Change]) -> Tensor:
 
 
 def differentiable_weight(weight: Tensor, changes: Sequence[Change]) -> Tensor:
-    """The same by torch's own operations, which autograd and torch.compile follow. No change has an `off_mask`."""
+    """`effective_weight` by torch's own operations, for autograd and torch.compile. No change has an `off_mask`."""
     total = weight.to(_widest(weight, changes))
     for change in changes:
         if change.blocks is None:
@@ -86,77 +80,6 @@ def entries(change: Change, shape: Sequence[int]) -> Tensor:
     if change.block_size == 1:
         return change.blocks
     return kernels.tile_entries(change.blocks, (shape[0], shape[1]), change.block_size).reshape(-1)
-
-
-@dataclass(frozen=True)
-class Resident:
-    """Adapters that stand in the base layer's own weight, and what they displaced there.
-
-    blocks: the blocks that were written, None for all. displaced: the base's values of these, in the weight's dtype.
-    versions: the version counters of the adapters' values when they were written. lease: of `generate`, or None for `merge`.
-    """
-
-    names: tuple[str, ...]
-    versions: tuple[int, ...]
-    blocks: Tensor | None
-    block_size: int
-    displaced: Tensor
-    lease: "Lease | None" = None
-
-
-def displace(base: Tensor, changes: Sequence[Change]) -> tuple[Tensor | None, int, Tensor]:
-    """What writing `changes` into `base` will overwrite: blocks, their block size, and the base's values there."""
-    masks = [change.blocks for change in changes]
-    if any(blocks is None for blocks in masks):
-        return None, 1, base.clone()
-    if len(changes) == 1:
-        blocks, block_size = changes[0].blocks, changes[0].block_size
-        assert blocks is not None
-        return blocks.clone(), block_size, kernels.gather(base, blocks, block_size)
-    union = torch.unique(torch.cat([entries(change, base.shape).long() for change in changes]))
-    return union.to(index_dtype(base.numel())), 1, kernels.gather(base, union)
-
-
-def without(weight: Tensor, resident: Resident | None) -> Tensor:
-    """The base weight: `weight` itself, or a copy with what is resident taken out."""
-    if resident is None:
-        return weight
-    if resident.blocks is None:
-        return resident.displaced
-    base = weight.clone(memory_format=torch.contiguous_format)
-    kernels.write(base, resident.blocks, resident.displaced, resident.block_size)
-    return base
-
-
-class Lease:
-    """One call of `generate`: its passes without gradients write the adapters into the weights once, and out at the end.
-
-    A pass through a layer that came by before makes its adapters resident, so that a single forward pass writes nothing.
-    """
-
-    def __init__(self) -> None:
-        self.seen: set[int] = set()
-        self.returns: list[Callable[[], None]] = []
-
-    def end(self) -> None:
-        """Take out whatever was written."""
-        for give_back in self.returns:
-            give_back()
-
-
-LEASE: ContextVar[Lease | None] = ContextVar("sparselet_lease", default=None)
-
-
-@contextlib.contextmanager
-def leased() -> Iterator[None]:
-    """One call of a model: if it passes through its layers again and again without gradients, they need one write for all."""
-    lease = Lease()
-    token = LEASE.set(lease)
-    try:
-        yield
-    finally:
-        LEASE.reset(token)
-        lease.end()
 
 
 def _widest(base: Tensor, changes: Sequence[Change]) -> torch.dtype:

@@ -1,12 +1,13 @@
-"""A linear layer at its effective weight, which no pass keeps."""
+"""A linear layer at its effective weight, which is built for each pass and not kept."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
 from sparselet import kernels
 from sparselet.tuner.effective import Change
@@ -26,12 +27,12 @@ def changed_linear(
 ) -> Tensor:
     """y [..., out] = x [..., in] at W + ΣΔW, plus the bias.
 
-    weight: the base layer's, [out, in], or [in, out] when `transposed`. The values of the changes that are `trained` get a
-    gradient: ∂L/∂W at their mask, of their shape and dtype; at most one dense ∂L/∂W is alive meanwhile. Weight and bias get
-    theirs where they require one.
-    build: makes the effective weight of changes, in the forward pass and again in the backward pass. check: raises in the
-    backward pass where something else that the forward pass used is not there any more.
-    recorder: receives the dense ∂L/∂W instead, and the values get none.
+    weight: the base layer's, [out, in], or [in, out] when `transposed`. The values of `trained` changes get a gradient: ∂L/∂W
+    at their mask, of their shape and dtype; at most one dense ∂L/∂W is alive at a time. Weight and bias get gradients where
+    they require them.
+    build: returns the effective weight of changes, in the forward pass and again in the backward pass. check: raises in the
+    backward pass if anything else that the forward pass used has changed.
+    recorder: receives the dense ∂L/∂W, and the values get no gradient.
     """
     if not torch.is_grad_enabled():
         return linear(x, build(changes), bias, transposed)
@@ -40,11 +41,17 @@ def changed_linear(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """What `nn.Linear`, or `Conv1D` when `transposed`, computes, by the same operation."""
+    """The forward pass of `nn.Linear`, or of `Conv1D` when `transposed`, by the same operation."""
     if not transposed:
         return F.linear(x, weight, bias)
     assert bias is not None
     return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.shape[1])
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a layer's forward pass is `linear` alone: it has no hooks and no forward function of its own."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return not any(hooks) and "forward" not in layer.__dict__ and type(layer).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 class _ChangedLinear(torch.autograd.Function):
@@ -64,10 +71,10 @@ class _ChangedLinear(torch.autograd.Function):
         y = linear(x, build(changes), bias, transposed)
         trained = [change for change in changes if change.trained]
         ctx.learns = ctx.needs_input_grad[1] or bool(values)
-        # In x's own dtype, and not in y's: the inputs of query, key and value are one tensor, which is then kept once.
+        # In x's dtype, not y's: query, key and value have one input tensor, which autograd then keeps once.
         ctx.save_for_backward(x if ctx.learns else None)
         ctx.masks = [(change.blocks, change.block_size, change.values.dtype) for change in trained]
-        # Taken now: until the backward pass the values may be written to.
+        # Copied here, since other code may write to the values before the backward pass.
         ctx.changes = tuple(change.snapshot() for change in changes) if ctx.needs_input_grad[0] else ()
         ctx.build, ctx.check, ctx.transposed, ctx.recorder = build, check, transposed, recorder
         ctx.shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype)
@@ -113,8 +120,8 @@ def _at_mask(
     dtype: torch.dtype,
     transposed: bool,
 ) -> Tensor:
-    """∂L/∂W at a mask, or of all entries; read from the dense one where that is there already."""
+    """∂L/∂W at a mask, or of all entries (blocks None); gathered from `dense`, the full ∂L/∂W, where it is not None."""
     if dense is None and blocks is not None:
         return kernels.masked_weight_gradient(x, grad_output, blocks, block_size, transposed).to(dtype)
-    whole = kernels.weight_gradient(x, grad_output, transposed) if dense is None else dense
-    return (whole if blocks is None else kernels.gather(whole, blocks, block_size)).to(dtype)
+    gradient = kernels.weight_gradient(x, grad_output, transposed) if dense is None else dense
+    return (gradient if blocks is None else kernels.gather(gradient, blocks, block_size)).to(dtype)

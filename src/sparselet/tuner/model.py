@@ -20,8 +20,8 @@ from sparselet.errors import ArgumentError, NoTargets, SparseletError, UnknownTa
 from sparselet.names import base_name
 from sparselet.tuner.adapted import adapter_config, base_model, require_layers, sparselet_layers
 from sparselet.tuner.config import PEFT_TYPE, SparseletConfig
-from sparselet.tuner.effective import leased
 from sparselet.tuner.layer import SparseletLayer, SparseletLinear
+from sparselet.tuner.resident import leased
 from sparselet.tuner.state import is_unread, load_target, module_keys, read_state
 from sparselet.tuner.targets import default_targets, describe_linear_layers, is_linear
 

@@ -17,8 +17,9 @@ from sparselet.scores import Candidate, get_score
 from sparselet.tuner.adapted import active_adapters, adapter_config, sparselet_layers
 from sparselet.tuner.config import SparseletConfig
 from sparselet.tuner.distributed import anywhere, average, first_masks, group_of, rebuild
-from sparselet.tuner.layer import SparseletLayer, is_sharded
+from sparselet.tuner.layer import SparseletLayer
 from sparselet.tuner.mask_state import seeded
+from sparselet.tuner.weights import is_sharded
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
