@@ -21,6 +21,7 @@ from sparselet.adapter_format import (
     PENDING,
     PREFIX,
     PROGRESS,
+    VALUE_DTYPES,
     VALUES,
     WEIGHTS_FILE,
     check_config,
@@ -40,9 +41,7 @@ from sparselet.io.atomic import atomic_directory, atomic_write, replaced_directo
 from sparselet.io.json_files import json_bytes, read_object
 from sparselet.io.paths import check_inside
 from sparselet.io.temporaries import remove_left
-from sparselet.io.tensor_files import TensorFile, TensorStream
-
-_STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+from sparselet.io.tensor_files import SAFETENSORS_DTYPES, TensorFile, TensorStream
 
 
 class UnfinishedAdapterWarning(UserWarning):
@@ -94,15 +93,15 @@ class SparseAdapter(Mapping[str, SparseDelta]):
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write the adapter as a directory, whole or not at all, and return its path.
 
-        Where there is an adapter already, a directory with the new one and with all other files of the old takes its place at
-        once, so that a kill at any moment leaves the one or the other; that is refused for a mount point and for the working
-        directory. In a directory without an adapter the configuration is written last, which makes it one.
+        An adapter at `path` is replaced in one step by a directory with the new adapter and all other files of the previous
+        one, so that a kill at any moment leaves either of the two; a mount point and the working directory are refused. In a
+        directory without an adapter the configuration is written last.
 
         dtype: store the values as this dtype (float32, bfloat16, float16); by default as they are.
         Raises BadDtype, NonFiniteValue, WriteFailed.
         """
         path = Path(path)
-        with contextlib.suppress(OSError, ValueError):  # of names that no output can have, which is told below
+        with contextlib.suppress(OSError, ValueError):  # names that no output can have are refused below
             remove_left(Path(os.path.realpath(path)))
         with contextlib.ExitStack() as stack:
             directory = path
@@ -110,17 +109,18 @@ class SparseAdapter(Mapping[str, SparseDelta]):
                 directory = stack.enter_context(replaced_directory(path))
             elif not os.path.lexists(path):
                 directory = stack.enter_context(atomic_directory(path))
-            # Both are whole before either takes its place.
+            # Both are complete before either gets its name.
             with atomic_write(directory / CONFIG_FILE) as config, atomic_write(directory / WEIGHTS_FILE) as weights:
-                config.write(json_bytes(adapter_config(self)))
+                config.write(json_bytes(adapter_json(self)))
                 self._write_weights(weights, dtype)
         return path
 
     def _write_weights(self, file: IO[bytes], dtype: torch.dtype | None) -> None:
         deltas = {name: delta.to(dtype) if dtype else delta for name, delta in self.items()}
+        stored = [SAFETENSORS_DTYPES[name] for name in VALUE_DTYPES]
         for name, delta in deltas.items():
-            if delta.values.dtype not in _STORED:
-                raise BadDtype(f"{name}: values are {delta.values.dtype}; a file holds {', '.join(map(str, _STORED))}.")
+            if delta.values.dtype not in stored:
+                raise BadDtype(f"{name}: values are {delta.values.dtype}; a file holds {', '.join(map(str, stored))}.")
             require_finite(delta.values, name)
         plain = all(d.values.dtype == torch.float32 and d.indices.dtype == torch.int32 for d in deltas.values())
         if plain and not self.modules:
@@ -132,7 +132,7 @@ class SparseAdapter(Mapping[str, SparseDelta]):
         for name, delta in deltas.items():
             tensors[PREFIX + name + VALUES] = delta.values
             tensors[PREFIX + name + INDICES] = delta.indices
-        # The library refuses tensors that share memory, as those of tied modules or of one mask for two targets do.
+        # The library refuses tensors that share memory, such as those of tied modules or of one mask for two targets.
         tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
@@ -176,8 +176,8 @@ class SparseAdapter(Mapping[str, SparseDelta]):
 
 
 class AdapterFile(Mapping[str, SparseDelta]):
-    """An adapter directory opened for reading target by target: the configuration and all shapes are checked at once,
-    a delta's entries when it is read. An `Expert`."""
+    """An `Expert` in an adapter directory, read target by target: the configuration and all shapes are checked when it is
+    opened, a delta's entries when it is read."""
 
     left_out: Sequence[str] = ()
 
@@ -215,7 +215,7 @@ class AdapterFile(Mapping[str, SparseDelta]):
         return delta
 
     def __contains__(self, name: object) -> bool:
-        return name in self.shapes  # the mapping's own would read the delta
+        return name in self.shapes  # Mapping's version would read the delta
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -261,8 +261,8 @@ def as_expert(expert: ExpertOrDeltas) -> Expert:
     return expert if isinstance(expert, Expert) else SparseAdapter(expert)
 
 
-def adapter_config(adapter: SparseAdapter) -> dict[str, Any]:
-    """The content of adapter_config.json for an adapter: its metadata, and what follows from its deltas."""
+def adapter_json(adapter: SparseAdapter) -> dict[str, Any]:
+    """The content of adapter_config.json: the adapter's metadata, and the fields that follow from its deltas."""
     blocks = {delta.block_size for delta in adapter.values() if delta.nnz}
     measured = {
         "density": adapter.density,
@@ -276,7 +276,7 @@ def adapter_config(adapter: SparseAdapter) -> dict[str, Any]:
 def config_of_targets(
     shapes: Mapping[str, tuple[int, int]], fingerprints: Mapping[str, Mapping[str, str] | None]
 ) -> dict[str, Any]:
-    """The fields of adapter_config.json that every adapter has, whoever writes it."""
+    """The fields of adapter_config.json that every adapter has."""
     return {
         "peft_type": METHOD,
         "format_version": FORMAT_VERSION,
@@ -288,7 +288,7 @@ def config_of_targets(
 
 
 def tensor_names(targets: Mapping[str, Any]) -> list[str]:
-    """Every tensor name of an adapter with these targets, in the order they are written."""
+    """All tensor names of an adapter with these targets, in the order of the file."""
     return [PREFIX + name + suffix for name in sorted(targets) for suffix in (INDICES, VALUES)]
 
 

@@ -1,6 +1,6 @@
-"""What docs/format.md says of an adapter's configuration and tensors: the names in it, and the checks that each reader makes.
+"""The adapter format of docs/format.md: its names, and the checks of configuration and tensors.
 
-`SparseAdapter.load` and PEFT's loading path make the same ones.
+`SparseAdapter.load` and loading through PEFT make the same checks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,26 +21,25 @@ from sparselet.errors import (
     UnsafePath,
     UnsupportedVersion,
 )
-from sparselet.io.tensor_files import DTYPES, TensorFile
+from sparselet.io.tensor_files import SAFETENSORS_DTYPES, TensorFile
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 PREFIX = "base_model.model."  # PEFT's, before every name in the weights file
 VALUES, INDICES = ".sparse_values", ".sparse_indices"
-# In the files of a training checkpoint whose selection phase has not ended (docs/format.md); never needed to apply it.
+# In training checkpoints whose selection phase has not ended (docs/format.md); not needed to apply the adapter.
 PENDING, PROGRESS = ".sparse_pending", ".sparse_progress"
 
 METHOD = "SPARSELET"  # peft_type
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")  # PEFT's
-_NAMES = "a name, a list of names or null"
-_VALUE_DTYPES = ("F64", "F32", "F16", "BF16")
+VALUE_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def check_config(config: Mapping[str, Any], where: str) -> tuple[dict[str, tuple[int, int]], dict[str, dict[str, str] | None]]:
-    """Check the content of adapter_config.json, as far as it decides what is read and where it goes.
+    """Check the fields of adapter_config.json that decide which tensors are read and which weights they change.
 
-    where: the file, for messages. Returns shapes and fingerprints by target. Raises BadConfig, UnsupportedVersion,
+    where: the file's name in messages. Returns shapes and fingerprints by target. Raises BadConfig, UnsupportedVersion,
     UnsafePath, AbsurdShape.
     """
     if config.get("peft_type") != METHOD:
@@ -61,11 +60,12 @@ def check_config(config: Mapping[str, Any], where: str) -> tuple[dict[str, tuple
             shapes[name], fingerprints[name] = _read_target(targets[name])
         except SparseletError as error:
             raise type(error)(f"{where}: target {name}: {error}") from error
+    names = (_is_names, "a name, a list of names or null")
     rules = {
         "modules_to_save": (_is_list, "a list of names or null"),
-        "target_modules": (_is_names, _NAMES),
-        "exclude_modules": (_is_names, _NAMES),
-        "layers_pattern": (_is_names, _NAMES),
+        "target_modules": names,
+        "exclude_modules": names,
+        "layers_pattern": names,
         "base_model_name_or_path": (_is_text, "a name, a path or null"),
         "revision": (_is_text, "a revision or null"),
         "task_type": (TASK_TYPES.__contains__, f"null or one of {', '.join(TASK_TYPES)}"),
@@ -115,11 +115,10 @@ def _is_mapping(value: Any) -> bool:
 def _read_target(record: Any) -> tuple[tuple[int, int], dict[str, str] | None]:
     if not isinstance(record, dict) or not isinstance(record.get("shape"), list):
         raise BadConfig(f"expected an object with a shape, got {record!r:.80}.")
-    found = record.get("fingerprint")
-    keys = ("dtype", "sample", "signs")
-    if found is not None and not (isinstance(found, dict) and all(isinstance(found.get(key), str) for key in keys)):
-        raise BadConfig(f"fingerprint is {found!r:.80}; expected {', '.join(keys)}, or null.")
-    return check_shape(tuple(record["shape"])), found
+    fingerprint, keys = record.get("fingerprint"), ("dtype", "sample", "signs")
+    if fingerprint is not None and not (_is_object(fingerprint) and all(_is_text(fingerprint.get(key)) for key in keys)):
+        raise BadConfig(f"fingerprint is {fingerprint!r:.80}; expected {', '.join(keys)}, or null.")
+    return check_shape(tuple(record["shape"])), fingerprint
 
 
 def check_target_name(name: str) -> None:
@@ -138,8 +137,8 @@ def check_tensors(
 ) -> None:
     """Check names, shapes and dtypes of an adapter's tensors, before any is read.
 
-    where: the file, for messages. targets: shapes by target name. shapes, dtypes: what there is, by tensor name. modules:
-    the names that belong to `modules_to_save`. Raises MissingTensor, UnknownTensor, BadDtype, BadShape.
+    where: the file's name in messages. targets: shapes by target name. shapes, dtypes: the file's, by tensor name. modules:
+    the names of the tensors of `modules_to_save`. Raises MissingTensor, UnknownTensor, BadDtype, BadShape.
     """
     for name, shape in targets.items():
         for suffix in (VALUES, INDICES):
@@ -153,15 +152,15 @@ def check_tensors(
 
 
 def check_state(where: str, targets: Mapping[str, tuple[int, int]], tensors: Mapping[str, Tensor]) -> None:
-    """`check_tensors` of tensors in memory, such as PEFT hands on, but for those of `modules_to_save`."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    """`check_tensors` for tensors in memory, such as PEFT passes, without those of `modules_to_save`."""
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtypes = {name: names.get(tensor.dtype, str(tensor.dtype)) for name, tensor in tensors.items()}
     check_tensors(where, targets, shapes, dtypes, set())
 
 
 def unnamed_modules(path: Path, config: Mapping[str, Any]) -> set[str]:
-    """The modules in a directory's weights file that its configuration does not name, such as embeddings that PEFT adds."""
+    """Modules in a directory's weights file that its configuration does not name, such as embeddings that PEFT adds."""
     if not (path / WEIGHTS_FILE).is_file():
         return set()
     named = [*(config.get("modules_to_save") or []), *(config.get("targets") or [])]
@@ -178,8 +177,8 @@ def _check_target(
 ) -> None:
     rows, columns = target
     values, indices = name + VALUES, name + INDICES
-    if dtypes[values] not in _VALUE_DTYPES:
-        raise BadDtype(f"{where}{VALUES} is {dtypes[values]}; expected one of {', '.join(_VALUE_DTYPES)}.")
+    if dtypes[values] not in VALUE_DTYPES:
+        raise BadDtype(f"{where}{VALUES} is {dtypes[values]}; expected one of {', '.join(VALUE_DTYPES)}.")
     shape, count = list(shapes[values]), list(shapes[indices])
     tiles = len(shape) == 3 and shape[1] == shape[2] > 1
     if len(count) != 1 or not (len(shape) == 1 or tiles) or shape[0] != count[0]:

@@ -51,7 +51,7 @@ class AdapterMetadata:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as adapter_config.json holds them: the inverse of `from_json`."""
-        named = {name: getattr(self, name) for name in _NAMED}
+        named = {name: value for name, value in vars(self).items() if name in _NAMED}
         return {**self.extra, **{name: value for name, value in named.items() if value is not None or name in self.nulls}}
 
     def with_fields(self, content: Mapping[str, Any]) -> "AdapterMetadata":

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter, adapter_config, add_delta, require_finite, tensor_names
+from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter, adapter_json, add_delta, require_finite, tensor_names
 from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.delta import SparseDelta
 from sparselet.io.atomic import atomic_write
@@ -13,7 +13,7 @@ from sparselet.io.tensor_files import TensorStream
 
 
 class AdapterStream:
-    """The adapter that is being written to `directory`; made by `adapter_stream`."""
+    """An adapter that is written to `directory`; `adapter_stream` opens it."""
 
     def __init__(self, directory: Path, stream: TensorStream) -> None:
         self._directory, self._stream = directory, stream
@@ -36,14 +36,14 @@ class AdapterStream:
             "block_size": next(iter(self._blocks)) if len(self._blocks) == 1 else 1,
         }
         described = SparseAdapter(self._empty, metadata.with_fields(measured), fingerprints)
-        write_json(self._directory / CONFIG_FILE, adapter_config(described))
+        write_json(self._directory / CONFIG_FILE, adapter_json(described))
 
 
 @contextlib.contextmanager
 def adapter_stream(directory: Path, names: Iterable[str]) -> Iterator[AdapterStream]:
-    """Open the weights file of a new adapter in `directory`, which is whole when the block ends; then `describe` it.
+    """Open the weights file of a new adapter in `directory`. It is complete when the block ends; `describe` it then.
 
-    names: the targets that may be added; fewer may be, in any order, but the file's bytes depend on the names.
+    names: the targets that may be added. Any of them may be left out, in any order; the file's bytes depend on the names.
     """
     with (
         atomic_write(directory / WEIGHTS_FILE) as file,

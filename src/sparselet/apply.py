@@ -13,6 +13,7 @@ from sparselet.delta import SparseDelta
 from sparselet.errors import NonFiniteValue, ShapeMismatch, UnsupportedExpert
 from sparselet.expert import ExpertOrDeltas
 from sparselet.fingerprint import fingerprint_weight, require_same_base
+from sparselet.model_config import optional_field
 from sparselet.names import Names, as_rows, refuse_shared
 
 
@@ -86,18 +87,17 @@ def _refuse_overflow(values: Tensor, name: str) -> None:
 
 
 def _stays_wide(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
-    """Whether transformers loads a parameter in float32 whatever it is asked for."""
-    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype is torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return any(re.search(rf"(^|\.){part}($|\.)", name) for part in kept)
+    """Whether transformers always loads a parameter in float32."""
+    fields = ["_keep_in_fp32_modules_strict", *(["_keep_in_fp32_modules"] if dtype is torch.float16 else [])]
+    parts = [part for field in fields for part in optional_field(model, field) or ()]
+    return any(re.search(rf"(^|\.){part}($|\.)", name) for part in parts)
 
 
 def target_weights(model: nn.Module, adapter: ExpertOrDeltas) -> dict[str, Tensor]:
-    """The model's weight of each of the adapter's targets, once all fit, as the target's two sides (`names.as_rows`).
+    """The model's weight of each of the adapter's targets, as the target's two sides (`names.as_rows`), if all of them fit.
 
-    Raises UnknownTarget, UnsupportedExpert (modules trained in full, which only PEFT puts in place; a weight that is shared,
-    see `names.refuse_shared`, or quantised), ShapeMismatch, WrongBase.
+    Raises UnknownTarget, UnsupportedExpert (modules trained in full, which only PEFT loads; a weight that is shared, see
+    `names.refuse_shared`, or quantised), ShapeMismatch, WrongBase.
     """
     expert = as_expert(adapter)
     if expert.trained_modules:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparselet.errors import WrongBase
 
-SAMPLE = 4096
+SAMPLE_SIZE = 4096
 _STRIDE = 2654435761  # prime, so that the sample visits all rows and columns whatever the shape
 
 Fingerprint = Mapping[str, str]
@@ -19,9 +19,9 @@ def sample_positions(size: int) -> Tensor:
 
     Position i is i · 2654435761 mod size; all entries when there are no more than 4096.
     """
-    if size <= SAMPLE:
+    if size <= SAMPLE_SIZE:
         return torch.arange(size)
-    return (torch.arange(SAMPLE) * _STRIDE) % size
+    return (torch.arange(SAMPLE_SIZE) * _STRIDE) % size
 
 
 def fingerprint(sample: Tensor) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""A base model's configuration, as transformers resolves it: judged before anything of the size that it claims is made.
+"""A base model's configuration, as transformers resolves it: checked before anything of the claimed size is created.
 
-No code of a model's repository is ever run, and nobody is asked whether it may be.
+No code of a model's repository is ever run, and the user is never asked to allow it.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 from sparselet.errors import AbsurdShape, MissingExtra, ModelError
 from sparselet.io.printable import reason
 
-_MANY = 4096  # layers or experts: beyond any model, and each is made for the skeleton
+_MANY = 4096  # layers or experts: beyond any model; the skeleton creates each of them
 _COUNTED = re.compile(r"(^|_)(layers?|experts|depth)$")
 
 
@@ -34,21 +34,26 @@ def read_config(name: str) -> Any:
         fields = config.to_dict()
     except (ModelError, AbsurdShape):
         raise
-    except Exception as error:  # transformers, its checks of fields and the hub's library have too many kinds to name
+    except Exception as error:  # transformers, its field checks and the hub's library have too many classes of errors
         raise ModelError(f"cannot read the configuration of {name}: {reason(error)}") from error
     _refuse_counts(name, fields)
     return config
 
 
+def optional_field(owner: Any, name: str) -> Any:
+    """An attribute that only some classes of another library have, such as a field of a configuration; None without it."""
+    return getattr(owner, name, None)
+
+
 def _refuse_code(name: str, content: Mapping[str, Any]) -> None:
-    """Raise ModelError if only code of the repository can make the model, or it asks for code of another one."""
+    """Raise ModelError if only code of the repository can build the model, or a field names code on the hub."""
     import transformers
 
-    kind = content.get("model_type")
-    if content.get("auto_map") and not (isinstance(kind, str) and kind in transformers.CONFIG_MAPPING):
+    model_type = content.get("model_type")
+    if content.get("auto_map") and not (isinstance(model_type, str) and model_type in transformers.CONFIG_MAPPING):
         raise ModelError(
             f"{name} is a model with code of its own (auto_map in config.json), which is never run; its model_type "
-            f"{kind!r:.60} is none of transformers' own."
+            f"{model_type!r:.60} is none of transformers' own."
         )
     for field, value in _fields(content):
         if field.strip("_") == "attn_implementation" and isinstance(value, str) and "/" in value:
@@ -62,7 +67,7 @@ def _refuse_counts(name: str, content: Mapping[str, Any]) -> None:
 
 
 def _fields(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The fields of a configuration and of those in it."""
+    """The fields of a configuration and of the configurations in it."""
     for field, value in content.items():
         yield str(field), value
         if isinstance(value, Mapping):

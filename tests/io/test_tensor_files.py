@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparselet.errors import BadContainer, BadDtype, MissingFile
-from sparselet.io.tensor_files import DTYPES, TensorFile, TensorStream
+from sparselet.io.tensor_files import SAFETENSORS_DTYPES, TensorFile, TensorStream
 
 SHAPES = [(), (0,), (1,), (7,), (3, 5), (2, 0, 4), (2, 3, 4)]
 
@@ -16,7 +16,7 @@ def random_tensor(dtype, shape):
     return bits.view(dtype).view(shape)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("dtype", SAFETENSORS_DTYPES.values(), ids=str)
 def test_what_the_library_wrote_is_read_to_the_bit(tmp_path, dtype):
     tensors = {f"t{i}": random_tensor(dtype, shape) for i, shape in enumerate(SHAPES)}
     save_file({**tensors, "odd": torch.zeros(3, dtype=torch.uint8)}, tmp_path / "a", {"note": "1"})
@@ -27,7 +27,7 @@ def test_what_the_library_wrote_is_read_to_the_bit(tmp_path, dtype):
         read = file.read(name)
         assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape)
         assert torch.equal(read.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
-        assert DTYPES[file.dtypes[name]] == read.dtype
+        assert SAFETENSORS_DTYPES[file.dtypes[name]] == read.dtype
 
 
 def test_the_library_reads_what_was_streamed(tmp_path):

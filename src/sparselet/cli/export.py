@@ -14,7 +14,7 @@ from sparselet.formats.gguf import export_gguf_checkpoint
 from sparselet.formats.lora.write import export_lora
 from sparselet.formats.single_entries.write import export_shira, export_super_tuning
 from sparselet.io.paths import check_output
-from sparselet.models import DTYPES, load_model, load_tokenizer, lossless_dtype, model_directory, skeleton
+from sparselet.models import MODEL_DTYPES, load_model, load_tokenizer, lossless_dtype, model_directory, skeleton
 
 Format = Literal["shira", "supertuning", "lora", "checkpoint", "gguf"]
 NEXT = {
@@ -106,10 +106,10 @@ def _export_model(expert: Expert, to: str, out: Path, model: str | None, dtype: 
     if model is None:
         known = expert.metadata.base_model_name_or_path
         raise ConfigError(f"--to {to} needs the base model; give --model{f' {known}' if known else ''}.")
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if dtype not in MODEL_DTYPES:
+        raise ConfigError(f"--dtype must be one of {', '.join(MODEL_DTYPES)}, got {dtype!r}.")
     # The model is ours alone, so nothing of its weights is kept.
-    how: dict[str, Any] = {"keep_base": False, "dtype": DTYPES[dtype], "base": model_directory(model)}
+    how: dict[str, Any] = {"keep_base": False, "dtype": MODEL_DTYPES[dtype], "base": model_directory(model)}
     loaded = load_model(model, lossless_dtype(model, dtype))
     if to == "gguf":
         export_gguf_checkpoint(loaded, load_tokenizer(model), expert, out, **how)

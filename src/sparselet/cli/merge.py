@@ -31,7 +31,7 @@ from sparselet.merging import (
     read_recipe,
     recipe_text,
 )
-from sparselet.models import DTYPES, load_model, load_tokenizer, lossless_dtype, model_directory
+from sparselet.models import MODEL_DTYPES, load_model, load_tokenizer, lossless_dtype, model_directory
 from sparselet.tasks.task import load_task
 from sparselet.workflows.search import SearchResult, SearchSettings, search
 
@@ -147,8 +147,8 @@ def merge_(
         asked = MergeRecipe(tuple(experts or ()), method or "overlap", tuple(weights or ()), parameters, model, keep_counts)
     if checkpoint:
         _refuse_with("--as checkpoint", {"--keep-counts": asked.keep_counts})
-        if dtype is not None and dtype not in DTYPES:
-            raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        if dtype is not None and dtype not in MODEL_DTYPES:
+            raise ConfigError(f"--dtype must be one of {', '.join(MODEL_DTYPES)}, got {dtype!r}.")
         if asked.model is None:
             raise ConfigError("--as checkpoint needs the base model; give --model.")
     opened = open_experts(asked.experts, asked.model)
@@ -165,7 +165,7 @@ def merge_(
         if loaded is not None and asked.model:
             with tempfile.TemporaryDirectory(prefix=".", dir=directory) as scratch:
                 merged = _merge(asked, opened, Path(scratch) / "adapter", workers)
-                how: dict[str, Any] = {"dtype": DTYPES[rounded], "base": model_directory(asked.model)}
+                how: dict[str, Any] = {"dtype": MODEL_DTYPES[rounded], "base": model_directory(asked.model)}
                 write_checkpoint(loaded, None, merged, directory, keep_base=False, **how)
         else:
             merged = _merge(asked, opened, directory, workers)

@@ -1,4 +1,4 @@
-"""The hub's library: loaded when first used, and its errors in words."""
+"""The hub's library: loaded when first used, and its errors as text."""
 
 import importlib
 import warnings
@@ -49,5 +49,4 @@ def hub_error_text(error: Exception) -> str:
 
 def http_status(error: Exception) -> int:
     """The HTTP status of the hub's answer; 0 if it did not answer."""
-    response: Any = getattr(error, "response", None)
-    return response.status_code if isinstance(error, hub_library().errors.HfHubHTTPError) else 0
+    return error.response.status_code if isinstance(error, hub_library().errors.HfHubHTTPError) else 0

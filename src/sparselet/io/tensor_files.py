@@ -1,6 +1,6 @@
-"""Safetensors files tensor by tensor, so that no more than one is in memory: `TensorFile` reads, `TensorStream` writes.
+"""Safetensors files read (`TensorFile`) and written (`TensorStream`) tensor by tensor: at most one is in memory.
 
-The safetensors library writes only what it is given whole. The layout is that of its specification: 8 bytes of
+The safetensors library writes only complete sets of tensors. The layout is that of its specification: 8 bytes of
 little-endian header length, a JSON header (padded with spaces), then the tensors' bytes without holes.
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from sparselet.errors import BadContainer, BadDtype, MissingFile
 from sparselet.io.printable import reason
 
-_NAMES = {torch.float32: "F32", torch.int32: "I32"}
-DTYPES = {
+_STREAMED = {torch.float32: "F32", torch.int32: "I32"}
+SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -33,13 +33,13 @@ DTYPES = {
     "I64": torch.int64,
     "F64": torch.float64,
 }
-_ROOM = 120  # bytes of header a tensor takes beside its name: dtype, up to three sides, two offsets
+_ROOM = 120  # bytes of header per tensor beside its name: dtype, up to three sides, two offsets
 
 
 class TensorStream:
     """Append float32 and int32 tensors to `file`; the header is filled in when the block ends.
 
-    names: every tensor that may be added, so that room for the header is kept; fewer may be added, in any order.
+    names: every tensor that may be added, which sets the header's size; any may be left out, in any order.
     notes: strings to keep in the header beside the tensors.
     """
 
@@ -53,13 +53,13 @@ class TensorStream:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor. Raises BadDtype for any dtype but float32 and int32, which alone keep all offsets aligned."""
-        if tensor.dtype not in _NAMES:
+        if tensor.dtype not in _STREAMED:
             raise BadDtype(f"{name}: only float32 and int32 can be streamed, got {tensor.dtype}.")
         data = tensor.detach().cpu().contiguous().numpy()
         self._file.write(data.astype(data.dtype.newbyteorder("<"), copy=False).data if data.size else b"")
         end = self._position + data.nbytes
         self._header[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": _STREAMED[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [self._position, end],
         }
@@ -68,8 +68,8 @@ class TensorStream:
     def __enter__(self) -> "TensorStream":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None:
+    def __exit__(self, cls: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if cls is not None:
             return
         header = json.dumps(self._header, separators=(",", ":")).encode().ljust(self._room)
         self._file.seek(0)
@@ -78,7 +78,7 @@ class TensorStream:
 
 
 class TensorFile:
-    """A safetensors file: shapes and dtypes from its header, its tensors when asked for.
+    """A safetensors file: shapes and dtypes from its header; `read` returns a tensor.
 
     shapes, dtypes: by tensor name. notes: the strings that the header holds beside the tensors.
     Raises MissingFile, BadContainer.
@@ -103,23 +103,23 @@ class TensorFile:
         self._offsets: dict[str, tuple[int, int]] = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
 
     def read(self, name: str) -> Tensor:
-        """A tensor, read into memory of its own. Threads may read one file at the same time.
+        """A tensor, in memory of its own. Several threads may read one file at the same time.
 
-        The file is open only meanwhile, so that there may be more files than a process may have open.
+        The file is open only during the call, so that a process can use more files than it may have open.
         Raises BadDtype, MissingFile, BadContainer (the file was replaced or cut short after its header was read).
         """
-        if self.dtypes[name] not in DTYPES:
-            raise BadDtype(f"{self.path}: {name} is {self.dtypes[name]}; expected one of {', '.join(DTYPES)}.")
+        if self.dtypes[name] not in SAFETENSORS_DTYPES:
+            raise BadDtype(f"{self.path}: {name} is {self.dtypes[name]}; expected one of {', '.join(SAFETENSORS_DTYPES)}.")
         begin, end = self._offsets[name]
         data = torch.empty(end - begin, dtype=torch.uint8)
         self._fill(data.numpy().data, self._start + begin)
-        return data.view(DTYPES[self.dtypes[name]]).view(self.shapes[name])
+        return data.view(SAFETENSORS_DTYPES[self.dtypes[name]]).view(self.shapes[name])
 
     def _fill(self, view: memoryview, position: int) -> None:
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:
-            raise MissingFile(f"{self.path} cannot be read any more: {error.strerror}.") from error
+            raise MissingFile(f"{self.path} can no longer be read: {error.strerror}.") from error
         try:
             same = os.fstat(descriptor).st_ino == self._inode
             while same and view:  # a call reads at most 2 GiB
@@ -133,6 +133,6 @@ class TensorFile:
 
 
 def _utf8_path(path: Path, descriptor: int) -> str:
-    """A name in UTF-8 of a file that is open."""
+    """A UTF-8 name of an open file."""
     text = str(path)
     return text if text == text.encode(errors="replace").decode() else f"/dev/fd/{descriptor}"

@@ -20,7 +20,7 @@ from sparselet.errors import ConfigError, SparseletError
 from sparselet.io.toml_settings import read_toml
 from sparselet.masks import check_density
 from sparselet.merging.methods import complete_parameters
-from sparselet.models import DTYPES
+from sparselet.models import MODEL_DTYPES
 from sparselet.scores import get_score
 from sparselet.setting_checks import check_seed, check_settings
 from sparselet.tasks.builtin import BUILTIN
@@ -139,8 +139,8 @@ class StudySettings:
             get_score(score)
         if len(self.lora_ranks) > len(self.densities):
             raise ConfigError(f"lora_ranks has {len(self.lora_ranks)} ranks for {len(self.densities)} densities; one each.")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.dtype not in MODEL_DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(MODEL_DTYPES)}, got {self.dtype!r}.")
         if set(self.learning_rate) != set(RATES):
             raise ConfigError(f"learning_rate must have {', '.join(RATES)}, got {', '.join(self.learning_rate) or 'none'}.")
         if not all(2 <= n <= len(self.held_in) for n in self.n_experts):

@@ -122,7 +122,7 @@ def test_a_file_that_changes_after_it_was_opened_is_refused(tmp_path, how):
     else:
         file.unlink()
     error = MissingFile if how == "gone" else BadContainer
-    with pytest.raises(error, match=f"{re.escape(str(file))}.* (was replaced or cut short|cannot be read any more)"):
+    with pytest.raises(error, match=f"{re.escape(str(file))}.* (was replaced or cut short|can no longer be read)"):
         merge([opened])
 
 
