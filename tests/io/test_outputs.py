@@ -239,7 +239,7 @@ def test_what_killed_processes_left_is_removed_and_what_running_ones_write_is_no
         check_output(tmp_path / "out")
         assert names(tmp_path) == sorted([running.name, file.name, *foreign])
     assert names(tmp_path) == sorted(foreign)
-    assert f"removed {left}, which a process that was killed had left" in caplog.text
+    assert f"removed {left}, which a killed process left" in caplog.text
 
 
 def test_a_child_that_is_killed_loses_its_lock(tmp_path):

@@ -41,9 +41,9 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 def atomic_directory(path: str | Path, keep_equal: bool = False) -> Iterator[Path]:
     """Yield a temporary directory that becomes `path` when the block ends without an error, and vanishes otherwise.
 
-    Within another `atomic_directory` it is that one's, which is not there before its end.
+    Within another `atomic_directory` it is a plain directory, which appears with the outer one.
 
-    keep_equal: a directory that is there may hold the very same files, and then stays as it is.
+    keep_equal: an existing directory with the very same files is accepted and left as it is.
     Raises what `check_output` raises, WriteFailed if it cannot be written.
     """
     place = Path(os.path.realpath(path)) if os.path.isdir(path) else Path(path)
@@ -51,15 +51,15 @@ def atomic_directory(path: str | Path, keep_equal: bool = False) -> Iterator[Pat
         with convert_write_errors(path):
             yield Path(path)
         return
-    there = keep_equal and os.path.isdir(path) and bool(os.listdir(path))
-    if not there:
+    exists = keep_equal and os.path.isdir(path) and bool(os.listdir(path))
+    if not exists:
         check_output(path)
     place = Path(os.path.realpath(path))
     with _written_beside(path, place) as temporary:
         with utf8_path(temporary) as name:
             yield name
         _settle(temporary)
-        if there:
+        if exists:
             if not _same_files(temporary, place):
                 raise OutputExists(
                     f"{path} exists already and holds something else. Choose another output, or remove it first."
@@ -71,11 +71,11 @@ def atomic_directory(path: str | Path, keep_equal: bool = False) -> Iterator[Pat
 
 @contextlib.contextmanager
 def replaced_directory(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary directory with all that the directory `path` holds, which takes its place when the block ends.
+    """Yield a temporary directory with all files of the directory `path`, which it replaces when the block ends.
 
     The files are links to those in `path`: replace them, do not write into them. After an error, or a kill at any moment,
-    `path` is as it was; on success it is the new directory, at once. Raises WriteFailed, at once where `path` is a mount
-    point, or has one in it, or is the working directory, which cannot be replaced.
+    `path` is unchanged; on success it becomes the new directory in one step. Raises WriteFailed; before the block for a mount
+    point, a directory that contains one, and the working directory, which cannot be replaced.
     """
     place = Path(os.path.realpath(path))
     with convert_write_errors(path):
@@ -97,7 +97,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def flush(directory: Path) -> None:
-    """Have the disk hold all files in a directory, and their names, before anything is written that relies on them."""
+    """Flush all files in a directory, and their names, to the disk."""
     for path in directory.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -109,7 +109,7 @@ def flush(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _written_beside(path: str | Path, place: Path) -> Iterator[Path]:
-    """A temporary directory beside `place`; failures of what is written into it name `path`."""
+    """A temporary directory beside `place`; errors of writing into it name `path`."""
     temporary = None
     try:
         with convert_write_errors(path), parents_of(place), temporary_directory(place) as temporary:
@@ -117,22 +117,22 @@ def _written_beside(path: str | Path, place: Path) -> Iterator[Path]:
     except WriteFailed as error:
         if temporary is None:
             raise
-        text = re.sub(r"/proc/self/fd/\d+", lambda _: str(path), str(error))  # of `utf8_path`
+        text = re.sub(r"/proc/self/fd/\d+", lambda _: str(path), str(error))  # from `utf8_path`
         raise WriteFailed(text.replace(str(temporary), str(path))) from error.__cause__
 
 
 def _settle(directory: Path) -> None:
-    """Modes as the umask says, since libraries write some files for the owner alone; and all of it on the disk."""
+    """Set modes by the umask, since libraries write some files for the owner alone, and flush all files to the disk."""
     for file in directory.rglob("*"):
         os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~_umask())
     os.chmod(directory, 0o777 & ~_umask())
     flush(directory)
 
 
-def _same_files(one: Path, other: Path) -> bool:
+def _same_files(first: Path, second: Path) -> bool:
     """Whether two directories hold the same files with the same bytes."""
-    files = [sorted(file.relative_to(place) for file in place.rglob("*") if file.is_file()) for place in (one, other)]
-    return files[0] == files[1] and len(filecmp.cmpfiles(one, other, files[0], shallow=False)[0]) == len(files[0])
+    files = [sorted(file.relative_to(place) for file in place.rglob("*") if file.is_file()) for place in (first, second)]
+    return files[0] == files[1] and len(filecmp.cmpfiles(first, second, files[0], shallow=False)[0]) == len(files[0])
 
 
 def _link(source: str, target: str) -> None:

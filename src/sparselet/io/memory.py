@@ -1,4 +1,4 @@
-"""How much memory there is, so that what is too large is refused by name before it is asked for."""
+"""Available memory, so that too large a request is refused, by name, before memory is allocated."""
 
 import contextlib
 import sys
@@ -6,22 +6,22 @@ from pathlib import Path
 
 from sparselet.errors import NotEnoughMemory
 
-_SMALL = 2**28  # bytes for which it is not worth looking
+_SMALL = 2**28  # bytes below which nothing is checked
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def require_memory(size: int, what: str) -> None:
-    """Raise NotEnoughMemory, naming `what`, if `size` bytes are more than this process can get now."""
+def require_memory(size: int, description: str) -> None:
+    """Raise NotEnoughMemory, naming `description`, if `size` bytes are more than this process can get now."""
     free = available() if size > _SMALL else None
     if free is not None and size > free:
-        raise NotEnoughMemory(f"{what} takes {size / 2**30:.1f} GiB of memory, but there are {free / 2**30:.1f} GiB.")
+        raise NotEnoughMemory(f"{description} takes {size / 2**30:.1f} GiB of memory, but there are {free / 2**30:.1f} GiB.")
 
 
 def available() -> int | None:
     """Bytes that this process can get now: the least that machine, control group and limit of the process leave. None where
-    the system does not tell."""
-    found = [free for tell in (_of_machine, _of_group, _of_process) if (free := tell()) is not None]
-    return max(0, min(found)) if found else None
+    the system does not report them."""
+    limits = [free for free in (_of_machine(), _of_group(), _of_process()) if free is not None]
+    return max(0, min(limits)) if limits else None
 
 
 def _of_machine() -> int | None:

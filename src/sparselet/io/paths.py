@@ -17,32 +17,32 @@ _ROOM_INSIDE = 160  # bytes for the longest name of a file in an output, in its 
 
 
 def check_output(path: str | Path, directory: bool = True) -> None:
-    """Judge, before any work is done, whether an output can be written when it is done.
+    """Check, before any work is done, that an output can be written afterwards.
 
-    directory: whether it will be a directory, which may be there if it is empty; a file must not be there.
+    directory: whether it will be a directory, which may exist if it is empty; a file must not exist.
 
-    Raises OutputExists for what is there already, and WriteFailed where the system will not let it be written: a name that is
-    too long, a parent that is a file or cannot be written to, a mount point or the working directory, which cannot be
+    Raises OutputExists for an output that exists already, and WriteFailed where the system does not allow writing it: a name
+    that is too long, a parent that is a file or cannot be written to, a mount point or the working directory, which cannot be
     replaced. Temporaries of this output that killed processes left are removed.
     """
     path = Path(path)
     try:
         place = Path(os.path.realpath(path))
-    except ValueError as error:  # of names that no system has
+    except ValueError as error:  # a name that no system allows
         raise WriteFailed(f"cannot write {path}: {error}. Choose another output.") from error
-    if is_temporary(place):  # the output around it was judged
+    if is_temporary(place):  # the output around it was checked
         return
     with convert_write_errors(path):
         remove_left(place)
         _refuse_existing(path, place, directory)
         _refuse_long(place)
         parent = next(parent for parent in place.parents if parent.exists())
-        with temporary_directory(parent / place.name):  # no other way tells for sure that it may be written
+        with temporary_directory(parent / place.name):  # the only sure check that it may be written
             pass
 
 
 def refuse_fixed(path: str | Path, place: Path) -> None:
-    """Raise WriteFailed for a directory that no other can take the place of."""
+    """Raise WriteFailed for a directory that cannot be replaced by another one."""
     if os.path.ismount(place) or place in mount_points():
         raise WriteFailed(f"cannot write {path}: it is a mount point, which cannot be replaced. Name a directory in it.")
     if os.path.samefile(place, os.curdir):
@@ -52,7 +52,7 @@ def refuse_fixed(path: str | Path, place: Path) -> None:
 
 
 def mount_points() -> set[Path]:
-    """Where file systems are mounted, as Linux tells; `os.path.ismount` does not see a directory bound to another place."""
+    """Where file systems are mounted, on Linux; `os.path.ismount` misses directories that are bound to another path."""
     try:
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
@@ -62,10 +62,10 @@ def mount_points() -> set[Path]:
 
 
 def check_inside(directory: Path, name: str) -> Path:
-    """The path of the file `name` in `directory`, once it is known to lie there.
+    """The path of the file `name` in `directory`.
 
     A symbolic link may stay in the directory, or lead from a snapshot of the hub library's cache to a blob of the same
-    repository. Raises UnsafePath for all others, and for a name with path parts.
+    repository. Raises UnsafePath for every other link, and for a name with path parts.
     """
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise UnsafePath(f"{name!r} is not a plain file name; path parts are not allowed.")
@@ -76,15 +76,14 @@ def check_inside(directory: Path, name: str) -> Path:
 
 
 def cache_directory() -> Path:
-    """Where converted models are kept: $SPARSELET_CACHE, or `sparselet` in the user's cache directory."""
-    if os.environ.get("SPARSELET_CACHE"):
-        return Path(os.environ["SPARSELET_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparselet"
+    """The directory of converted models and locks: $SPARSELET_CACHE, or `sparselet` in the user's cache directory."""
+    own = os.environ.get("SPARSELET_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparselet"
 
 
 @contextlib.contextmanager
 def parents_of(path: Path) -> Iterator[None]:
-    """Make the directories above `path`; those made here are removed again after an error, if nothing is in them."""
+    """Create the missing directories above `path`; after an error they are removed again if they are empty."""
     missing = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +97,7 @@ def parents_of(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def utf8_path(directory: Path) -> Iterator[Path]:
-    """A name in UTF-8 of a directory that is there, since safetensors and tokenizers take no other."""
+    """A UTF-8 name of an existing directory, since safetensors and tokenizers take no other."""
     text = str(directory)
     if text == text.encode(errors="replace").decode():
         yield directory
@@ -113,9 +112,9 @@ def utf8_path(directory: Path) -> Iterator[Path]:
 def _stays_inside(link: Path, directory: Path) -> bool:
     try:
         place, directory = link.resolve(strict=True), directory.resolve()
-    except (OSError, RuntimeError):  # it leads nowhere, or round in a circle
+    except (OSError, RuntimeError):  # its target does not exist, or it is part of a circle
         return False
-    # `models--org--name` holds `snapshots/COMMIT`, of links, and `blobs`.
+    # `models--org--name` holds `snapshots/COMMIT`, with links, and `blobs`.
     snapshots = [parent.parent for parent in (directory, *directory.parents) if parent.parent.name == "snapshots"]
     blobs = [path.parent / "blobs" for path in snapshots if path.parent.name.startswith("models--")]
     return any(place.is_relative_to(inside) for inside in (directory, *blobs))
@@ -135,7 +134,7 @@ def _refuse_existing(path: Path, place: Path, directory: bool) -> None:
 
 
 def _refuse_long(place: Path) -> None:
-    """Raise OSError for a name, or a path with what will lie in it, that is longer than the system allows."""
+    """Raise OSError for a name, or a path with room for the files in it, that is longer than the system allows."""
     missing = [part.name for part in (place, *place.parents) if not part.exists()]
     limit = name_limit(place.parent)
     if any(len(os.fsencode(name)) > limit for name in missing) or len(os.fsencode(place)) > _LONGEST_PATH - _ROOM_INSIDE:

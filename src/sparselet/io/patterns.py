@@ -1,4 +1,4 @@
-"""Regular expressions from files, matched in bounded time: some take for ever on a short name."""
+"""Regular expressions from files, matched in bounded time: some take practically for ever on a short name."""
 
 import re
 import time
@@ -7,23 +7,24 @@ from typing import Any
 
 from sparselet.errors import ConfigError, MissingExtra
 
-LONGEST = 4096  # characters of an expression; a longer one is slow to read alone
-SECONDS = 1.0  # of the processor, for all matches of a call together, and
+LONGEST = 4096  # characters of an expression; longer ones are slow to compile
+SECONDS = 1.0  # processor time for all matches of a call together, and
 PER_MATCH = 20e-6  # seconds more for each pair of an expression and a name
 
 
 def first_matches(patterns: Sequence[str], names: Iterable[str]) -> dict[str, int | None]:
-    """For each name the place of the first pattern that matches its beginning, as `re.match` does; None if none does.
+    """For each name the position of the first pattern that matches its beginning, as `re.match` does; None if none matches.
 
-    Raises ConfigError for what is no regular expression, is longer than 4096 characters, or takes too long; MissingExtra.
+    Raises ConfigError for an invalid regular expression, one of more than 4096 characters, or one that takes too long;
+    MissingExtra.
     """
     return {name: None if match is None else match[0] for name, match in _first(patterns, list(names)).items()}
 
 
 def groups(pattern: str, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Of those names that the pattern matches from end to end, what its groups match. Raises as `first_matches`."""
-    whole = rf"(?:{pattern})\Z"
-    return {name: match[1].groups() for name, match in _first([whole], list(names)).items() if match is not None}
+    """What the pattern's groups match, for each name that the pattern matches completely. Raises as `first_matches`."""
+    complete = rf"(?:{pattern})\Z"
+    return {name: match[1].groups() for name, match in _first([complete], list(names)).items() if match is not None}
 
 
 def _first(patterns: Sequence[str], names: Sequence[str]) -> dict[str, tuple[int, Any] | None]:
@@ -46,7 +47,7 @@ def _match(compiled: Sequence[Any], name: str, end: float) -> tuple[int, Any] | 
 
 
 def _compiled(pattern: str) -> Any:
-    """The expression for the library that knows a time limit, once the standard library takes it."""
+    """The expression compiled by `regex`, which has time limits, if the standard library accepts it too."""
     try:
         import regex
     except ModuleNotFoundError as error:

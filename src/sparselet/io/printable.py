@@ -1,4 +1,4 @@
-"""Text from files, paths and other libraries, as it may be shown: nothing in it moves a cursor or hides what it says."""
+"""Text from files, paths and other libraries, safe to show: no character moves a cursor or hides others."""
 
 import unicodedata
 
@@ -16,7 +16,7 @@ def printable(text: object) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception of another library says, on one line; its kind if it says nothing."""
+    """The message of another library's exception, on one line; its class if there is no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -1,8 +1,8 @@
 """Temporary files and directories, recognised and removed once the process that made them has been killed.
 
-The temporaries of `name` lie beside it and are called `.name.<16 hex digits>.tmp`. Who makes one holds a lock (`flock`) on it
-until it has its final name or is gone. A lock ends with its process, however that ends, so a temporary that nobody holds was
-left by a process that was killed; the next one that writes `name` removes it, and says so.
+The temporaries of `name` lie beside it and are called `.name.<16 hex digits>.tmp`. The process that creates one holds a lock
+(`flock`) on it until it has its final name or is removed. A lock ends with its process, however that ends, so a temporary
+without a lock was left by a killed process; the next process that writes `name` removes it and logs that.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
 
 @contextlib.contextmanager
 def temporary_directory(path: Path) -> Iterator[Path]:
-    """A new, locked directory beside `path`. What is there under its name when the block ends is removed."""
+    """A new, locked directory beside `path`; removed when the block ends, unless it was renamed."""
     remove_left(path)
     temporary, lock = path, None
     try:
-        while lock is None:  # another process may have taken it for one that was left, before it was locked
+        while lock is None:  # another process may have removed it as left behind, before it was locked
             temporary = _new_name(path)
             os.mkdir(temporary, 0o700)
             lock = _lock(temporary)
@@ -44,7 +44,7 @@ def temporary_directory(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """A new, locked, empty file beside `path`. What is there under its name when the block ends is removed."""
+    """A new, locked, empty file beside `path`; removed when the block ends, unless it was renamed."""
     remove_left(path)
     temporary, lock = path, None
     try:
@@ -83,18 +83,18 @@ def held(directory: Path) -> Iterator[bool]:
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove a directory that is there, at once: what a kill on the way leaves is a temporary."""
+    """Remove a directory in one step: after a kill in between, only a temporary is left."""
     with temporary_directory(directory) as temporary:
         os.rename(directory, temporary)
 
 
 def remove_left(path: Path) -> None:
-    """Remove the temporaries of `path` that killed processes left; a directory that `exchange` had set aside comes back."""
+    """Remove the temporaries of `path` that killed processes left, and restore a directory that `exchange` had set aside."""
     name = re.escape(_stem(path)) + r"\.[0-9a-f]{16}"
     for aside in _find(path.parent, re.compile(name + r"\.old")):
         if not os.path.lexists(path):
             os.rename(aside, path)
-            logger.info("%s is there again as it was; a process was killed while it replaced it.", path)
+            logger.info("restored %s, which a killed process was replacing.", path)
         else:
             shutil.rmtree(aside, ignore_errors=True)
     _remove_left(path.parent, re.compile(name + r"\.tmp"))
@@ -122,36 +122,35 @@ def fitting_name(parent: Path, name: str, ending: str) -> str:
 
 
 def name_limit(directory: Path) -> int:
-    """The bytes that a file's name may have in a directory, which need not be there yet."""
-    there = next(parent for parent in (directory, *directory.absolute().parents) if os.path.isdir(parent))
+    """The bytes that a file's name may have in a directory, which need not exist yet."""
+    existing = next(parent for parent in (directory, *directory.absolute().parents) if os.path.isdir(parent))
     try:
-        return os.pathconf(there, "PC_NAME_MAX")
+        return os.pathconf(existing, "PC_NAME_MAX")
     except (OSError, ValueError):
         return 255
 
 
-def exchange(one: Path, other: Path) -> None:
-    """Exchange two directories of one file system, in one step where the system has it (Linux).
+def exchange(first: Path, second: Path) -> None:
+    """Exchange two directories of one file system, in one step where the system can (Linux).
 
-    Where it does not, `other` is for a moment under no name but that of a directory `.old` beside it, from where `remove_left`
-    fetches it.
+    Elsewhere `second` is for a moment only a directory `.old` beside it, from where `remove_left` restores it.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "renameat2"):
-        names = os.fsencode(one), os.fsencode(other)
+        names = os.fsencode(first), os.fsencode(second)
         if not libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
             return
         code = ctypes.get_errno()
         if code not in (errno.ENOSYS, errno.EINVAL):
-            raise OSError(code, os.strerror(code), str(other))
-    aside = _new_name(other).with_suffix(".old")
-    os.rename(other, aside)
+            raise OSError(code, os.strerror(code), str(second))
+    aside = _new_name(second).with_suffix(".old")
+    os.rename(second, aside)
     try:
-        os.rename(one, other)
+        os.rename(first, second)
     except BaseException:
-        os.rename(aside, other)
+        os.rename(aside, second)
         raise
-    os.rename(aside, one)
+    os.rename(aside, first)
 
 
 def _scratch(name: str) -> Path:
@@ -161,7 +160,7 @@ def _scratch(name: str) -> Path:
 def _find(directory: Path, pattern: re.Pattern[str]) -> list[Path]:
     try:
         return [Path(entry.path) for entry in os.scandir(directory) if pattern.fullmatch(entry.name)]
-    except OSError:  # the directory is not there, or not to be read
+    except OSError:  # the directory does not exist, or cannot be read
         return []
 
 
@@ -173,15 +172,15 @@ def _remove_left(directory: Path, pattern: re.Pattern[str]) -> None:
                 continue
             try:
                 shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
-                logger.info("removed %s, which a process that was killed had left.", temporary)
+                logger.info("removed %s, which a killed process left.", temporary)
             finally:
                 os.close(lock)
 
 
 def _lock(path: Path, needed: bool = False) -> int | None:
-    """An open descriptor that holds the lock on a file or directory; None where another process does, or has removed it.
+    """An open descriptor that holds the lock on a file or directory; None if another process holds it or has removed the file.
 
-    needed: raise OSError where the file system has no locks, rather than go without.
+    needed: raise OSError where the file system has no locks; otherwise the descriptor is returned without a lock.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -203,7 +202,7 @@ def _lock(path: Path, needed: bool = False) -> int | None:
 
 
 def _remove(directory: Path) -> None:
-    """Remove a directory, if it is there, to its end even where an interrupt comes in the middle."""
+    """Remove a directory if it exists, completely even after an interrupt."""
     try:
         os.rmdir(directory)
     except FileNotFoundError:
