@@ -11,7 +11,7 @@ from helpers.tiny import make_adapter, make_model, save_base, save_task
 
 from sparselet import SparseAdapter
 from sparselet.cli.main import run as run_verb
-from sparselet.training.train import RUN_FILE
+from sparselet.training.run_directory import RUN_FILE
 
 TIMES = ("seconds", "started", "resumed", "history")
 

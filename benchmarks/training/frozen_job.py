@@ -9,7 +9,7 @@ stops there. There is no optimizer, no selection of a mask, no validation, no ch
 import argparse
 from pathlib import Path
 
-from sparselet.generation.prefix import loss_of
+from sparselet.generation.prefix import batch_loss
 from sparselet.generation.prompts import prompt_format
 from sparselet.models import load_model, load_tokenizer
 from sparselet.tasks.task import load_task
@@ -42,7 +42,7 @@ def main() -> None:
         order.set_epoch(epoch)
         numbers = list(order)
         for start in range(0, len(numbers), asked.batch):
-            loss_of(model, collate([encoded[i] for i in numbers[start : start + asked.batch]])).backward()
+            batch_loss(model, collate([encoded[i] for i in numbers[start : start + asked.batch]])).backward()
     assert all(p.grad is None for p in model.parameters())
 
 

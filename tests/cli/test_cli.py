@@ -479,7 +479,7 @@ def test_ctrl_c_in_training_exits_with_130_and_keeps_whole_checkpoints(cli, tmp_
 
     code, _, err = cli(*arguments, "--out", tmp_path / "x")
     assert code == 1
-    assert "Go on with --resume" in err
+    assert "Set resume to continue it" in err
     assert cli(*arguments, "--out", tmp_path / "x", "--resume")[0] == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["whole", "x"]
     for file in ("adapter_model.safetensors", "adapter_config.json"):

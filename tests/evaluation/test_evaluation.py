@@ -253,7 +253,7 @@ def test_an_answer_ends_at_the_end_token_and_has_no_more_tokens_than_allowed(mod
     ],
 )
 def test_batches_hold_so_many_rows_or_tokens(monkeypatch, lengths, size, sizes):
-    monkeypatch.setattr(sys.modules[_batches.__module__], "TOKENS", 10)
+    monkeypatch.setattr(sys.modules[_batches.__module__], "BATCH_TOKENS", 10)
     found = list(_batches(range(len(lengths)), lengths, size))
     assert [len(batch) for batch in found] == sizes
     assert [row for batch in found for row in batch] == list(range(len(lengths)))

@@ -7,7 +7,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from sparselet.generation import decode as module
 from sparselet.generation.decode import can_decode, decode, encode_prefix
-from sparselet.generation.prompts import shared_prefix
+from sparselet.generation.prefix import shared_prefix
 
 PAD, NEW = 0, 12
 
@@ -48,7 +48,7 @@ def frequent(model, count):
 @pytest.mark.parametrize("with_prefix", [False, True])
 @pytest.mark.parametrize("ends", [0, 1, 3])
 def test_tokens_are_those_of_generate(monkeypatch, model, ends, with_prefix, leave):
-    monkeypatch.setattr(module, "LEAVE", leave)
+    monkeypatch.setattr(module, "COMPACT_BELOW", leave)
     rows, ending = prompts(), frequent(model, ends)
     prefix = encode_prefix(model, shared_prefix(rows)) if with_prefix else None
     found = decode(model, prefix, PAD, ending, NEW, rows)
@@ -68,7 +68,7 @@ def test_a_row_that_ended_is_computed_no_more(monkeypatch, model):
     assert sizes[0] == len(rows)
     for step, size in enumerate(sizes[1:], 1):
         left = sum(len(answer) > step for answer in found)
-        assert left <= size <= max(left / module.LEAVE + 1, 1)
+        assert left <= size <= max(left / module.COMPACT_BELOW + 1, 1)
 
 
 def test_the_prefix_is_computed_once_and_stays_as_it_was(model):

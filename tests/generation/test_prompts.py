@@ -206,7 +206,7 @@ def test_tokens_that_the_model_does_not_know_are_refused_by_row():
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["owl"])
     form = form_of(tokenizer, model=make_model())
-    with pytest.raises(TaskError, match=r"task t, row 2: has token 258 \('owl'\), but the model knows tokens up to 257"):
+    with pytest.raises(TaskError, match=r"task t, row 2: has token 258 \('owl'\), but the model has tokens up to 257"):
         encode([Row("a", "b"), Row("b", "owl")], form, 99, "task t")
     with pytest.raises(TaskError, match="prompt 1: has token 258"):
         generate(make_model(), tokenizer, ["owl"])

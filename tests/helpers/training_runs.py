@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from sparselet.training import train
-from sparselet.training.train import RUN_FILE
+from sparselet.training.run_directory import RUN_FILE
 
 # Of a Trainer of a few steps that writes and says nothing.
 QUIET = {

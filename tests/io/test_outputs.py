@@ -17,7 +17,7 @@ from sparselet.io.paths import check_output
 from sparselet.io.temporaries import held, scratch_directory, temporary_directory, temporary_file
 from sparselet.io.write_errors import convert_write_errors
 from sparselet.merging import MergeRecipe, merge_per_task, read_recipe, recipe_text
-from sparselet.training.train import work_directory
+from sparselet.training.run_directory import work_directory
 
 ODD = os.fsdecode(b"not \xff UTF-8")
 LONG = "n" * 255

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from sparselet.errors import ModelError
 from sparselet.generation.generate import generate
-from sparselet.generation.padding import continues, padding_side
-from sparselet.generation.prefix import loss_of
+from sparselet.generation.padding import padding_side, supports_prefix_cache
+from sparselet.generation.prefix import batch_loss
 from sparselet.generation.prompts import prompt_format
 from sparselet.models import decoder_start, position_limit
 from sparselet.tasks.task import Row
@@ -88,7 +88,7 @@ def assert_rows_do_not_depend_on_each_other(model):
     rows = encode(ROWS, form, 2048, "rows")
     batch = collator(model, form, share=True)(rows)
     expected = sum(alone(model, row) for row in rows) / sum(len(row["target"]) for row in rows)
-    loss = loss_of(model, batch)
+    loss = batch_loss(model, batch)
     torch.testing.assert_close(loss, expected)
     parameters = dict(model.named_parameters())
     wanted, found = (torch.autograd.grad(value, list(parameters.values()), allow_unused=True) for value in (expected, loss))
@@ -148,8 +148,8 @@ def test_a_model_that_counts_positions_in_its_own_way_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_with_its_padding_in_its_logits_is_refused(dtype, monkeypatch):
+    assert padding_side(made("bart", BART).to(dtype)) == "right"
     model = made("bart", BART).to(dtype)
-    assert padding_side(model) == "right"
     encoder = model.model.encoder
     whole = encoder.forward
     monkeypatch.setattr(encoder, "forward", lambda *args, attention_mask=None, **kwargs: whole(*args, **kwargs))
@@ -158,9 +158,27 @@ def test_a_model_with_its_padding_in_its_logits_is_refused(dtype, monkeypatch):
         collator(model, prompt_format(model, make_tokenizer(), False))
 
 
+def test_a_model_is_tried_once(monkeypatch):
+    model = made("gpt2", CAUSAL["gpt2"][1])
+    side = padding_side(model)
+    monkeypatch.setattr(model, "forward", None)
+    assert padding_side(model) == side
+
+
+def test_the_side_of_a_model_that_holds_nan_is_not_kept():
+    model = made("rwkv", CAUSAL["rwkv"][1])
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.data.fill_(torch.nan)
+    assert padding_side(model) == "left"
+    for name, p in model.named_parameters():
+        p.data.copy_(weights[name])
+    assert padding_side(model) == "right"
+
+
 @pytest.mark.parametrize(("kind", "can"), [("gpt2", True), ("mixtral", True), ("bloom", False), ("gemma3_text", False)])
 def test_rows_go_on_from_a_cache_where_that_changes_nothing(kind, can):
-    assert continues(made(kind, CAUSAL[kind][1])) == can
+    assert supports_prefix_cache(made(kind, CAUSAL[kind][1])) == can
 
 
 @pytest.mark.parametrize(

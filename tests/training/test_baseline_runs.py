@@ -12,7 +12,7 @@ from helpers.training_runs import Look, StopAt, bytes_of, killed_run
 from sparselet.errors import SparseletError
 from sparselet.models import load_model, load_tokenizer
 from sparselet.training import train
-from sparselet.training.train import COMPLETE, RUN_FILE, work_directory
+from sparselet.training.run_directory import COMPLETE, RUN_FILE, work_directory
 
 BASELINES = ("lora", "full", "full-qkv", "multitask")
 QKV = ("q_proj", "k_proj", "v_proj")

@@ -22,8 +22,8 @@ from sparselet.tasks.task import load_task
 from sparselet.training import Trained, TrainSettings, train
 from sparselet.training.collate import collator, encode
 from sparselet.training.methods import find_targets
+from sparselet.training.run_directory import RUN_FILE
 from sparselet.training.sampling import LengthGroupedSampler
-from sparselet.training.train import RUN_FILE
 
 BASELINES = ("lora", "full", "full-qkv", "multitask")
 QKV = ("q_proj", "k_proj", "v_proj")

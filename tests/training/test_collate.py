@@ -7,7 +7,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparselet.generation.padding import forward_parameters
-from sparselet.generation.prefix import loss_of
+from sparselet.generation.prefix import batch_loss
 from sparselet.generation.prompts import prompt_format
 from sparselet.tasks.task import Row
 from sparselet.training import collate
@@ -54,7 +54,7 @@ def test_loss_and_gradients_are_those_of_unpadded_rows_with_full_logits(chat_tem
     batch = collator(model, tokenizer)(data)
     expected_loss = row_by_row(model, data)
     expected = gradients(model, expected_loss)
-    loss = loss_of(model, batch)
+    loss = batch_loss(model, batch)
     torch.testing.assert_close(loss, expected_loss)
     found = gradients(model, loss)
     assert found.keys() == expected.keys()
@@ -74,7 +74,7 @@ def test_models_that_accept_less_get_less(without):
     if "logits_to_keep" in left_out:
         assert batch["labels"].shape == batch["input_ids"].shape
     if "position_ids" not in left_out:
-        torch.testing.assert_close(loss_of(model, batch), row_by_row(model, data))
+        torch.testing.assert_close(batch_loss(model, batch), row_by_row(model, data))
 
 
 def test_absolute_positions_count_from_a_rows_first_token():
@@ -85,9 +85,9 @@ def test_absolute_positions_count_from_a_rows_first_token():
     tokenizer = make_tokenizer()
     data = encoded(tokenizer)
     batch = collator(model, tokenizer)(data)
-    torch.testing.assert_close(loss_of(model, batch), row_by_row(model, data))
+    torch.testing.assert_close(batch_loss(model, batch), row_by_row(model, data))
     shifted = {**batch, "position_ids": torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])}
-    assert not torch.allclose(loss_of(model, shifted), row_by_row(model, data))
+    assert not torch.allclose(batch_loss(model, shifted), row_by_row(model, data))
 
 
 def test_rows_are_padded_on_the_left_and_only_targets_are_labelled():
@@ -118,7 +118,7 @@ def test_an_empty_prompt_does_not_ask_for_more_logits_than_there_are():
     model, tokenizer = make_model(), make_tokenizer()
     batch = collator(model, tokenizer)([{"prompt": [], "target": [8, 1]}, {"prompt": [], "target": [9, 10, 1]}])
     assert batch["logits_to_keep"] == 3
-    assert torch.isfinite(loss_of(model, batch))
+    assert torch.isfinite(batch_loss(model, batch))
 
 
 # Tokens
@@ -185,7 +185,7 @@ def test_the_loss_of_an_encoder_decoder_is_that_of_unpadded_rows():
     )
     expected_loss = total / sum(len(row["target"]) for row in data)
     expected = gradients(model, expected_loss)
-    loss = loss_of(model, collator(model, tokenizer)(data))
+    loss = batch_loss(model, collator(model, tokenizer)(data))
     torch.testing.assert_close(loss, expected_loss)
     for name, gradient in gradients(model, loss).items():
         torch.testing.assert_close(gradient, expected[name])

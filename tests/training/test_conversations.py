@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from sparselet.errors import TaskError
 from sparselet.evaluation import EvalSettings, evaluate
 from sparselet.generation.generate import generate
-from sparselet.generation.prefix import loss_of
+from sparselet.generation.prefix import batch_loss
 from sparselet.generation.prompts import prompt_format
 from sparselet.tasks.rows import Message, Row
 from sparselet.tasks.task import Task
@@ -118,7 +118,7 @@ def test_the_loss_of_a_conversation_is_that_of_its_answers_apart():
     apart = [conversation(CHAT[:3]), conversation(CHAT, 4), conversation(other)]
     for share in (False, True):
         collate = collator(model, form, share)
-        losses = [loss_of(model, collate(encode(chosen, form, 2048, "t"))) for chosen in (rows, apart)]
+        losses = [batch_loss(model, collate(encode(chosen, form, 2048, "t"))) for chosen in (rows, apart)]
         torch.testing.assert_close(*losses)
         gradients = [torch.autograd.grad(loss, list(model.parameters()), allow_unused=True) for loss in losses]
         torch.testing.assert_close(*gradients)

@@ -14,7 +14,7 @@ from sparselet.evaluation import evaluate
 from sparselet.models import load_model
 from sparselet.tasks.task import load_task
 from sparselet.training import TrainSettings, train
-from sparselet.training.train import RUN_FILE
+from sparselet.training.run_directory import RUN_FILE
 
 TIMES = ("started", "seconds", "resumed")
 

@@ -15,7 +15,7 @@ from sparselet.apply import apply_temporarily
 from sparselet.errors import ConfigError, MissingFile, ShapeMismatch, UnknownTarget, WrongBase
 from sparselet.models import load_model, load_tokenizer
 from sparselet.training import TrainSettings, train
-from sparselet.training.train import work_directory
+from sparselet.training.run_directory import work_directory
 
 KINDS = ("expert", "tiles", "merged")
 TINY = 1e-9  # a learning rate that changes nothing one could see

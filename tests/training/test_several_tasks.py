@@ -14,7 +14,7 @@ from sparselet.models import load_tokenizer
 from sparselet.tasks.task import load_task
 from sparselet.training import train
 from sparselet.training.collate import encode
-from sparselet.training.train import RUN_FILE
+from sparselet.training.run_directory import RUN_FILE
 
 BASELINES = ("lora", "full", "full-qkv", "multitask")
 QKV = ("q_proj", "k_proj", "v_proj")

@@ -27,7 +27,7 @@ from sparselet.errors import (
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.models import load_model, load_tokenizer
 from sparselet.training import TrainSettings, train
-from sparselet.training.train import COMPLETE, RUN_FILE, work_directory
+from sparselet.training.run_directory import COMPLETE, RUN_FILE, work_directory
 
 FILES = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -423,7 +423,7 @@ def unfinished(settings, tmp_path):
 
 def test_an_unfinished_run_is_not_overwritten(settings, unfinished):
     before = sorted(work_directory(unfinished).rglob("*"))
-    with pytest.raises(OutputExists, match=r"holds an unfinished run\. Go on with --resume"):
+    with pytest.raises(OutputExists, match=r"holds an unfinished run\. Set resume"):
         train(settings, unfinished)
     assert sorted(work_directory(unfinished).rglob("*")) == before
 

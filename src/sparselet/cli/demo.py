@@ -18,7 +18,7 @@ from sparselet.report.pictures import draw_demo
 from sparselet.report.summary import layer_table
 from sparselet.tasks.task import BUILTIN_PREFIX, load_task
 from sparselet.training import TrainSettings, train
-from sparselet.training.train import work_directory
+from sparselet.training.run_directory import work_directory
 from sparselet.tuner.model import versions
 
 TASKS = ("number_words", "animal_class", "table_order")

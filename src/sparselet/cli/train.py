@@ -10,7 +10,7 @@ from sparselet.adapter import SparseAdapter
 from sparselet.cli.terminal import TrainingProgress, facts, note, print_json, quiet_libraries, say, word
 from sparselet.training import Trained, TrainSettings, train
 from sparselet.training.processes import first_to_fail, is_first, leave_processes
-from sparselet.training.train import work_directory
+from sparselet.training.run_directory import work_directory
 
 INTERRUPTED = 130
 

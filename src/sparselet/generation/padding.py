@@ -1,9 +1,10 @@
-"""Where the rows of a batch may be filled up, so that each is computed as it is alone: tried on the model itself."""
+"""Padding of batches, and the side on which a model's rows may be padded: tried on the model itself, once per model."""
 
 import contextlib
 import inspect
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,72 +16,74 @@ from sparselet.models import attends_to_all, prefill, vocabulary_size
 Side = Literal["left", "right"]
 
 _SHORT, _LONG = 7, 12  # tokens of the rows that are tried
-# How far logits may be off by rounding, of their spread: with 16 bits, with more, and where a difference ends in an error.
-_CLOSE_16_BIT, _CLOSE, _FAR = 0.05, 1e-3, 0.2
+# Limits of the relative error of logits: by rounding with 16 bits, with more, and of a model that is refused.
+_TOLERANCE_16_BIT, _TOLERANCE, _MISMATCH = 0.05, 1e-3, 0.2
+
+# By model, while it exists. A property of the architecture: training does not change it.
+_SIDES: WeakKeyDictionary[nn.Module, Side | None] = WeakKeyDictionary()
+_PREFIX_CACHES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-@torch.no_grad()
 def padding_side(model: PreTrainedModel) -> Side | None:
-    """The side on which rows may be filled up: on it a row's logits in a batch are those of the row alone.
+    """The side on which rows may be padded: there a row's logits in a batch equal those of the row alone.
 
-    Of a causal model the left, where it goes, since all targets then end in one column; of an encoder-decoder model the
-    right. None where the model sees its padding on both. Raises ModelError for a causal model that sees the tokens which are
-    to be predicted, or counts its positions in a way of its own (RoBERTa's kind), which `generate` does not keep to.
+    Of a causal model the left where possible, since all targets then end in one column; of an encoder-decoder model the
+    right. None if padding changes logits on both sides. Raises ModelError for a causal model that attends to the tokens it
+    predicts, or counts positions unlike `generate` (as RoBERTa does).
     """
-    row, other, close = *_rows(model), _close(model)
-    with _evaluating(model):
-        if model.config.is_encoder_decoder:
-            return "right" if _off(_seq2seq(model, [row, other]), _seq2seq(model, [row])) <= close else None
-        try:
-            alone = _causal(model, [row], "right")
-        except Exception as error:  # whatever a model raises
-            raise ModelError(f"the model ({model.config.model_type}) does not answer a row of tokens: {error}") from error
-        if not alone.isfinite().all():
-            return "left"  # weights that are lost already; whoever computes with them says so
-        if _off(_causal(model, [row + other], "right")[:, :_SHORT], alone) > _FAR:
-            raise ModelError(
-                f"the model ({model.config.model_type}) sees the tokens that it is to predict, so it is no causal language "
-                "model; it may be an encoder, or need is_decoder in its config.json."
-            )
-        counted = _attempt(model, [row], "left")
-        if counted is not None and _off(counted, alone) > _FAR:
-            raise ModelError(
-                f"the model ({model.config.model_type}) counts positions otherwise than transformers' `generate` gives them, "
-                "so its answers would not be those that it is trained to give."
-            )
-        sides: dict[Side, slice] = {"left": slice(-_SHORT, None), "right": slice(0, _SHORT)}
-        for side, columns in sides.items():
-            filled = _attempt(model, [row, other], side)
-            if filled is not None and _off(filled[:, columns], alone) <= close:
-                return side
-    return None
+    if model not in _SIDES:
+        row, longer = _probe_rows(model)
+        with _evaluation(model):
+            if model.config.is_encoder_decoder:
+                alone, batched = _seq2seq_logits(model, [row]), _seq2seq_logits(model, [row, longer])
+                _SIDES[model] = "right" if _relative_error(batched, alone) <= _tolerance(model) else None
+            else:
+                alone = _first_logits(model, row)
+                if not alone.isfinite().all():
+                    return "left"  # the weights hold NaN or infinity, which the caller's computation reports
+                _require_causal(model, alone, row, longer)
+                _SIDES[model] = _causal_side(model, alone, row, longer)
+    return _SIDES[model]
 
 
-@torch.no_grad()
-def continues(model: PreTrainedModel) -> bool:
-    """Whether rows can go on from keys and values that were computed before: a decoder of transformers' kind with full
-    attention in every layer, to whose logits it makes no difference."""
+def supports_prefix_cache(model: PreTrainedModel) -> bool:
+    """Whether rows can continue from cached keys and values: a decoder of transformers with full attention in every layer,
+    whose logits are then the same."""
     if not attends_to_all(model):
         return False
-    row, other = _rows(model)
-    with _evaluating(model):
-        alone = _causal(model, [[*row, *other]], "right")
-        cache = prefill(model, torch.tensor([row], device=model.device))
-        ids = torch.tensor([other], device=model.device)
-        mask = torch.ones(1, len(row) + len(other), dtype=torch.int64, device=model.device)
+    if model not in _PREFIX_CACHES:
+        row, continuation = _probe_rows(model)
         forward: Any = model
-        after = forward(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions(mask)[:, len(row) :],
-            past_key_values=cache,
-            use_cache=True,
-            **without_router_loss(forward_parameters(model)),
-        ).logits
-    return not alone.isfinite().all() or _off(after, alone[:, len(row) :]) <= _close(model)
+        with _evaluation(model):
+            expected = _causal_logits(model, [[*row, *continuation]], "right")[:, len(row) :]
+            if not expected.isfinite().all():
+                return True
+            mask = torch.ones(1, _SHORT + _LONG, dtype=torch.int64, device=model.device)
+            logits = forward(
+                input_ids=torch.tensor([continuation], device=model.device),
+                attention_mask=mask,
+                position_ids=position_ids(mask)[:, len(row) :],
+                past_key_values=prefill(model, torch.tensor([row], device=model.device)),
+                use_cache=True,
+                **without_router_loss(forward_parameters(model)),
+            ).logits
+        _PREFIX_CACHES[model] = _relative_error(logits, expected) <= _tolerance(model)
+    return _PREFIX_CACHES[model]
 
 
-def positions(mask: Tensor) -> Tensor:
+def pad(sequences: Sequence[Sequence[int]], value: int, left: bool) -> Tensor:
+    """The sequences as [batch, length], with `value` added on one side up to the longest one's length."""
+    length = max(len(sequence) for sequence in sequences)
+    fill = [[value] * (length - len(sequence)) for sequence in sequences]
+    return torch.tensor([[*f, *s] if left else [*s, *f] for f, s in zip(fill, sequences, strict=True)])
+
+
+def pad_batch(sequences: Sequence[Sequence[int]], token: int, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both [batch, length], padded with `token`."""
+    return pad(sequences, token, left), pad([[1] * len(sequence) for sequence in sequences], 0, left)
+
+
+def position_ids(mask: Tensor) -> Tensor:
     """The position of each token in its own row, [batch, length], for rows with an attention mask of that shape."""
     return (mask.cumsum(1) - 1).clamp_min(0)
 
@@ -91,68 +94,94 @@ def forward_parameters(model: nn.Module) -> frozenset[str]:
 
 
 def without_router_loss(parameters: Collection[str]) -> dict[str, bool]:
-    """What a forward function of these parameters is given, so that a mixture of experts computes no loss of its router.
+    """The argument by which a forward function of these parameters computes no router's loss of a mixture of experts.
 
-    Over all tokens of a batch, it depends on what else is in it, and goes with no cache.
+    That loss depends on all tokens of a batch, and cannot be computed with a cache.
     """
     return {"output_router_logits": False} if "output_router_logits" in parameters else {}
 
 
-def _rows(model: PreTrainedModel) -> tuple[list[int], list[int]]:
-    """Two rows of tokens, to be tried."""
+def _probe_rows(model: PreTrainedModel) -> tuple[list[int], list[int]]:
+    """A short and a longer row of tokens."""
     size = vocabulary_size(model)
-    short, long = ([(start + 5 * i) % size for i in range(length)] for start, length in ((3, _SHORT), (4, _LONG)))
-    return short, long
+    short, longer = ([(start + 5 * i) % size for i in range(length)] for start, length in ((3, _SHORT), (4, _LONG)))
+    return short, longer
 
 
-def _close(model: PreTrainedModel) -> float:
-    return _CLOSE_16_BIT if model.dtype in (torch.float16, torch.bfloat16) else _CLOSE
+def _tolerance(model: PreTrainedModel) -> float:
+    return _TOLERANCE_16_BIT if model.dtype in (torch.float16, torch.bfloat16) else _TOLERANCE
 
 
-def _causal(model: Any, rows: Sequence[Sequence[int]], side: Side) -> Tensor:
-    """The first row's logits [1, length, vocabulary] in a batch of the rows."""
-    ids, mask = _filled(rows, side, model.device)
-    taken = {"attention_mask": mask, **({"position_ids": positions(mask)} if side == "left" else {})}
-    known = forward_parameters(model)
-    taken = {key: value for key, value in taken.items() if key in known}
-    return model(input_ids=ids, **taken, **without_router_loss(known)).logits[:1]
-
-
-def _attempt(model: Any, rows: Sequence[Sequence[int]], side: Side) -> Tensor | None:
-    """`_causal`, or None of a model that takes no such mask or positions."""
+def _first_logits(model: PreTrainedModel, row: Sequence[int]) -> Tensor:
+    """The logits of a row alone. Raises ModelError for a model that cannot compute them."""
     try:
-        return _causal(model, rows, side)
+        return _causal_logits(model, [row], "right")
+    except Exception as error:  # whatever a model raises
+        raise ModelError(f"the model ({model.config.model_type}) cannot compute a row of tokens: {error}") from error
+
+
+def _require_causal(model: PreTrainedModel, alone: Tensor, row: list[int], longer: list[int]) -> None:
+    """Raise ModelError if the logits of a row, `alone`, depend on later tokens or on how positions are counted."""
+    if _relative_error(_causal_logits(model, [row + longer], "right")[:, :_SHORT], alone) > _MISMATCH:
+        raise ModelError(
+            f"the model ({model.config.model_type}) sees the tokens that it is to predict, so it is no causal language "
+            "model; it may be an encoder, or need is_decoder in its config.json."
+        )
+    positioned = _padded_logits(model, [row], "left")
+    if positioned is not None and _relative_error(positioned, alone) > _MISMATCH:
+        raise ModelError(
+            f"the model ({model.config.model_type}) counts positions otherwise than transformers' `generate` gives them, "
+            "so its answers would not be those that it is trained to give."
+        )
+
+
+def _causal_side(model: PreTrainedModel, alone: Tensor, row: list[int], longer: list[int]) -> Side | None:
+    """The first side on which padding leaves the logits of a row as they are alone."""
+    sides: dict[Side, slice] = {"left": slice(-_SHORT, None), "right": slice(0, _SHORT)}
+    for side, columns in sides.items():
+        padded = _padded_logits(model, [row, longer], side)
+        if padded is not None and _relative_error(padded[:, columns], alone) <= _tolerance(model):
+            return side
+    return None
+
+
+def _causal_logits(model: Any, rows: Sequence[Sequence[int]], side: Side) -> Tensor:
+    """The first row's logits [1, length, vocabulary] in a batch of the rows."""
+    ids, mask = (tensor.to(model.device) for tensor in pad_batch(rows, 1, side == "left"))
+    parameters = forward_parameters(model)
+    inputs = {"attention_mask": mask, **({"position_ids": position_ids(mask)} if side == "left" else {})}
+    inputs = {name: value for name, value in inputs.items() if name in parameters}
+    return model(input_ids=ids, **inputs, **without_router_loss(parameters)).logits[:1]
+
+
+def _padded_logits(model: Any, rows: Sequence[Sequence[int]], side: Side) -> Tensor | None:
+    """`_causal_logits`, or None of a model that takes no such mask or positions."""
+    try:
+        return _causal_logits(model, rows, side)
     except Exception:  # whatever a model raises
         return None
 
 
-def _seq2seq(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
-    ids, mask = _filled(rows, "right", model.device)
+def _seq2seq_logits(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    """The first row's logits [1, length, vocabulary] in a batch of the rows, as prompts; targets are their first tokens."""
+    ids, mask = (tensor.to(model.device) for tensor in pad_batch(rows, 1, left=False))
     router = without_router_loss(forward_parameters(model))
     return model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids[:, :_SHORT], **router).logits[:1]
 
 
-def _filled(rows: Sequence[Sequence[int]], side: Side, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both [rows, length]."""
-    longest = max(len(row) for row in rows)
-    ids, mask = torch.ones(len(rows), longest, dtype=torch.int64), torch.zeros(len(rows), longest, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        columns = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
-        ids[i, columns], mask[i, columns] = torch.tensor(row), 1
-    return ids.to(device), mask.to(device)
-
-
-def _off(logits: Tensor, alone: Tensor) -> float:
-    """How far logits are off at the middle one of their positions: where experts are chosen, rounding may choose others."""
-    logits, alone = logits.double(), alone.double()
-    return float((logits - alone).abs().amax(-1).median() / alone.std().clamp_min(1e-30))
+def _relative_error(logits: Tensor, expected: Tensor) -> float:
+    """The median over positions of the largest error, relative to the spread: rounding may choose other experts at a few."""
+    logits, expected = logits.double(), expected.double()
+    return float((logits - expected).abs().amax(-1).median() / expected.std().clamp_min(1e-30))
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in evaluation mode, and nothing is recorded for gradients."""
     training = model.training
     model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         model.train(training)

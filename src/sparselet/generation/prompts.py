@@ -1,7 +1,7 @@
-"""From rows to tokens: the prompt as the model is asked, the target as it should answer, and where an answer ends.
+"""From rows to tokens: prompts, targets, and the tokens that end an answer.
 
-Training and evaluation use the same functions, so that a model is asked the way it was trained, and its answers end where
-they were taught to end.
+Training and evaluation use the same functions, so that a model gets the prompts it was trained on, and its answers end with
+the token it was trained to end them with.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -17,19 +17,19 @@ from sparselet.models import position_limit, vocabulary_size
 from sparselet.tasks.rows import Prompt
 
 _PROBES = ("probe one", "another")
-_SECONDS = 5.0  # for a chat template to render one conversation
+_TEMPLATE_SECONDS = 5.0  # for a chat template to render one conversation
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How one model is asked, and how it answers.
+    """How prompts and targets of one model are encoded.
 
     template: prompts go through the tokenizer's chat template. parts: it takes a message's content as a list of parts.
-    control: the texts of the tokenizer's control tokens. appended: tokens that the tokenizer puts behind a text.
+    control: the texts of the tokenizer's control tokens. appended: number of tokens that the tokenizer appends to a text.
     encoder_decoder: the prompt goes to an encoder, the target to a decoder.
     begin: the token that answers are forced to begin with, such as a language's. end: the token that targets end with.
-    ends: the tokens that end an answer: `end` and the model's own. vocabulary: the model knows the tokens below it.
-    positions: the most tokens of prompt and answer together, or of what a decoder writes. encoder_positions: of the prompt.
+    ends: the tokens that end an answer: `end` and those of the generation settings. vocabulary: token ids are below it.
+    positions: the limit of tokens of prompt and answer together, or of a decoder's output. encoder_positions: of the prompt.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -47,32 +47,32 @@ class PromptFormat:
 
 
 def prompt_format(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> PromptFormat:
-    """How a model is asked. chat_template: through the tokenizer's chat template, where it has one.
+    """The prompt format of a model. chat_template: use the tokenizer's chat template, where it has one.
 
-    Targets end with the token with which the template ends an answer, or with the tokenizer's end token; of the two, one that
-    the model's generation settings know goes before one that they do not know. Without either it is the settings' first.
-    Raises ModelError for a template that fails, or that leaves out what is asked.
+    Targets end with the token with which the template ends an answer, or with the tokenizer's end token; if only one of the
+    two is in the model's generation settings, with that one. Without either it is the first of the generation settings.
+    Raises ModelError for a template that fails, or that leaves out the user's message.
     """
-    template = chat_template and getattr(tokenizer, "chat_template", None) is not None
+    template = chat_template and tokenizer.chat_template is not None
     parts = template and _takes_parts(tokenizer)
     control = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     control |= {*tokenizer.all_special_tokens}
     settings = model.generation_config
-    own = end_tokens(settings) if settings else []
-    answer_ends = _end_of_turn(tokenizer, parts, control) if template else None
-    candidates = [token for token in (answer_ends, tokenizer.eos_token_id) if isinstance(token, int)]
-    end = next((token for token in candidates if token in own), next(iter([*candidates, *own]), None))
+    configured = end_tokens(settings) if settings else []
+    turn_end = _turn_end(tokenizer, parts, control) if template else None
+    candidates = [token for token in (turn_end, tokenizer.eos_token_id) if isinstance(token, int)]
+    end = next((token for token in candidates if token in configured), next(iter([*candidates, *configured]), None))
     encoder_decoder = bool(model.config.is_encoder_decoder)
     return PromptFormat(
         tokenizer=tokenizer,
         template=template,
         parts=parts,
         control=tuple(sorted(control)),
-        appended=0 if encoder_decoder else _appended(tokenizer),
+        appended=0 if encoder_decoder else _count_appended(tokenizer),
         encoder_decoder=encoder_decoder,
         begin=settings.forced_bos_token_id if encoder_decoder and settings else None,
         end=end,
-        ends=frozenset([*own, *([] if end is None else [end])]),
+        ends=frozenset([*configured, *([] if end is None else [end])]),
         vocabulary=vocabulary_size(model),
         positions=position_limit(model),
         encoder_positions=position_limit(model, encoder=True) if encoder_decoder else None,
@@ -82,22 +82,22 @@ def prompt_format(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ch
 def prompt_tokens(form: PromptFormat, prompt: Prompt) -> list[int]:
     """The token ids of a prompt: one user's message or a conversation through the chat template, or the text as it is.
 
-    A control token that the text spells out is encoded as the text that it is. What the tokenizer puts behind a text, such as
-    an end token, goes to an encoder alone. Raises TaskError for a text that cannot be encoded so, or has no tokens, and for a
-    conversation without a template, or of which the template leaves out what is asked.
+    A control token that the text spells out is encoded as plain text. Tokens that the tokenizer appends to a text, such as
+    an end token, go to an encoder only. Raises TaskError for a text that cannot be encoded so, or has no tokens, and for a
+    conversation without a template, or with a message that the template leaves out.
     """
     if not form.template:
         if not isinstance(prompt, str):
             raise TaskError(
-                "is a conversation, which only a chat template makes a prompt of: leave out --no-chat-template (in Python: "
-                "chat_template=False), or give a model whose tokenizer has one."
+                "is a conversation, which only a chat template makes a prompt of: leave out chat_template=False, or give a "
+                "model whose tokenizer has a template."
             )
         tokens = _encode(form, prompt, add_special_tokens=True)
-        return _checked(form, tokens[: len(tokens) - form.appended])
+        return _check_tokens(form, tokens[: len(tokens) - form.appended])
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(vars(m)) for m in prompt]
-    tokens = _checked(form, chat_tokens(form, messages, generation_prompt=True))
+    tokens = _check_tokens(form, chat_tokens(form, messages, generation_prompt=True))
     if not isinstance(prompt, str):
-        _refuse_left_out(form, messages)
+        _require_all_messages(form, messages)
     return tokens
 
 
@@ -115,7 +115,7 @@ def target_tokens(form: PromptFormat, text: str) -> list[int]:
     bare = not form.template and not form.encoder_decoder
     tokens = _encode(form, f" {text}" if bare else text, add_special_tokens=False, target=form.encoder_decoder)
     begin = [] if form.begin is None else [form.begin]
-    return _checked(form, [*begin, *tokens, form.end])
+    return _check_tokens(form, [*begin, *tokens, form.end])
 
 
 def chat_tokens(form: PromptFormat, messages: Sequence[Mapping[str, str]], generation_prompt: bool) -> list[int]:
@@ -126,22 +126,22 @@ def chat_tokens(form: PromptFormat, messages: Sequence[Mapping[str, str]], gener
     """
     spelled = any(token in message["content"] for message in messages for token in form.control)
     try:
-        with time_limit(_SECONDS):
+        with time_limit(_TEMPLATE_SECONDS):
             tokens = form.tokenizer.apply_chat_template(
                 _content(messages, form.parts),
                 add_generation_prompt=generation_prompt,
                 return_dict=False,
                 sanitize_control_tokens=spelled,
             )
-    except Exception as error:  # a template raises what it likes
+    except Exception as error:  # a template may raise anything
         raise TaskError(f"cannot go through the tokenizer's chat template: {reason(error)}") from error
     return [token for token in tokens if isinstance(token, int)]
 
 
 def longest_prompt(form: PromptFormat, max_length: int, answer: int) -> int:
-    """The most tokens that a prompt may have: `max_length`, or what the model's positions leave beside an answer's tokens.
+    """The limit of a prompt's tokens: `max_length`, or fewer where the model's positions must also hold `answer` tokens.
 
-    0 or less where there is no room for a prompt, or for the answer.
+    0 or less if they hold no prompt, or not the answer.
     """
     if form.positions is None or not form.encoder_decoder:
         limits = [form.encoder_positions] if form.encoder_decoder else [form.positions and form.positions - answer]
@@ -156,23 +156,8 @@ def end_tokens(settings: GenerationConfig) -> list[int]:
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
-def shared_prefix(prompts: Sequence[list[int]]) -> list[int]:
-    """The tokens that all prompts begin with, but for at least one token of each."""
-    first, last = min(prompts), max(prompts)
-    limit = max(0, min(len(prompt) for prompt in prompts) - 1)
-    same = next((i for i in range(limit) if first[i] != last[i]), limit)
-    return first[:same]
-
-
-def pad(sequences: Sequence[Sequence[int]], value: int, left: bool) -> list[list[int]]:
-    """The sequences with `value` added on one side up to the longest one's length."""
-    longest = max(len(sequence) for sequence in sequences)
-    fill = [[value] * (longest - len(sequence)) for sequence in sequences]
-    return [[*f, *s] if left else [*s, *f] for f, s in zip(fill, sequences, strict=True)]
-
-
 def padding_token(form: PromptFormat) -> int:
-    """A token to fill rows up with: the tokenizer's padding token, or another that the model knows. It is masked everywhere."""
+    """The token for padding, which is masked everywhere: the tokenizer's padding token, or another of the vocabulary."""
     for token in (form.tokenizer.pad_token_id, form.tokenizer.eos_token_id):
         if isinstance(token, int) and token < form.vocabulary:
             return token
@@ -180,67 +165,65 @@ def padding_token(form: PromptFormat) -> int:
 
 
 def _encode(form: PromptFormat, text: str, add_special_tokens: bool, target: bool = False) -> list[int]:
-    """The token ids of a text, in which nothing is a control token. target: in the language of a translation's targets."""
+    """The token ids of a text, without control tokens. target: as a translation's target, in that language."""
     spelled = [token for token in form.control if token in text]
-    text_of: dict[str, Any] = {"text_target" if target else "text": text}
+    argument: dict[str, Any] = {"text_target" if target else "text": text}
     if not spelled:
-        return list(form.tokenizer(**text_of, add_special_tokens=add_special_tokens)["input_ids"])
-    tokens = form.tokenizer(**text_of, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
-    plain = form.tokenizer(**text_of, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return list(form.tokenizer(**argument, add_special_tokens=add_special_tokens)["input_ids"])
+    tokens = form.tokenizer(**argument, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
+    plain = form.tokenizer(**argument, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     for token in spelled:
         if token != form.tokenizer.unk_token and form.tokenizer.convert_tokens_to_ids(token) in plain:
             raise TaskError(f"spells out {token!r}, which this tokenizer cannot tell from its control token; change the text.")
     return list(tokens)
 
 
-def _checked(form: PromptFormat, tokens: list[int]) -> list[int]:
+def _check_tokens(form: PromptFormat, tokens: list[int]) -> list[int]:
+    """The tokens. Raises TaskError for none, and for one that the model has no embedding for."""
     if not tokens:
-        raise TaskError("has no tokens: the tokenizer knows nothing of its text.")
+        raise TaskError("has no tokens: the tokenizer encodes nothing of its text.")
     if max(tokens) >= form.vocabulary:
         spelled = form.tokenizer.convert_ids_to_tokens(max(tokens))
         raise TaskError(
-            f"has token {max(tokens)} ({spelled!r}), but the model knows tokens up to {form.vocabulary - 1}; the tokenizer is "
+            f"has token {max(tokens)} ({spelled!r}), but the model has tokens up to {form.vocabulary - 1}; the tokenizer is "
             "not this model's, or the model's embeddings were not enlarged for it."
         )
     return tokens
 
 
 def _content(messages: Sequence[Mapping[str, str]], parts: bool) -> list[dict[str, Any]]:
-    """The messages as a template takes them."""
+    """The messages as the template expects them."""
     if not parts:
         return [dict(message) for message in messages]
     return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 
-def _refuse_left_out(form: PromptFormat, messages: Sequence[Mapping[str, str]]) -> None:
-    """Raise TaskError for a system's or user's message that a chat template leaves out."""
-    rendered = _rendered(form.tokenizer, messages, form.parts, True)
+def _require_all_messages(form: PromptFormat, messages: Sequence[Mapping[str, str]]) -> None:
+    """Raise TaskError for a system's or user's message that the chat template leaves out."""
+    rendered = _render(form.tokenizer, messages, form.parts, True)
     for number, message in enumerate(messages, 1):
         if message["role"] in ("system", "developer", "user") and message["content"].strip() not in rendered:
             raise TaskError(f"the chat template leaves out message {number}, the {message['role']}'s.")
 
 
 def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a chat template takes content as a list of parts. Raises ModelError where texts do not show in what it makes."""
-    failure = "what the user says is not in the prompt that it makes"
+    """Whether a chat template takes content as a list of parts. Raises ModelError if it leaves the texts out of the prompt."""
+    failure = "the user's message is not in the prompt that it renders"
     for parts in (False, True):
         try:
-            rendered = [_rendered(tokenizer, [{"role": "user", "content": text}], parts, True) for text in _PROBES]
-        except Exception as error:  # a template raises what it likes
+            rendered = [_render(tokenizer, [{"role": "user", "content": text}], parts, True) for text in _PROBES]
+        except Exception as error:  # a template may raise anything
             failure = reason(error)
             continue
         if all(text in prompt for text, prompt in zip(_PROBES, rendered, strict=True)):
             return parts
-    raise ModelError(
-        f"the tokenizer's chat template cannot ask a user's question: {failure}. Ask without it: --no-chat-template, "
-        "chat_template=False."
-    )
+    raise ModelError(f"the tokenizer's chat template cannot ask a user's question: {failure}. Set chat_template=False.")
 
 
-def _rendered(
+def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], parts: bool, generation_prompt: bool
 ) -> str:
-    with time_limit(_SECONDS):
+    with time_limit(_TEMPLATE_SECONDS):
         text = tokenizer.apply_chat_template(
             _content(messages, parts), add_generation_prompt=generation_prompt, tokenize=False, return_dict=False
         )
@@ -248,20 +231,20 @@ def _rendered(
     return text
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, parts: bool, control: Collection[str]) -> int | None:
-    """The control token with which a chat template ends an answer, if it ends it with one."""
+def _turn_end(tokenizer: PreTrainedTokenizerBase, parts: bool, control: Collection[str]) -> int | None:
+    """The control token with which a chat template ends an answer, None without one."""
     question, answer = _PROBES
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     try:
-        _, found, rest = _rendered(tokenizer, messages, parts, False).rpartition(answer)
-    except Exception:  # a template raises what it likes; this one takes no answers
+        _, separator, ending = _render(tokenizer, messages, parts, False).rpartition(answer)
+    except Exception:  # a template may raise anything; this one takes no answers
         return None
-    first = list(tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"])[:1] if found else []
-    return first[0] if first and tokenizer.convert_ids_to_tokens(first[0]) in control else None
+    tokens = list(tokenizer(ending.lstrip(), add_special_tokens=False)["input_ids"]) if separator else []
+    return tokens[0] if tokens and tokenizer.convert_ids_to_tokens(tokens[0]) in control else None
 
 
-def _appended(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens a tokenizer puts behind a text."""
-    plain, whole = (list(tokenizer(_PROBES[0], add_special_tokens=special)["input_ids"]) for special in (False, True))
-    first = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), None)
-    return 0 if first is None else len(whole) - first - len(plain)
+def _count_appended(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of tokens that a tokenizer appends to a text."""
+    plain, full = (list(tokenizer(_PROBES[0], add_special_tokens=special)["input_ids"]) for special in (False, True))
+    start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), None)
+    return 0 if start is None else len(full) - start - len(plain)

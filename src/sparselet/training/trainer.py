@@ -31,11 +31,10 @@ from sparselet.io.atomic import atomic_write, flush
 from sparselet.io.write_errors import convert_write_errors
 from sparselet.training.collate import IGNORED, Encoded
 from sparselet.training.processes import needs_cpu, share_of_batch
+from sparselet.training.run_directory import COMPLETE, checkpoint_step
 from sparselet.training.sampling import LengthGroupedSampler, Rows, without_labels
 from sparselet.training.settings import TrainSettings
 from sparselet.tuner import UnselectedMaskWarning
-
-COMPLETE = "complete"  # marks a checkpoint that was written to its end
 
 
 def make_trainer(
@@ -96,11 +95,6 @@ def make_trainer(
     trainer.autocast = autocast
     trainer.remove_callback(PrinterCallback)  # the command line shows its own progress
     return trainer
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The optimizer steps done when a checkpoint was written, by its name."""
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def length(row: Encoded) -> int:

@@ -22,7 +22,7 @@ from sparselet.studies.engine.store import Store
 from sparselet.studies.engine.unit import closure
 from sparselet.tasks.task import load_task
 from sparselet.training import TrainSettings, train
-from sparselet.training.train import work_directory
+from sparselet.training.run_directory import work_directory
 
 
 def by_label(units, start):

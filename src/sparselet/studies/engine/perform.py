@@ -42,7 +42,7 @@ from sparselet.studies.engine.store import ANSWERS, EXPERT, Store
 from sparselet.studies.engine.unit import Unit
 from sparselet.tasks.task import Task, load_task
 from sparselet.training import TrainSettings, train
-from sparselet.training.train import RUN_FILE, work_directory
+from sparselet.training.run_directory import RUN_FILE, work_directory
 
 logger = logging.getLogger("sparselet")
 
