@@ -71,6 +71,7 @@ def loud_again(monkeypatch):
     yield
     for name in names:
         logging.getLogger(name).setLevel(levels[name])
+    logging.getLogger("sparselet").handlers.clear()
     transformers_logging.set_verbosity(verbosity)
     transformers_logging.enable_progress_bar()
 

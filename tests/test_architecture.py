@@ -17,7 +17,7 @@ ROOT = "sparselet"
 
 GROUND = {"errors", "setting_checks", "io", "kernels"}
 CORE = GROUND | {"adapter_format", "adapter_metadata", "delta", "fingerprint", "masks", "names", "scores", "selection_settings"}
-CORE |= {"adapter", "adapter_stream", "apply", "expert", "model_config"}
+CORE |= {"result_table", "adapter", "adapter_stream", "apply", "expert", "model_config"}
 INPUTS = CORE | {"hub", "models", "tasks"}
 APART = ("tuner", "formats", "analysis", "activations", "attention")
 USERS = ("training", "evaluation", "serving")
@@ -42,8 +42,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workflows": LIBRARY,
     "studies": LIBRARY | {"workflows"},
     "report": CORE,
-    "cli": LIBRARY | {"workflows", "studies", "report", ROOT},
-    ROOT: CORE | {"merging", "tuner", "training"},  # the names of `import sparselet`; the upper ones when first used
+    "api": LIBRARY | {"workflows", "studies", "report"},
+    "cli": LIBRARY | {"workflows", "studies", "report", "api", ROOT},
+    ROOT: LIBRARY | {"workflows", "api"},  # the names of `import sparselet`, each loaded when it is first used
 }
 
 

@@ -11,6 +11,7 @@ from helpers.tiny import make_adapter, make_model, save_base, save_task
 
 from sparselet import SparseAdapter
 from sparselet.cli.main import run as run_verb
+from sparselet.merging import merge_with_counts
 from sparselet.training.run_directory import RUN_FILE
 
 TIMES = ("seconds", "started", "resumed", "history")
@@ -25,6 +26,7 @@ def inputs(tmp_path_factory):
     for name, seed in (("one", 1), ("two", 2)):
         about = {"task": name, "base_model_name_or_path": str(home / "base"), "chat_template": False}
         make_adapter(make_model(), seed=seed, **about).save(home / name)
+    merge_with_counts(home / "counted", [home / "one"])
     return home
 
 
@@ -36,9 +38,8 @@ VERBS = {
     "train-full": (TRAIN.replace("--density 0.25", "--method full") + " --out o", ["o"]),
     "merge": (MERGE + " --out deep/o", ["deep/o"]),
     "merge-counts": (MERGE + " --keep-counts --out o", ["o"]),
-    "merge-checkpoint": (MERGE + " --as checkpoint --model {0}/base --out o", ["o"]),
-    "merge-per-task": (MERGE + " --method emr --per-task parts --out o", ["parts", "o"]),
-    "merge-per-task-checkpoint": (MERGE + " --method emr --per-task p --as checkpoint --model {0}/base --out o", ["p", "o"]),
+    "update": ("update {0}/counted --add {0}/two --out o", ["o"]),
+    "split": ("split {0}/one {0}/two --out o", ["o"]),
     "export-lora": ("export {0}/one --to lora --out o", ["o"]),
     "export-shira": ("export {0}/one --to shira --out o", ["o"]),
     "export-supertuning": ("export {0}/one --to supertuning --out o", ["o"]),
@@ -49,7 +50,7 @@ VERBS = {
 }
 
 
-SAMPLE = ["train", "merge-counts", "merge-per-task", "merge-checkpoint", "export-lora", "predictions"]
+SAMPLE = ["train", "merge-counts", "update", "split", "export-checkpoint", "export-lora", "predictions"]
 
 
 def timeless(found):
@@ -100,8 +101,8 @@ def test_a_verb_killed_at_any_moment_is_done_by_the_same_command(verb, inputs, t
 
 @pytest.mark.parametrize(
     ("verb", "number"),
-    [("merge-per-task", signal.SIGTERM), ("export-checkpoint", signal.SIGINT), ("train", signal.SIGINT)],
-    ids=["merge-terminated", "export-interrupted", "train-interrupted"],
+    [("split", signal.SIGTERM), ("export-checkpoint", signal.SIGINT), ("train", signal.SIGINT)],
+    ids=["split-terminated", "export-interrupted", "train-interrupted"],
 )
 def test_a_verb_that_is_stopped_leaves_nothing_half_written(verb, number, inputs, tmp_path, monkeypatch):
     line, outputs = VERBS[verb]

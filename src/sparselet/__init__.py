@@ -1,8 +1,13 @@
 """sparselet: sparse experts for language models, trained apart and merged into one.
 
-The core (deltas, adapters, merging) needs torch and safetensors only; the rest PEFT and transformers. Names are loaded when
-first used, so that importing the package costs nothing. `from sparselet import SparseletConfig` also makes PEFT know the
-method.
+    import sparselet as sl
+
+    expert = sl.train("my-task", model="HuggingFaceTB/SmolLM2-135M-Instruct")
+    merged = sl.merge([expert, "their/lora", "other-expert"], "ties", density=0.3)
+    sl.evaluate(merged, ["my-task", "other-task"])
+
+Names are loaded when they are first used. Deltas, adapters and `sparselet.merging` need torch and safetensors only, the verbs
+transformers, training PEFT. `from sparselet import SparseletConfig` also registers the method with PEFT.
 """
 
 import importlib
@@ -12,41 +17,85 @@ from sparselet.errors import MissingExtra, SparseletError
 
 if TYPE_CHECKING:
     from sparselet.adapter import SparseAdapter
+    from sparselet.api.evaluation import evaluate
+    from sparselet.api.exporting import convert, export
+    from sparselet.api.hub import pull, push
+    from sparselet.api.inspection import inspect
+    from sparselet.api.merging import merge, merge_recipe, split, update
+    from sparselet.api.opening import load
+    from sparselet.api.searching import search
+    from sparselet.api.studying import study
+    from sparselet.api.training import train
     from sparselet.delta import SparseDelta
-    from sparselet.merging import METHODS, merge
+    from sparselet.evaluation import EvalSettings
+    from sparselet.merging import METHODS
     from sparselet.scores import SCORES
     from sparselet.training.schedule import MaskSchedule
+    from sparselet.training.settings import TrainSettings
     from sparselet.tuner import SparseletConfig, SparseletModel, freeze_masks, reselect, to_adapter
+    from sparselet.workflows.search import SearchSettings
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
     "SCORES",
+    "EvalSettings",
     "MaskSchedule",
+    "SearchSettings",
     "SparseAdapter",
     "SparseDelta",
     "SparseletConfig",
     "SparseletError",
     "SparseletModel",
+    "TrainSettings",
+    "convert",
+    "evaluate",
+    "export",
     "freeze_masks",
+    "inspect",
+    "load",
     "merge",
+    "merge_recipe",
+    "pull",
+    "push",
     "reselect",
+    "search",
+    "split",
+    "study",
     "to_adapter",
+    "train",
+    "update",
 ]
 
 _LAZY = {
     "METHODS": "sparselet.merging",
     "SCORES": "sparselet.scores",
+    "EvalSettings": "sparselet.evaluation",
     "MaskSchedule": "sparselet.training.schedule",
+    "SearchSettings": "sparselet.workflows.search",
     "SparseAdapter": "sparselet.adapter",
     "SparseDelta": "sparselet.delta",
     "SparseletConfig": "sparselet.tuner",
     "SparseletModel": "sparselet.tuner",
+    "TrainSettings": "sparselet.training.settings",
+    "convert": "sparselet.api.exporting",
+    "evaluate": "sparselet.api.evaluation",
+    "export": "sparselet.api.exporting",
     "freeze_masks": "sparselet.tuner",
-    "merge": "sparselet.merging",
+    "inspect": "sparselet.api.inspection",
+    "load": "sparselet.api.opening",
+    "merge": "sparselet.api.merging",
+    "merge_recipe": "sparselet.api.merging",
+    "pull": "sparselet.api.hub",
+    "push": "sparselet.api.hub",
     "reselect": "sparselet.tuner",
+    "search": "sparselet.api.searching",
+    "split": "sparselet.api.merging",
+    "study": "sparselet.api.studying",
     "to_adapter": "sparselet.tuner",
+    "train": "sparselet.api.training",
+    "update": "sparselet.api.merging",
 }
 
 

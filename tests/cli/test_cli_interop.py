@@ -75,7 +75,7 @@ def test_what_an_export_needs(cli, tmp_path, expert, base_dir):
     out = ("--out", tmp_path / "out")
     code, _, err = cli("export", expert, "--to", "gguf", *out)
     assert code == 1
-    assert f"--to gguf needs the base model; give --model {base_dir}" in err
+    assert f"gguf needs the base model; set --model {base_dir}" in err
     assert cli("export", expert, "--to", "zip", *out)[0] == 2
     code, _, err = cli("export", expert, "--to", "shira", "--model", "./nothing", *out)
     assert code == 1
@@ -98,7 +98,7 @@ def test_the_base_model_tells_what_is_linear(cli, tmp_path, base_dir):
         code, _, err = cli("import", tmp_path / "tuned", *model, "--out", tmp_path / "expert")
     assert code == 0, err
     code, _, err = cli("export", tmp_path / "expert", "--to", "lora", "--out", tmp_path / "lora")
-    assert "does not say whether model.norm [1, 16] is a linear layer; give the base model with --model" in err
+    assert "does not say whether model.norm [1, 16] is a linear layer; set --model to the base model" in err
     code, _, err = cli("export", tmp_path / "expert", "--to", "lora", "--model", base_dir, "--out", tmp_path / "lora")
     assert "model.norm is a LlamaRMSNorm; this format changes linear layers only" in err
     code, _, err = cli("export", tmp_path / "expert", "--to", "checkpoint", "--model", base_dir, "--out", tmp_path / "again")

@@ -1,4 +1,4 @@
-"""`sparselet merge`: every flag, what does not go together, what is left behind; experts of other kinds in `eval`."""
+"""`merge`, `update`, `search` and `split`: every flag, what is refused, what is written; experts of other kinds in `eval`."""
 
 import importlib
 import json
@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from sparselet import METHODS, SparseAdapter, merge
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE
+from sparselet.api import opening
 from sparselet.apply import apply_temporarily
-from sparselet.cli import opening
 from sparselet.errors import ModelError
 from sparselet.evaluation import EvalResult
 from sparselet.formats import open_expert
@@ -129,8 +129,9 @@ def test_a_recipe_with_weights_by_pattern_is_told(cli, tmp_path, experts):
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_a_checkpoint_is_the_base_model_with_the_adapter_applied(cli, tmp_path, experts, base_dir, dtype):
-    flags = ("--as", "checkpoint", "--model", base_dir, *(["--dtype", dtype] if dtype else []))
-    code, out, err = cli("merge", *experts, "--out", tmp_path / "x", *flags, "--weights", 2, 1)
+    flags = ("--to", "checkpoint", "--model", base_dir, *(["--dtype", dtype] if dtype else []))
+    assert cli("merge", *experts, "--out", tmp_path / "m", "--weights", 2, 1)[0] == 0
+    code, out, err = cli("export", tmp_path / "m", "--out", tmp_path / "x", *flags)
     assert code == 0, err
     assert f"--model {tmp_path / 'x'}" in out
     assert not [name for name in names_in(tmp_path / "x") if name.startswith(".") or "adapter" in name]
@@ -140,25 +141,18 @@ def test_a_checkpoint_is_the_base_model_with_the_adapter_applied(cli, tmp_path, 
         for name, parameter in found.named_parameters():
             assert torch.equal(parameter, base.get_parameter(name).to(parameter.dtype)), name  # summed, then rounded once
     assert all(parameter.dtype is getattr(torch, dtype or "float32") for parameter in found.parameters())
-    assert Path(read_recipe(tmp_path / "x" / "recipe.toml").model or "").resolve() == Path(base_dir)
-    assert cli("merge", "--recipe", tmp_path / "x" / "recipe.toml", "--as", "checkpoint", "--out", tmp_path / "y")[0] == 0
-    if dtype is None:
-        assert contents(tmp_path / "x") == contents(tmp_path / "y")
 
 
 @pytest.mark.parametrize("method", per_expert_methods())
-def test_one_adapter_an_expert(cli, tmp_path, experts, method):
-    flags = ("--method", method, "--per-task", tmp_path / "parts")
-    code, out, err = cli("merge", *experts, "--out", tmp_path / "x", *flags)
+def test_a_split_is_one_adapter_an_expert(cli, tmp_path, experts, method):
+    code, out, err = cli("split", *experts, "--method", method, "--out", tmp_path / "parts")
     assert code == 0, err
-    assert f"One adapter an expert: {tmp_path}/parts/one, {tmp_path}/parts/two" in out
+    for shown in (f"Split by {method}", f"{tmp_path}/parts/one", f"{tmp_path}/parts/two"):
+        assert shown in out
     assert names_in(tmp_path / "parts") == ["one", "two"]
     assert SparseAdapter.load(tmp_path / "parts" / "one").metadata.task == "one"
-    flags = ("--method", method, "--per-task", tmp_path / "again", "--json")
-    assert json.loads(cli("merge", *experts, "--out", tmp_path / "y", *flags)[1])["per_task"] == [
-        f"{tmp_path}/again/one",
-        f"{tmp_path}/again/two",
-    ]
+    _, out, _ = cli("split", *experts, "--method", method, "--out", tmp_path / "again", "--json")
+    assert json.loads(out)["adapters"] == [f"{tmp_path}/again/one", f"{tmp_path}/again/two"]
     assert contents(tmp_path / "parts") == contents(tmp_path / "again")
 
 
@@ -169,12 +163,12 @@ def test_a_merge_that_kept_its_counts_is_changed(cli, tmp_path, experts, third):
     assert read_recipe(tmp_path / "x" / "recipe.toml").keep_counts
     fourth = make_adapter(make_model(), seed=4).save(tmp_path / "four")
     flags = ("--add", fourth, "--remove", third, "--weights", 0.5, "--workers", 2)
-    code, out, err = cli("merge", tmp_path / "x", "--out", tmp_path / "y", *flags)
+    code, out, err = cli("update", tmp_path / "x", "--out", tmp_path / "y", *flags)
     assert code == 0, err
     assert contents(tmp_path / "y") == contents(merge_with_counts(tmp_path / "new", [experts[0], fourth], [1.0, 0.5]))
     for said in ("Merged by overlap", "one", "0.5", f"Written to {tmp_path / 'y'}"):
         assert said in out
-    code, out, _ = cli("merge", tmp_path / "y", "--out", tmp_path / "z", "--add", third, "--json")
+    code, out, _ = cli("update", tmp_path / "y", "--out", tmp_path / "z", "--add", third, "--json")
     told = json.loads(out)
     assert told == {
         "output": str(tmp_path / "z"),
@@ -198,7 +192,7 @@ def test_experts_of_all_kinds_merge_together(cli, tmp_path, experts, lora, full,
 
 
 def test_a_checkpoint_needs_its_base_model(refused, tmp_path, experts, full, base_dir, task_dir):
-    assert "give that with --model" in refused("merge", experts[0], full, "--out", tmp_path / "x")
+    assert "--model" in refused("merge", experts[0], full, "--out", tmp_path / "x")
     assert "does not exist" in refused("merge", experts[0], full, "--out", tmp_path / "x", "--model", "./nothing")
     assert not names_in(tmp_path)
 
@@ -254,9 +248,9 @@ def scored(monkeypatch):
 
 
 def test_a_search_writes_the_best_recipe_and_all_trials(cli, tmp_path, experts, base_dir, task_dir, scored):
-    flags = ("--search", "weights", "--validation", task_dir, save_task(tmp_path / "other"), "--model", base_dir)
+    flags = ("--choose", "weights", "--validation", task_dir, save_task(tmp_path / "other"), "--model", base_dir)
     more = ("--trials", 6, "--validation-rows", 3, "--max-new-tokens", 9, "--seed", 2)
-    code, out, err = cli("merge", *experts, "--out", tmp_path / "x", *flags, *more)
+    code, out, err = cli("search", *experts, "--out", tmp_path / "x", *flags, *more)
     assert code == 0, err
     assert "Asking without the chat template, as the adapters were trained" in err
     assert {(s.rows, s.chat_template, s.max_new_tokens, s.split) for s in scored} == {(3, False, 9, "validation")}
@@ -269,8 +263,8 @@ def test_a_search_writes_the_best_recipe_and_all_trials(cli, tmp_path, experts, 
     assert list(recipe.weights) == list(best["chosen"].values())
     same_change(SparseAdapter.load(tmp_path / "x"), merge(experts, weights=recipe.weights))
     assert f"Best of 6 trials: weight 1 = {recipe.weights[0]:.3g}, weight 2" in out
-    assert f"as asked {trials[0]['score']:.1f}" in out
-    code, out, _ = cli("merge", *experts, "--out", tmp_path / "y", *flags, *more, "--json", "--chat-template")
+    assert f"first trial {trials[0]['score']:.1f}" in out
+    code, out, _ = cli("search", *experts, "--out", tmp_path / "y", *flags, *more, "--json", "--chat-template")
     assert json.loads(out)["search"] == {"score": best["score"], "chosen": best["chosen"]}
     assert (tmp_path / "y" / "search.json").read_bytes() == (tmp_path / "x" / "search.json").read_bytes()
     assert scored[-1].chat_template
@@ -278,8 +272,8 @@ def test_a_search_writes_the_best_recipe_and_all_trials(cli, tmp_path, experts, 
 
 def test_a_search_may_be_short_and_start_from_a_recipe(cli, tmp_path, experts, base_dir, task_dir, scored):
     assert cli("merge", *experts, "--out", tmp_path / "x", "--method", "ties", "--set", "density=0.5")[0] == 0
-    flags = ("--search", "density", "--validation", task_dir, "--model", base_dir, "--seconds", 1e-9)
-    code, _, err = cli("merge", "--recipe", tmp_path / "x" / "recipe.toml", "--out", tmp_path / "y", *flags)
+    flags = ("--choose", "density", "--validation", task_dir, "--model", base_dir, "--seconds", 1e-9)
+    code, _, err = cli("search", "--recipe", tmp_path / "x" / "recipe.toml", "--out", tmp_path / "y", *flags)
     assert code == 0, err
     (trial,) = json.loads((tmp_path / "y" / "search.json").read_text())["trials"]
     assert trial["chosen"] == {"density": 0.5}
@@ -287,8 +281,8 @@ def test_a_search_may_be_short_and_start_from_a_recipe(cli, tmp_path, experts, b
 
 
 def test_a_search_by_real_answers(cli, tmp_path, experts, base_dir, task_dir):
-    flags = ("--search", "lambda", "--validation", task_dir, "--model", base_dir, "--trials", 2, "--validation-rows", 1)
-    code, out, err = cli("merge", *experts, "--out", tmp_path / "x", *flags, "--max-new-tokens", 2)
+    flags = ("--choose", "lambda", "--validation", task_dir, "--model", base_dir, "--trials", 2, "--validation-rows", 1)
+    code, out, err = cli("search", *experts, "--out", tmp_path / "x", *flags, "--max-new-tokens", 2)
     assert code == 0, err
     assert "Best of 2 trials: scale =" in out
 
@@ -299,68 +293,58 @@ def test_a_search_by_real_answers(cli, tmp_path, experts, base_dir, task_dir):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ("--as checkpoint", "--as checkpoint needs the base model; give --model"),
-        ("--method average", f"no merge method is called 'average'; there are {', '.join(METHODS)}"),
-        ("--weights 1", "2 experts need as many weights, got 1"),
-        ("--weights 1 nan", "weight 2 must be a finite number, got nan"),
-        ("--set density=0.5", "overlap has no parameter 'density'; it takes none"),
-        ("--method ties --set density", "--set takes name=value, got 'density'"),
-        ("--method ties --set =1", "--set takes name=value, got '=1'"),
-        ("--method ties --set density=", "--set takes name=value, got 'density='"),
-        ("--method ties --set density=much", "density must be"),
-        ("--method ties --keep-counts", "keep_counts needs method overlap, got ties"),
-        ("--workers 0", "workers must be at least 1, got 0"),
-        ("--dtype bfloat16", "an adapter (--as adapter) and --dtype do not go together"),
-        ("--as checkpoint --model BASE --dtype int8", "dtype must be one of float32, bfloat16, float16, got 'int8'"),
-        ("--as checkpoint --model BASE --keep-counts", "--as checkpoint and --keep-counts do not go together"),
-        ("--recipe r.toml", "--recipe and experts do not go together"),
-        ("--add c --remove d", "--add and --remove change one merge; name it, got 2 experts"),
-        ("--add", "--add and --remove change one merge; name it, got 2 experts"),
-        ("--add c --method ties", "--add or --remove and --method do not go together"),
-        ("--remove c --set a=1", "--add or --remove and --set do not go together"),
-        ("--remove c --recipe r.toml", "--add or --remove and --recipe do not go together"),
-        ("--add c --as checkpoint --model BASE", "--add or --remove and --as checkpoint do not go together"),
-        ("--add c --per-task p", "--add or --remove and --per-task do not go together"),
-        ("--add c --search weights", "--add or --remove and --search do not go together"),
-        ("--search weights", "--search needs --validation TASK… to score on, and the base model; give both"),
-        ("--search weights --model BASE", "--search needs --validation TASK"),
-        ("--search weights --validation TASK", "--search needs --validation TASK"),
-        ("--search density --validation TASK --model BASE", "method overlap has no density to search; ties"),
-        ("--search weights --weights 1 -1 --validation TASK --model BASE", "the recipe starts outside: weight 2 -1"),
-        ("--search weights --trials 0", "trials must be at least 1"),
-        ("--search weights --validation nothing/there/is --model BASE", "nothing/there/is is not a directory"),
-        ("--search weights --validation TASK --validation-rows 0 --model BASE", "rows must be at least 1, got 0"),
-        ("--search weights --validation TASK TASK --model BASE", "two tasks are called backwards"),
-        ("--validation TASK", "--validation and what belongs to it go with --search WHAT only"),
-        ("--max-new-tokens 3", "--validation and what belongs to it go with --search WHAT only"),
-        ("--per-task p", "--per-task goes with method emr or consensus, not with overlap"),
-        ("--method emr --per-task OUT", "must be apart from each other"),
-        ("--method emr --per-task OUT/deeper", "must be apart from each other"),
-        ("--method emr --per-task .", "exists already"),
-        ("--recipe nothing.toml", "--recipe and experts do not go together"),
+        ("merge --method average", f"no merge method is called 'average'; there are {', '.join(METHODS)}"),
+        ("merge --weights 1", "2 experts need as many weights, got 1"),
+        ("merge --weights 1 nan", "weight 2 must be a finite number, got nan"),
+        ("merge --set density=0.5", "overlap has no parameter 'density'; it takes none"),
+        ("merge --method ties --set density", "--set takes name=value, got 'density'"),
+        ("merge --method ties --set =1", "--set takes name=value, got '=1'"),
+        ("merge --method ties --set density=", "--set takes name=value, got 'density='"),
+        ("merge --method ties --set density=much", "density must be"),
+        ("merge --method ties --keep-counts", "--keep-counts needs method overlap, got ties"),
+        ("merge --workers 0", "workers must be at least 1, got 0"),
+        ("merge --recipe r.toml", "--recipe and experts do not go together"),
+        ("merge --recipe nothing.toml", "--recipe and experts do not go together"),
+        ("search --validation TASK", "set --validation and --model"),
+        ("search --choose density --validation TASK --model BASE", "method overlap has no density to search; ties"),
+        ("search --weights 1 -1 --validation TASK --model BASE", "the recipe starts outside: weight 2 -1"),
+        ("search --trials 0 --validation TASK --model BASE", "trials must be at least 1"),
+        ("search --validation nothing/there/is --model BASE", "nothing/there/is is not a directory"),
+        ("search --validation TASK --validation-rows 0 --model BASE", "rows must be at least 1, got 0"),
+        ("search --validation TASK TASK --model BASE", "two tasks are called backwards"),
+        ("search --recipe r.toml --validation TASK", "--recipe and experts do not go together"),
+        ("split --method overlap", "overlap merges into one adapter only; emr, consensus give one per expert"),
+        ("split --weights 1", "2 experts need as many weights, got 1"),
+        ("split --set density", "--set takes name=value, got 'density'"),
     ],
 )
 def test_a_merge_that_makes_no_sense_is_refused(refused, tmp_path, experts, base_dir, task_dir, arguments, reason, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "file").touch()
     monkeypatch.chdir(tmp_path / "here")
-    words = {"BASE": base_dir, "TASK": task_dir, "OUT": tmp_path / "x", "OUT/deeper": tmp_path / "x" / "deeper"}
-    given = [words.get(word, word) for word in arguments.split()]
-    assert reason in refused("merge", *experts, "--out", tmp_path / "x", *given)
+    verb, *flags = [{"BASE": base_dir, "TASK": task_dir}.get(word, word) for word in arguments.split()]
+    assert reason in refused(verb, *experts, "--out", tmp_path / "x", *flags)
     assert contents(tmp_path) == {"here/file": b""}
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--trials", "3"], "--search"),
-        (["--search", "all"], "all"),
-        (["--as", "gguf"], "gguf"),
-        (["--workers", "many"], "many"),
+        (["merge", "--trials", "3"], "sparselet search EXPERTS"),
+        (["merge", "--search", "weights"], "sparselet search EXPERTS"),
+        (["merge", "--add", "c"], "sparselet update MERGED"),
+        (["merge", "--remove=c"], "sparselet update MERGED"),
+        (["merge", "--per-task", "p"], "sparselet split EXPERTS"),
+        (["merge", "--as", "checkpoint"], "sparselet export MERGED --to checkpoint"),
+        (["merge", "--dtype", "bfloat16"], "sparselet export MERGED --to checkpoint"),
+        (["merge", "--workers", "many"], "many"),
+        (["search", "--validation", "task", "--choose", "all"], "all"),
+        (["search"], "--validation"),
     ],
 )
-def test_wrong_usage_names_the_word(refused, tmp_path, experts, arguments, named):
-    assert named in refused("merge", *experts, "--out", tmp_path / "x", *arguments, code=2)
+def test_wrong_usage_names_the_word_or_the_new_verb(refused, tmp_path, experts, arguments, named):
+    verb, *flags = arguments
+    assert named in refused(verb, *experts, "--out", tmp_path / "x", *flags, code=2)
     assert not names_in(tmp_path)
 
 
@@ -379,10 +363,10 @@ def test_changes_that_make_no_sense_are_refused(refused, tmp_path, experts, thir
         ((counted, "--add", experts[1]), "counts are kept for masks of one kind"),
         ((counted, "--add"), "nothing to change; give experts to add or to remove"),
         ((counted, "--remove", third, "--weights", 2), "0 experts need as many weights, got 1"),
-        ((experts[0], "--add", third), "so experts cannot be added or removed; merge with --keep-counts"),
+        ((experts[0], "--add", third), "so experts cannot be added or removed"),
         ((tmp_path / "nothing", "--add", third), "nothing is not a directory"),
     ):
-        assert reason in refused("merge", *arguments, "--out", tmp_path / "x")
+        assert reason in refused("update", *arguments, "--out", tmp_path / "x")
         assert contents(tmp_path) == before
 
 
@@ -390,10 +374,9 @@ def test_an_output_inside_an_expert_is_refused(refused, tmp_path, experts, third
     before = contents(tmp_path)
     for inside in (third / "merged", third / "deep" / "er", third / ".." / "three" / "merged"):
         assert f"would lie in the expert {third}" in refused("merge", experts[0], third, "--out", inside)
-        arguments = ("merge", experts[0], third, "--method", "emr", "--out", tmp_path / "x", "--per-task", inside)
-        assert f"would lie in the expert {third}" in refused(*arguments)
-    assert f"would lie in the expert {counted}" in refused("merge", counted, "--remove", third, "--out", counted / "x")
-    assert f"would lie in the expert {third}" in refused("merge", counted, "--remove", third, "--out", third / "x")
+        assert f"would lie in the expert {third}" in refused("split", experts[0], third, "--out", inside)
+    assert f"would lie in the expert {counted}" in refused("update", counted, "--remove", third, "--out", counted / "x")
+    assert f"would lie in the expert {third}" in refused("update", counted, "--remove", third, "--out", third / "x")
     assert contents(tmp_path) == before
 
 
@@ -402,24 +385,29 @@ def test_a_hub_name_that_cannot_be_had_is_named(refused, tmp_path, experts, base
         raise ModelError(f"cannot fetch {name}: no such repository.")
 
     monkeypatch.setattr("sparselet.hub.sources.fetch", absent)
-    for arguments in ((experts[0], "org/nothing"), (experts[0], "--add", "org/nothing"), ("org/nothing", "--add", experts[0])):
-        assert "cannot fetch org/nothing" in refused("merge", *arguments, "--out", tmp_path / "x")
+    for arguments in (
+        ("merge", experts[0], "org/nothing"),
+        ("update", experts[0], "--add", "org/nothing"),
+        ("update", "org/nothing", "--add", experts[0]),
+    ):
+        assert "cannot fetch org/nothing" in refused(*arguments, "--out", tmp_path / "x")
     assert not names_in(tmp_path)
 
 
 def test_help_lists_the_methods(cli):
-    _, out, _ = cli("merge", "--help")
-    said = " ".join(line.strip("│ ") for line in out.splitlines())
-    assert f"How to merge, overlap by default: {', '.join(METHODS)}." in said
-    assert f"({', '.join(per_expert_methods())})" in said
+    for verb, text in (
+        ("merge", f"How to merge, overlap by default: {', '.join(METHODS)}."),
+        ("split", f"How to merge: {' or '.join(per_expert_methods())}."),
+    ):
+        _, out, _ = cli(verb, "--help")
+        assert text in " ".join(line.strip("│ ") for line in out.splitlines())
 
 
 # Stopped, and a full disk
 
 
-@pytest.mark.parametrize("kind", ["adapter", "checkpoint"])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_in_a_merge_leaves_nothing(cli, tmp_path, base_dir, experts, monkeypatch, kind, workers):
+def test_ctrl_c_in_a_merge_leaves_nothing(cli, tmp_path, experts, monkeypatch, workers):
     calls = []
 
     def interrupt(deltas, weights):
@@ -430,8 +418,7 @@ def test_ctrl_c_in_a_merge_leaves_nothing(cli, tmp_path, base_dir, experts, monk
         return deltas[0]
 
     monkeypatch.setitem(METHODS, "overlap", replace(METHODS["overlap"], function=interrupt))
-    arguments = ("--out", tmp_path / "x", "--as", kind, "--model", base_dir, "--workers", workers)
-    code, out, err = cli("merge", *experts, *arguments)
+    code, out, err = cli("merge", *experts, "--out", tmp_path / "x", "--workers", workers)
     assert len(calls) >= 3
     assert code == 130
     assert not out
@@ -440,33 +427,30 @@ def test_ctrl_c_in_a_merge_leaves_nothing(cli, tmp_path, base_dir, experts, monk
     assert torch.get_num_threads() == 1
 
 
-@pytest.mark.parametrize("flags", [["--keep-counts"], ["--method", "emr", "--per-task"], ["--search"]], ids=" ".join)
-def test_ctrl_c_elsewhere_leaves_nothing(cli, tmp_path, base_dir, task_dir, experts, third, monkeypatch, flags):
+@pytest.mark.parametrize("verb", ["merge", "split", "search"])
+def test_ctrl_c_elsewhere_leaves_nothing(cli, tmp_path, base_dir, task_dir, experts, third, monkeypatch, verb):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    if flags[0] == "--keep-counts":
-        monkeypatch.setattr("sparselet.merging.incremental.total", interrupt)
-    elif flags[0] == "--search":
-        monkeypatch.setattr(searching, "evaluate", interrupt)
-        flags = [*flags, "weights", "--validation", task_dir, "--model", base_dir]
-    else:
-        monkeypatch.setitem(METHODS, "emr", replace(METHODS["emr"], per_expert=interrupt))
-        flags = [*flags, tmp_path / "parts"]
+    monkeypatch.setattr("sparselet.merging.incremental.total", interrupt)
+    monkeypatch.setattr(searching, "evaluate", interrupt)
+    monkeypatch.setitem(METHODS, "emr", replace(METHODS["emr"], per_expert=interrupt))
+    flags = {"merge": ["--keep-counts"], "split": [], "search": ["--validation", task_dir, "--model", base_dir]}
     before = contents(tmp_path)
-    assert cli("merge", experts[0], third, "--out", tmp_path / "x", *flags)[0] == 130
+    assert cli(verb, experts[0], third, "--out", tmp_path / "x", *flags[verb])[0] == 130
     assert contents(tmp_path) == before
     assert names_in(tmp_path) == ["experts"]
 
 
 @pytest.mark.parametrize("kibibytes", [4, 16, 40, 60])
-@pytest.mark.parametrize("flags", [["--as", "adapter"], ["--as", "checkpoint"], ["--keep-counts"]], ids=" ".join)
-def test_a_full_disk_in_a_merge_is_named_and_nothing_is_left(refused, tmp_path, small_disk, kibibytes, flags):
+@pytest.mark.parametrize("line", ["merge 1 2", "export 1 --to checkpoint", "merge 1 2 --keep-counts"])
+def test_a_full_disk_is_named_and_nothing_is_left(refused, tmp_path, small_disk, kibibytes, line, monkeypatch):
     base = save_base(tmp_path / "base", hidden_size=64)
     for seed in (1, 2):
         make_adapter(make_model(hidden_size=64), seed=seed, density=0.9).save(tmp_path / str(seed))
     disk = small_disk(kibibytes)
-    line = refused("merge", tmp_path / "1", tmp_path / "2", "--out", disk / "x", "--model", base, *flags)
-    assert f"cannot write {disk}/x" in line
-    assert "No space left on device" in line
+    monkeypatch.chdir(tmp_path)
+    error = refused(*line.split(), "--out", disk / "x", "--model", base)
+    assert f"cannot write {disk}/x" in error
+    assert "No space left on device" in error
     assert not list(disk.iterdir())

@@ -59,8 +59,8 @@ def made(monkeypatch):
         given.append(("ray", workers, threads, address, gpus))
         return InThisProcess(store, places)
 
-    monkeypatch.setattr("sparselet.cli.study.LocalExecutor", local)
-    monkeypatch.setattr("sparselet.cli.study.RayExecutor", by_ray)
+    monkeypatch.setattr("sparselet.api.studying.LocalExecutor", local)
+    monkeypatch.setattr("sparselet.api.studying.RayExecutor", by_ray)
     return given
 
 
@@ -140,7 +140,7 @@ def test_after_an_interruption_it_is_told_that_the_same_command_goes_on(cli, stu
     monkeypatch.setattr("sparselet.studies.engine.perform.train", interrupt)
     code, _, err = cli("study", *study)
     assert code == 130
-    assert f"What is done is kept in {tmp_path}/out; the same command goes on." in err.replace("\n", "")
+    assert f"Finished units are kept in {tmp_path}/out; the same command continues." in err.replace("\n", "")
     assert json.loads((tmp_path / "out" / "cost.json").read_text())["wall_seconds"] > 0
 
 
@@ -148,8 +148,8 @@ def test_after_an_interruption_it_is_told_that_the_same_command_goes_on(cli, stu
     ("more", "message"),
     [
         (["--dry-run", "--status"], "--dry-run and --status do not go together."),
-        (["--gpus", 1], "--address and --gpus go with --executor ray."),
-        (["--address", "there"], "--address and --gpus go with --executor ray."),
+        (["--gpus", 1], "--address and --gpus need --executor ray."),
+        (["--address", "there"], "--address and --gpus need --executor ray."),
         (["--workers", 0], "workers must be at least 1, got 0."),
         (["--threads", 0], "threads must be at least 1, got 0."),
         (["--preset", "other"], "there is no preset 'other'; there are more."),
@@ -184,7 +184,7 @@ def test_the_view_shows_what_runs_and_what_failed(units, tmp_path):
     progress.failed, progress.blocked, progress.done = {keys[2]: "no memory"}, {keys[3]: keys[2]}, {keys[4]}
     with open(os.devnull, "w") as nowhere:
         console = Console(width=150, record=True, file=nowhere)
-        console.print(study_view._view(progress))
+        console.print(study_view.view_of(progress))
         shown = console.export_text()
     assert f"1 of {len(keys)} units done, 2 running, 1 failed, 1 blocked; about 67 min left" in shown
     assert f"failed: {progress.units[keys[2]].label}: no memory" in shown

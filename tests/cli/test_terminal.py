@@ -124,8 +124,8 @@ def test_logs_and_warnings_are_shown_safely(capsys):
     logging.getLogger("sparselet").warning("read %s", "\x1b[2J[/red]")
     sys.stderr.write(warnings.formatwarning("\x1b[2J[/red]", UserWarning, "file", 1))
     note("\x1b[2J[/red]")
-    with progress(1, "\x1b[2J[/red]") as advance:
-        advance(1)
+    with progress("\x1b[2J[/red]") as callback:
+        callback(1, 1)
     assert shown_safely(capsys.readouterr().err)
 
 

@@ -62,9 +62,9 @@ def test_method_second_stage_and_lora_are_read_from_flags_and_from_a_file(cli, s
     ("flags", "code", "message"),
     [
         ("--task a --method lora --density 0.2", 1, "density does not apply to method lora"),
-        ("--task a --lora-rank 8", 1, "lora_rank does not apply to method sparse"),
+        ("--task a --lora-rank 8", 1, "--lora-rank does not apply to method sparse"),
         ("--task a --method multitask", 1, "method multitask needs several tasks"),
-        ("--task a --method lora --init-from there", 1, "init_from does not go with method lora"),
+        ("--task a --method lora --init-from there", 1, "--init-from does not go with method lora"),
         ("--task a --method dense", 2, "dense"),
         ("--task a --init-from ./there", 1, "there is not a directory"),
     ],

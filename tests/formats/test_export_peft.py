@@ -299,7 +299,7 @@ def test_what_cannot_be_written_is_refused_by_name(tmp_path, export):
         ({"model.norm": norm}, model, ExportError, r"model\.norm is a LlamaRMSNorm"),
         ({"model.embed_tokens": embedding}, None, ExportError, "does not say whether model.embed_tokens"),
         ({"model.embed_tokens": embedding}, model, ExportError, "is a Embedding"),
-        ({"transformer.h.0.attn.c_proj": q}, None, ExportError, "give the base model with --model"),
+        ({"transformer.h.0.attn.c_proj": q}, None, ExportError, "set `base`"),
         ({"model.layers.7.q_proj": q}, model, UnknownTarget, r"no target model\.layers\.7\.q_proj"),
         (SparseAdapter({FIRST: q}, {"modules_to_save": ["score"]}), None, ExportError, "trained score in full"),
         (SparseAdapter({FIRST: q}, modules={"score.weight": one}), None, ExportError, r"trained score\.weight in full"),

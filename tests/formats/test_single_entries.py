@@ -91,7 +91,7 @@ def test_repeated_positions_add_up_and_zeros_stay_selected(rewritten, base_dir, 
 @both
 def test_the_base_model_is_needed_for_the_shapes_and_must_be_the_right_one(tmp_path, kind, base_dir):
     indexed(kind, tmp_path / "adapter")
-    refused(ConfigError, "does not hold the shapes.*give the base model with --model", tmp_path / "adapter")
+    refused(ConfigError, "does not hold the shapes.*set `base`", tmp_path / "adapter")
     make_model(hidden_size=32).save_pretrained(tmp_path / "wide")
     refused(BadShape, "Is this the base model it was trained on", tmp_path / "adapter", tmp_path / "wide")
     make_model(num_hidden_layers=1).save_pretrained(tmp_path / "short")

@@ -31,7 +31,7 @@ LINES = {
     "shira": [["import", "shira", "--out", "O"]],
     "supertuning": [["import", "supertuning", "--out", "O"], ["merge", "supertuning", "one", "--out", "O", *MODEL]],
     "counted": [
-        ["merge", "counted", "--remove", "one", "--out", "O"],
+        ["update", "counted", "--remove", "one", "--out", "O"],
         ["inspect", "counted"],
         ["push", "counted", "x/y", "--dry-run"],
     ],

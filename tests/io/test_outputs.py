@@ -128,7 +128,7 @@ def test_the_working_directory_and_mount_points_are_refused_though_they_are_empt
 VERBS = {
     "train": "train --task nothing-here --model ./no-model --out",
     "merge": "merge ./no-expert --out",
-    "merge --add": "merge ./no-merge --add ./no-expert --out",
+    "update": "update ./no-merge --add ./no-expert --out",
     "export": "export ./no-expert --to lora --out",
     "import": "import ./no-expert --out",
     "pull": "pull no/such --out",
@@ -180,7 +180,7 @@ def test_a_work_directory_fits_beside_a_long_output(name, tmp_path):
     "line",
     [
         "merge {one} {two} --out",
-        "merge {one} --as checkpoint --model {base} --out",
+        "export {one} --to checkpoint --model {base} --out",
         "export {one} --to gguf --model {base} --out",
     ],
 )
@@ -299,19 +299,6 @@ def test_an_adapter_is_saved_over_one_behind_a_link(tmp_path):
     assert SparseAdapter.load(tmp_path / "real").metadata.task == "2"
     assert (tmp_path / "link").is_symlink()
     assert names(tmp_path) == ["link", "real"]
-
-
-def test_a_per_task_directory_that_holds_something_else_is_not_taken_for_that_of_a_killed_run(cli, refused, experts, tmp_path):
-    words = ("merge", *experts, "--method", "emr", "--per-task", tmp_path / "parts", "--out", tmp_path / "out")
-    assert cli(*words)[0] == 0
-    whole = {name: (tmp_path / "parts" / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")}
-    subprocess.run(["rm", "-r", str(tmp_path / "out")], check=True)
-    assert "holds something else" in refused(*words, "--weights", 1, 2)
-    assert "exists already" in refused(*("consensus" if word == "emr" else word for word in words))
-    assert not (tmp_path / "out").exists()
-    assert cli(*words)[0] == 0
-    assert whole == {name: (tmp_path / "parts" / name / "adapter_model.safetensors").read_bytes() for name in whole}
-    assert names(tmp_path) == ["out", "parts"]
 
 
 # Failures to write

@@ -161,7 +161,7 @@ def test_tasks_are_found_in_the_directory_or_built_in(tmp_path):
         "number_words": "builtin:number_words",
     }
     assert task_places(replace(settings, tasks_directory=str(tmp_path))) == places
-    with pytest.raises(ConfigError, match=r"task three is not a directory in .*; give --tasks DIRECTORY"):
+    with pytest.raises(ConfigError, match=r"task three is not a directory in .*; set `tasks`"):
         task_places(replace(settings, held_out=("three",)), tmp_path)
     with pytest.raises(ConfigError, match="task one is not a directory in any place"):
         task_places(settings)

@@ -226,7 +226,7 @@ def test_a_second_stage_is_not_resumed_from_another_adapter(settings_of, starts,
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        ("lora", {}, r"init_from does not go with method lora.*--as checkpoint.*--model"),
+        ("lora", {}, r"init_from does not go with method lora.*--to checkpoint.*`model`"),
         ("sparse", {"density": 0.2}, "density does not go with init_from: targets and masks are those of there"),
         ("sparse", {"score": "gm"}, "score does not go with init_from"),
         ("sparse", {"initial_mask": "random"}, "initial_mask does not go with init_from"),

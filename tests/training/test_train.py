@@ -423,7 +423,7 @@ def unfinished(settings, tmp_path):
 
 def test_an_unfinished_run_is_not_overwritten(settings, unfinished):
     before = sorted(work_directory(unfinished).rglob("*"))
-    with pytest.raises(OutputExists, match=r"holds an unfinished run\. Set resume"):
+    with pytest.raises(OutputExists, match=r"holds an unfinished run\. Set `resume=True`"):
         train(settings, unfinished)
     assert sorted(work_directory(unfinished).rglob("*")) == before
 

@@ -163,16 +163,16 @@ def test_no_trial_starts_after_the_time_but_the_first_always(recipe, scores, mon
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"search": "all"}, "search must be one of weights, density, lambda, got 'all'"),
-        ({"search": "weights", "trials": 0}, "trials must be at least 1, got 0"),
-        ({"search": "weights", "seconds": 0}, "seconds must be above 0, got 0"),
-        ({"search": "weights", "seconds": float("nan")}, "seconds must be a finite number below"),
+        ({"choose": "all"}, "choose must be one of weights, density, lambda, got 'all'"),
+        ({"choose": "weights", "trials": 0}, "trials must be at least 1, got 0"),
+        ({"choose": "weights", "seconds": 0}, "seconds must be above 0, got 0"),
+        ({"choose": "weights", "seconds": float("nan")}, "seconds must be a finite number below"),
         (
-            {"search": "weights", "seed": -1},
+            {"choose": "weights", "seed": -1},
             r"seed must be (an integer of at least 0 and|a finite number) below",
         ),
         (
-            {"search": "weights", "seed": 2**32},
+            {"choose": "weights", "seed": 2**32},
             r"seed must be (an integer of at least 0 and|a finite number) below",
         ),
     ],

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from sparselet.adapter import SparseAdapter
+from sparselet.api.merging import merge
+from sparselet.api.progress import StepCounter
+from sparselet.api.training import train
 from sparselet.cli.terminal import TrainingProgress, note, print_json, progress, quiet_libraries, say, status, table, word
 from sparselet.errors import OutputExists
 from sparselet.evaluation import EvalSettings, evaluate
 from sparselet.io.json_files import write_json
 from sparselet.io.temporaries import remove_left
-from sparselet.merging import merge_to
 from sparselet.models import PACKAGED, load_model, load_tokenizer, packaged_model
 from sparselet.report.pictures import draw_demo
 from sparselet.report.summary import layer_table
 from sparselet.tasks.task import BUILTIN_PREFIX, load_task
-from sparselet.training import TrainSettings, train
+from sparselet.training import TrainSettings
 from sparselet.training.run_directory import work_directory
 from sparselet.tuner.model import versions
 
@@ -26,13 +28,13 @@ TASKS = ("number_words", "animal_class", "table_order")
 # splits; bare prompts, which are a third as long as those of the chat template.
 SETTINGS = TrainSettings(task="builtin:", learning_rate=1e-3, epochs=2, batch_size=8, chat_template=False)
 ANSWER_TOKENS = 24  # the longest target has 14
-MARK = "demo.json"
+RECORD_FILE = "demo.json"
 
 
 def demo_(*, out: Path = Path("sparselet-demo"), json: bool = False) -> None:
     """Train one sparse expert on each of three built-in tasks, merge them, and compare base, experts and merged model.
 
-    Takes a few minutes on two cores with SmolLM2-135M-Instruct from the packaged copy. Experts that are there already
+    Takes a few minutes on two cores with SmolLM2-135M-Instruct from the packaged copy. Experts that exist already
     are not trained again. Writes the adapters, results.json and picture.png.
 
     Parameters
@@ -44,7 +46,7 @@ def demo_(*, out: Path = Path("sparselet-demo"), json: bool = False) -> None:
     """
     quiet_libraries()
     started = time.time()
-    _claim(out)
+    _prepare(out)
     with status("Base model: SmolLM2-135M-Instruct (its first use converts the packaged copy, half a minute)"):
         packaged_model()
         model, tokenizer = load_model(PACKAGED), load_tokenizer(PACKAGED)
@@ -53,11 +55,12 @@ def demo_(*, out: Path = Path("sparselet-demo"), json: bool = False) -> None:
     tasks = [load_task(BUILTIN_PREFIX + task, ("test",)) for task in TASKS]
     scores: dict[str, dict[str, float]] = {}
     models: dict[str, SparseAdapter | None] = {"base": None, **experts, "merged": merged}
-    asked = EvalSettings(chat_template=SETTINGS.chat_template, max_new_tokens=ANSWER_TOKENS)
-    with progress(len(models) * sum(len(t.rows("test")) for t in tasks), "answering") as advance:
+    eval_settings = EvalSettings(chat_template=SETTINGS.chat_template, max_new_tokens=ANSWER_TOKENS)
+    with progress("answering") as callback:
+        counter = StepCounter(len(models) * sum(len(task.rows("test")) for task in tasks), callback)
         for name, adapter in models.items():
-            found = evaluate(model, tokenizer, tasks, adapter, asked, advance)
-            scores[name] = {result.task: result.scores["rougeL"] for result in found}
+            evaluated = evaluate(model, tokenizer, tasks, adapter, eval_settings, counter.advance)
+            scores[name] = {result.task: result.scores["rougeL"] for result in evaluated}
     results = _results(scores)
     results |= {"seconds": time.time() - started, "settings": asdict(SETTINGS), "versions": versions()}
     write_json(out / "results.json", results)
@@ -70,33 +73,34 @@ def demo_(*, out: Path = Path("sparselet-demo"), json: bool = False) -> None:
     if json:
         print_json(results)
     else:
-        _tell(out, scores, results)
+        _show(out, scores, results)
 
 
-def _claim(out: Path) -> None:
-    """Make the directory, or make sure that it is an earlier demo's with the same settings."""
-    mark = {"settings": asdict(SETTINGS), "tasks": list(TASKS)}
+def _prepare(out: Path) -> None:
+    """Create the directory, or check that it holds an earlier demo with the same settings. Raises OutputExists."""
+    record = {"settings": asdict(SETTINGS), "tasks": list(TASKS)}
     if out.exists() and not out.is_dir():
         raise OutputExists(f"{out} is a file. Choose another output.")
-    remove_left(out / MARK)
+    remove_left(out / RECORD_FILE)
     if out.is_dir() and any(out.iterdir()):
         try:
-            same = json_library.loads((out / MARK).read_text()) == json_library.loads(json_library.dumps(mark))
+            same = json_library.loads((out / RECORD_FILE).read_text()) == json_library.loads(json_library.dumps(record))
         except (OSError, ValueError):
             same = False
         if not same:
-            raise OutputExists(f"{out} exists and is not a demo with these settings. Choose another --out, or remove it.")
-    write_json(out / MARK, mark)
+            raise OutputExists(f"{out} exists and is not a demo with these settings. Choose another output, or remove it.")
+    write_json(out / RECORD_FILE, record)
 
 
 def _expert(out: Path, task: str, base: tuple[Any, Any]) -> SparseAdapter:
     path = out / "experts" / task
     if path.is_dir() and not work_directory(path).exists():
-        note(f"{task}: trained already, taken from {path}")
+        note(f"{task}: trained already, loaded from {path}")
         return SparseAdapter.load(path)
-    bar, stopped = TrainingProgress(task), work_directory(path).exists()
+    bar, is_stopped = TrainingProgress(task), work_directory(path).exists()
     try:
-        expert = train(replace(SETTINGS, task=BUILTIN_PREFIX + task), path, resume=stopped, base=base, callbacks=[bar])
+        settings = replace(SETTINGS, task=BUILTIN_PREFIX + task)
+        expert = train(settings, out=path, resume=is_stopped, base=base, callbacks=[bar])
     finally:
         bar.stop()
     assert isinstance(expert, SparseAdapter)
@@ -106,12 +110,12 @@ def _expert(out: Path, task: str, base: tuple[Any, Any]) -> SparseAdapter:
 def _merged(out: Path) -> SparseAdapter:
     path = out / "merged"
     if not path.is_dir():
-        merge_to(path, [out / "experts" / task for task in TASKS])
+        merge([out / "experts" / task for task in TASKS], out=path)
     return SparseAdapter.load(path)
 
 
 def _results(scores: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """The scores, and how much of each expert's gain over the base the merged model keeps: a mean over the tasks."""
+    """The scores, and the fraction of each expert's gain over the base that the merged model keeps, with its mean."""
     base, merged = scores["base"], scores["merged"]
     kept = {task: (merged[task] - base[task]) / (scores[task][task] - base[task]) for task in TASKS}
     return {
@@ -123,7 +127,7 @@ def _results(scores: dict[str, dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def _tell(out: Path, scores: dict[str, dict[str, float]], results: dict[str, Any]) -> None:
+def _show(out: Path, scores: dict[str, dict[str, float]], results: dict[str, Any]) -> None:
     names = {task: f"expert {task}" for task in TASKS}
     table(
         "Rouge-L on 60 test rows a task",
@@ -137,6 +141,6 @@ def _tell(out: Path, scores: dict[str, dict[str, float]], results: dict[str, Any
         "Next:",
         f"  sparselet inspect {word(out)}/experts/{TASKS[0]}",
         f"  sparselet merge {word(out)}/experts/* --method uniform --out uniform",
-        f"  sparselet merge {word(out)}/experts/* --out my-model --as checkpoint --model {PACKAGED}",
+        f"  sparselet export {word(out)}/merged --to checkpoint --model {PACKAGED} --out my-model",
         "  sparselet train --task YOUR-TASK --out my-expert --learning-rate 1e-3",
     )

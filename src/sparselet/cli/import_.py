@@ -2,11 +2,8 @@
 
 from pathlib import Path
 
-from sparselet.adapter import AdapterFile
-from sparselet.cli.opening import open_experts
+from sparselet.api.exporting import convert
 from sparselet.cli.terminal import facts, print_json, progress, quiet_libraries, say, word
-from sparselet.formats import save_expert
-from sparselet.io.paths import check_output
 
 
 def import_(expert: str, /, *, out: Path, model: str | None = None, json: bool = False) -> None:
@@ -25,28 +22,25 @@ def import_(expert: str, /, *, out: Path, model: str | None = None, json: bool =
     out
         Directory to write to; it must not exist.
     model
-        Base model: a checkpoint is taken against it; it has the shapes that SHiRA and Super-Tuning adapters lack.
+        Base model. A checkpoint's change is relative to it; SHiRA and Super-Tuning adapters take their shapes from it.
     json
         Print the result as JSON.
     """
     quiet_libraries()
-    check_output(out)
-    opened = open_experts([expert], model)[0]
-    with progress(len(opened), "importing") as advance:
-        save_expert(opened, out, lambda _: advance(1))
-    written = AdapterFile(out)
-    base = written.metadata.base_model_name_or_path
+    with progress("importing") as callback:
+        adapter = convert(expert, out, base=model, progress=callback)
+    base, density = adapter.metadata.base_model_name_or_path, adapter.metadata.density
     if json:
-        result = {"output": str(out), "base_model": base, "targets": len(written)}
-        print_json({**result, "entries": written.nnz, "density": written.metadata.density})
+        content = {"output": str(out), "base_model": base, "targets": len(adapter), "entries": adapter.nnz}
+        print_json({**content, "density": density})
         return
     facts(
         f"{expert} as a sparse adapter",
         [
-            ("base model", base or "not known"),
-            ("targets", len(written)),
-            ("entries", f"{written.nnz:,}"),
-            ("density", f"{written.metadata.density:.4g}"),
+            ("base model", base or "not recorded"),
+            ("targets", len(adapter)),
+            ("entries", f"{adapter.nnz:,}"),
+            ("density", f"{density:.4g}"),
         ],
     )
     say(f"Written to {out}", f"Next: sparselet merge {word(out)} OTHER --out merged")

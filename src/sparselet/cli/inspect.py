@@ -1,14 +1,9 @@
 """`sparselet inspect`."""
 
 import re
-from pathlib import Path
-from typing import Any
 
-from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter
-from sparselet.adapter_metadata import AdapterMetadata
+from sparselet.api.inspection import inspect
 from sparselet.cli.terminal import SHADES, facts, heading, print_json, quiet_libraries, say, table, word
-from sparselet.hub.sources import local_directory
-from sparselet.masks import layer_of
 from sparselet.report.summary import Cell, layer_table
 
 
@@ -28,46 +23,16 @@ def inspect_(adapter: str, /, *, json: bool = False) -> None:
         Print the facts as JSON.
     """
     quiet_libraries()
-    directory = local_directory(adapter) or Path(adapter)
-    loaded = SparseAdapter.load(directory)
-    cells = layer_table(loaded)
-    sizes = {name: (directory / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    inspection = inspect(adapter)
     if json:
-        targets = {name: {"shape": list(d.shape), "entries": d.nnz, "block_size": d.block_size} for name, d in loaded.items()}
-        print_json(
-            {
-                "metadata": loaded.metadata.to_json(),
-                "entries": loaded.nnz,
-                "density": loaded.density,
-                "bytes": sizes,
-                "targets": targets,
-            }
-        )
+        print_json(inspection.as_json())
         return
-    metadata = loaded.metadata
-    blocks = {d.block_size for d in loaded.values() if d.nnz}
-    known: list[tuple[str, Any]] = [
-        ("task", metadata.task or _merged(metadata)),
-        ("base model", metadata.base_model_name_or_path),
-        ("score", metadata.score),
-        ("mask", ", ".join("single entries" if b == 1 else f"tiles of {b}×{b}" for b in sorted(blocks)) or "empty"),
-        ("entries", f"{loaded.nnz:,} in {len(loaded)} targets"),
-        ("density", f"{loaded.density:.4g}"),
-        ("layers with a change", len({layer_of(name) for name, d in loaded.items() if d.nnz})),
-        ("size on disk", f"{sum(sizes.values()) / 2**20:.1f} MiB"),
-        *((key.replace("_", " "), value) for key, value in (metadata.metrics or {}).items()),
-    ]
-    facts(adapter, [(name, value) for name, value in known if value is not None])
+    described = inspection.table()
+    facts(described.title, [(str(name), value) for name, value in described.rows])
+    cells = layer_table(inspection.adapter)
     _show_entries(cells)
     _show_heat(cells)
     say(f"Next: sparselet eval --task TASK --adapter {word(adapter)}")
-
-
-def _merged(metadata: AdapterMetadata) -> str | None:
-    merge = metadata.merge
-    if not merge:
-        return None
-    return f"{merge.get('method')} of {', '.join(str(e.get('task') or 'unnamed') for e in merge.get('experts', []))}"
 
 
 def _show_entries(cells: dict[str, dict[str, Cell]]) -> None:

@@ -13,6 +13,7 @@ import cyclopts
 from cyclopts import App, Parameter
 from cyclopts.config import Dict
 
+from sparselet.cli.flags import MovedFlag, refuse_moved_flags, translate_fields
 from sparselet.cli.streams import lenient_streams
 from sparselet.errors import ConfigError, SparseletError
 from sparselet.io.printable import printable, reason
@@ -24,10 +25,13 @@ Start with `sparselet demo`, which does all of this in a few minutes on a laptop
 takes its settings from --config FILE.toml as well, and prints machine-readable output with --json.
 """
 
-# Verbs are imported when they are used, since most of them need torch and transformers.
+# Each is the function VERB_ of the module of this name. It is imported when it is used, since most need torch and transformers.
 VERBS = {
     "train": "Train a sparse expert, or a baseline to compare it with.",
-    "merge": "Merge experts into one adapter or checkpoint.",
+    "merge": "Merge experts into one adapter.",
+    "update": "Add experts to a merge, or remove experts from it.",
+    "search": "Choose weights or a parameter of a merge by score on validation rows.",
+    "split": "Write what a merge leaves of each expert.",
     "eval": "Measure a base model, adapters or checkpoints on tasks.",
     "inspect": "Show what is in an adapter.",
     "import": "Turn a LoRA, SHiRA or Super-Tuning adapter or a checkpoint into a sparse adapter.",
@@ -40,7 +44,7 @@ VERBS = {
 
 
 def _app(verb: str | None) -> App:
-    """The command line. Only `verb` is imported; of the others help shows their line in VERBS."""
+    """The command line. Only the module of `verb` is imported; the help of the others is their line in VERBS."""
     app = App(
         name="sparselet",
         help=_description(HELP),
@@ -48,12 +52,13 @@ def _app(verb: str | None) -> App:
         version_flags=["--version"],
         help_flags=["--help", "-h"],
     )
-    app.suppress_keyboard_interrupt = app.meta.suppress_keyboard_interrupt = False  # `run` tells of it
+    app.suppress_keyboard_interrupt = app.meta.suppress_keyboard_interrupt = False  # `run` reports it
     for place, (name, line) in enumerate(VERBS.items()):
         module = f"{name}_" if keyword.iskeyword(name) else name
         app.command(f"sparselet.cli.{module}:{name}_", name=name, help=line, sort_key=place)
     if verb is not None:
-        app[verb].help = _description(getattr(app[verb].default_command, "__doc__", None) or "")
+        function = app[verb].default_command
+        app[verb].help = _description((function and function.__doc__) or "")
 
     @app.meta.default
     def launch(
@@ -72,7 +77,7 @@ def _settings(file: Path) -> Dict:
     """A TOML file's settings, for cyclopts to check. Raises ConfigError."""
     content = read_toml(file)
     tables = [key for key in content if key in VERBS]
-    if tables:  # cyclopts would pass over it
+    if tables:  # cyclopts would ignore it
         raise ConfigError(f"{file}: unknown key {tables[0]!r}; settings stand at the top level, not in a table.")
     return Dict(content, use_commands_as_keys=False, source=str(file))
 
@@ -96,7 +101,7 @@ def run(arguments: list[str] | None = None) -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM); what it was writing is removed on the way."""
+    """The process received SIGTERM; its unfinished output is removed as the exception unwinds."""
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -104,18 +109,24 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def _run(arguments: list[str], debug: bool) -> int:
-    """The exit code. debug: raise what went wrong."""
+    """Run the command line and return its exit code. debug: raise the error."""
+    verb = next((argument for argument in arguments if argument in VERBS), None)
+    app = None
     try:
-        app = _app(next((argument for argument in arguments if argument in VERBS), None))
+        if verb is not None:
+            refuse_moved_flags(verb, arguments)
+        app = _app(verb)
         app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.CycloptsError as error:
         return _fail(f"{reason(error)} See `sparselet --help`.", 2, debug)
+    except MovedFlag as error:
+        return _fail(str(error), 2, debug)
     except SparseletError as error:
-        return _fail(str(error), 1, debug)
+        return _fail(translate_fields(str(error), _flags(app, verb)), 1, debug)
     except Terminated:
-        return _fail("terminated. A training run that has saved a checkpoint goes on with --resume.", 143, debug)
+        return _fail("terminated. A training run that has saved a checkpoint continues with --resume.", 143, debug)
     except KeyboardInterrupt:
-        return _fail("interrupted. A training run that has saved a checkpoint goes on with --resume.", 130, debug)
+        return _fail("interrupted. A training run that has saved a checkpoint continues with --resume.", 130, debug)
     except OSError as error:
         problem = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or reason(error)
         return _fail(f"{problem}{f' ({error.filename})' if error.filename else ''}", 1, debug)
@@ -126,6 +137,13 @@ def _run(arguments: list[str], debug: bool) -> int:
             return _fail(f"there is not enough memory for this: {reason(error)}", 1, debug)
         return _fail(f"unexpected {type(error).__name__}: {reason(error)}. Run again with --debug to see where.", 1, debug)
     return 0
+
+
+def _flags(app: App | None, verb: str | None) -> list[str]:
+    """The flags of a verb."""
+    if app is None or verb is None:
+        return []
+    return [name for argument in app[verb].assemble_argument_collection() for name in argument.names]
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

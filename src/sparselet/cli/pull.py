@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
+from sparselet.api.hub import pull
 from sparselet.cli.terminal import facts, print_json, quiet_libraries, say, word
 from sparselet.hub.client import show_progress
-from sparselet.hub.contents import check_directory
-from sparselet.hub.sources import pull
 
 
 def pull_(name: str, /, *, out: Path, json: bool = False) -> None:
@@ -28,14 +27,13 @@ def pull_(name: str, /, *, out: Path, json: bool = False) -> None:
     """
     quiet_libraries()
     show_progress(not json)
-    pull(name, out)
-    kind, files = check_directory(out), {file.name: file.stat().st_size for file in sorted(out.iterdir())}
+    pulled = pull(name, out)
     if json:
-        print_json({"output": str(out), "kind": kind, "files": files})
+        print_json({"output": str(out), "kind": pulled.kind, "files": pulled.files})
         return
-    facts(f"{name}: {kind}", [(file, f"{size:,} bytes") for file, size in files.items()])
-    following = {
+    facts(f"{name}: {pulled.kind}", [(file, f"{size:,} bytes") for file, size in pulled.files.items()])
+    commands = {
         "sparse adapter": f"sparselet inspect {word(out)}",
         "checkpoint": f"sparselet eval --task TASK --model {word(out)}",
     }
-    say(f"Written to {out}", f"Next: {following.get(kind, f'sparselet merge {word(out)} OTHER --out merged')}")
+    say(f"Written to {out}", f"Next: {commands.get(pulled.kind, f'sparselet merge {word(out)} OTHER --out merged')}")

@@ -5,10 +5,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from sparselet.cli.terminal import print_json, quiet_libraries, say, table
+from sparselet.api.hub import push
+from sparselet.cli.terminal import print_json, quiet_libraries, say, show
 from sparselet.hub.client import show_progress
 from sparselet.hub.contents import CARD_FILE
-from sparselet.hub.publish import Upload, prepare, send
 
 
 def push_(
@@ -36,37 +36,28 @@ def push_(
     adapter
         Adapter directory.
     name
-        Repository on the hub, ORG/NAME; it is made if need be.
+        Repository on the hub, ORG/NAME; it is created if it does not exist.
     private
-        Make a new repository private; one that is there and public is refused.
+        Make a new repository private; an existing public one is refused.
     message
         Message of the commit.
     revision
-        Branch to commit to, main by default; it is made if need be.
+        Branch to commit to, main by default; it is created if it does not exist.
     dry_run
         Upload nothing; show the files and the model card.
     json
         Print the result as JSON.
     """
     quiet_libraries()
-    upload, address = prepare(adapter, name, revision), None
-    if not dry_run:
-        show_progress(not json)
-        address = send(upload, private, message)
-    sizes = _sizes(upload)
+    show_progress(not json)
+    pushed = push(adapter, name, private=private, message=message, revision=revision, dry_run=dry_run)
     if json:
-        print_json({"url": address, "kind": upload.kind, "files": sizes, "card": upload.card})
+        print_json({"url": pushed.place, "kind": pushed.kind, "files": pushed.files, "card": pushed.card})
         return
-    table(f"{upload.kind} {adapter}", ["file", "bytes"], [(file, f"{size:,}") for file, size in sizes.items()])
-    if address is None:
-        say(*(["The card:", "", *upload.card.splitlines()] if upload.card is not None else []), "Nothing was uploaded.")
+    show(pushed.table())
+    if pushed.place is None:
+        say(*(["The card:", "", *pushed.card.splitlines()] if pushed.card is not None else []), "Nothing was uploaded.")
         return
-    if upload.card is not None:
+    if pushed.card is not None:
         say(f"The card was made from the metadata; put a {CARD_FILE} into {adapter} to write your own.")
-    say(f"Pushed: {address}", f"Next: sparselet pull {upload.repository}@{upload.branch} --out DIRECTORY")
-
-
-def _sizes(upload: Upload) -> dict[str, int]:
-    """Bytes of each file."""
-    sizes = {name: path.stat().st_size for name, path in upload.files.items()}
-    return sizes if upload.card is None else {**sizes, CARD_FILE: len(upload.card.encode())}
+    say(f"Pushed: {pushed.place}", f"Next: sparselet pull {pushed.name} --out DIRECTORY")

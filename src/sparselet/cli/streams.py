@@ -1,16 +1,17 @@
-"""Standard output and error that never end the program: what cannot be shown is lost, and the work that was done stays."""
+"""Standard output and error whose failures never end the program: text that cannot be shown is lost, results are kept."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 
-class Lenient:
-    """A text stream whose writes do not fail. After the first failure nothing more is written.
+class LenientStream:
+    """A text stream whose writes never raise. After the first failure nothing is written.
 
-    failure: what went wrong first, such as a pipe that nobody reads any more, or a full disk.
+    failure: the first error, such as that of a pipe without a reader, or of a full disk.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -18,25 +19,25 @@ class Lenient:
         self.failure: Exception | None = None
 
     def write(self, text: str) -> int:
-        """Write as the stream does, as long as that works."""
+        """Write to the stream unless it has failed."""
         if self.failure is None:
             try:
                 return self._stream.write(text)
             except (OSError, ValueError) as error:  # ValueError: it is closed
-                self._give_up(error)
+                self._stop_writing(error)
         return len(text)
 
     def flush(self) -> None:
-        """Flush as the stream does, as long as that works."""
+        """Flush the stream unless it has failed."""
         if self.failure is None:
             try:
                 self._stream.flush()
             except (OSError, ValueError) as error:
-                self._give_up(error)
+                self._stop_writing(error)
 
-    def _give_up(self, error: Exception) -> None:
+    def _stop_writing(self, error: Exception) -> None:
         self.failure = error
-        with contextlib.suppress(OSError, ValueError):  # or Python would try again to write what is left, when it exits
+        with contextlib.suppress(OSError, ValueError):  # or Python writes the buffer again when it exits
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
             os.close(null)
@@ -49,14 +50,14 @@ class Lenient:
 def lenient_streams() -> Iterator[None]:
     """Within the block, printing never fails: characters that an encoding lacks are written as escapes.
 
-    Afterwards the streams are what they were.
+    The streams are restored afterwards.
     """
     before = sys.stdout, sys.stderr
-    handlers = [getattr(stream, "errors", None) for stream in before]
+    handlers = [stream.errors if isinstance(stream, io.TextIOWrapper) else None for stream in before]
     try:
         for stream in before:
-            _on_unknown(stream, "backslashreplace")
-        sys.stdout, sys.stderr = (stream if stream is None else Lenient(stream) for stream in before)
+            _set_error_handler(stream, "backslashreplace")
+        sys.stdout, sys.stderr = (stream if stream is None else LenientStream(stream) for stream in before)
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -64,11 +65,11 @@ def lenient_streams() -> Iterator[None]:
                 stream.flush()
         sys.stdout, sys.stderr = before
         for stream, errors in zip(before, handlers, strict=True):
-            _on_unknown(stream, errors)
+            _set_error_handler(stream, errors)
 
 
-def _on_unknown(stream: Any, errors: str | None) -> None:
-    """What a stream does with characters that its encoding lacks."""
-    if errors is not None and hasattr(stream, "reconfigure"):
+def _set_error_handler(stream: Any, errors: str | None) -> None:
+    """Set what a stream writes for characters that its encoding lacks, if it is one that can be set."""
+    if errors is not None and isinstance(stream, io.TextIOWrapper):
         with contextlib.suppress(OSError, ValueError):
             stream.reconfigure(errors=errors)

@@ -1,4 +1,4 @@
-"""What `sparselet study` shows: a live view while it runs, the plan, failures, and the results in short."""
+"""The output of `sparselet study`: a live view of the run, the plan, failures, and a summary of the results."""
 
 import contextlib
 import time
@@ -12,31 +12,32 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sparselet.cli.terminal import err, note, say, table
+from sparselet.api.studying import StudyResult
+from sparselet.cli.terminal import err, note, say, show, table
 from sparselet.io.printable import printable
 from sparselet.report.quantities import clock, size
 from sparselet.studies.engine.plan import Progress
 from sparselet.studies.engine.run import Watch
 
 MINUTE = 60.0
-BAR = 24
-SHOWN = 8  # failures that are shown in full
+BAR_WIDTH = 24
+FAILURES_SHOWN = 8
 
 
 @contextlib.contextmanager
 def live(silent: bool = False) -> Iterator[Watch]:
-    """A view of a running study on standard error; where that is no terminal, a line a minute. silent: neither."""
+    """Show a running study on standard error: a live view on a terminal, else a line a minute. silent: nothing."""
     if silent:
         yield lambda progress: None
     elif err.is_terminal:
-        with Live(console=err, transient=True, refresh_per_second=4) as shown:
-            yield lambda progress: shown.update(_view(progress))
+        with Live(console=err, transient=True, refresh_per_second=4) as live_view:
+            yield lambda progress: live_view.update(view_of(progress))
     else:
         yield _lines()
 
 
-def tell_plan(described: Mapping[str, Any]) -> None:
-    """The plan of `--dry-run`."""
+def show_plan(described: Mapping[str, Any]) -> None:
+    """The output of `--dry-run`."""
     rows = [
         [name, row["train"], row["merge"], row["evaluate"], row["left"], clock(row["seconds"])]
         for name, row in described["tables"].items()
@@ -55,40 +56,29 @@ def tell_plan(described: Mapping[str, Any]) -> None:
         say(f"That is more than the budget of {budget:g} hours.")
 
 
-def tell_state(state: Mapping[str, Any]) -> None:
-    """What `--status` tells."""
+def show_state(state: Mapping[str, Any]) -> None:
+    """The output of `--status`."""
     kinds = [kind for kind in ("train", "merge", "evaluate") if kind in state["done"] or kind in state["missing"]]
-    waiting = Counter(one["kind"] for one in state["failed"])
-    rows = [[kind, state["done"].get(kind, 0), state["missing"].get(kind, 0), waiting[kind]] for kind in kinds]
+    failed = Counter(unit["kind"] for unit in state["failed"])
+    rows = [[kind, state["done"].get(kind, 0), state["missing"].get(kind, 0), failed[kind]] for kind in kinds]
     table("Units", ["", "done", "missing", "of these failed"], rows)
-    tell_failures(state)
+    show_failures(state)
 
 
-def tell_failures(state: Mapping[str, Any]) -> None:
-    """Why units failed, and what waits for them."""
-    for one in state["failed"][:SHOWN]:
-        say(f"failed: {one['kind']} {one['label']} ({one['key']})", f"        {one['error']}")
-    if len(state["failed"]) > SHOWN:
-        say(f"… and {len(state['failed']) - SHOWN} more; --json lists all.")
-    for label, count in Counter(one["waits_for"] for one in state["blocked"]).items():
+def show_failures(state: Mapping[str, Any]) -> None:
+    """The failed units with their errors, and the number of units that wait for each."""
+    for unit in state["failed"][:FAILURES_SHOWN]:
+        say(f"failed: {unit['kind']} {unit['label']} ({unit['key']})", f"        {unit['error']}")
+    if len(state["failed"]) > FAILURES_SHOWN:
+        say(f"… and {len(state['failed']) - FAILURES_SHOWN} more; --json lists all.")
+    for label, count in Counter(unit["waits_for"] for unit in state["blocked"]).items():
         say(f"blocked: {count} units wait for {label}")
 
 
-def tell_results(found: Mapping[str, Any]) -> None:
-    """Of each table the best row of each column, and how the claims stand."""
-    rows = []
-    for name, own in found["tables"].items():
-        cells = [row["cells"] for row in own["rows"]]
-        missing = sum(cell["missing"] for row in cells for cell in row if cell)
-        for i, column in enumerate(own["columns"]):
-            measured = [(row[i]["mean"], j) for j, row in enumerate(cells) if row[i] and row[i]["mean"] is not None]
-            if measured and cells[measured[0][1]][i]["measure"] in ("rougeL", "exact_match"):
-                best, j = max(measured, key=lambda pair: (pair[0], -pair[1]))
-                rows.append([name, column, own["rows"][j]["label"], best, missing or ""])
-                name = ""
-                missing = 0
-    table("Best of each column", ["table", "column", "row", "mean", "missing units"], rows)
-    verdicts = Counter(claim["verdict"] for claim in found["claims"])
+def show_results(result: StudyResult) -> None:
+    """The best row of each column of each table, and the verdicts of the claims."""
+    show(result.table())
+    verdicts = Counter(claim["verdict"] for claim in result.results["claims"])
     if verdicts:
         say("Claims: " + ", ".join(f"{verdict}: {count}" for verdict, count in verdicts.most_common()) + ".")
 
@@ -106,12 +96,15 @@ def _line(progress: Progress) -> str:
     return f"{', '.join(parts)}; about {clock(progress.seconds_left)} left"
 
 
-def _view(progress: Progress) -> Group:
+def view_of(progress: Progress) -> Group:
+    """A bar for the study and one for each running unit, and the last failures."""
     rows = Table.grid(padding=(0, 2))
     for key, fraction in sorted(progress.running.items(), key=lambda pair: -pair[1]):
         unit = progress.units[key]
         rows.add_row(
-            ProgressBar(1.0, fraction, width=BAR), unit.kind, Text(printable(unit.label), overflow="ellipsis", no_wrap=True)
+            ProgressBar(1.0, fraction, width=BAR_WIDTH),
+            unit.kind,
+            Text(printable(unit.label), overflow="ellipsis", no_wrap=True),
         )
     failed = [
         Text(printable(f"failed: {progress.units[key].label}: {error}")) for key, error in list(progress.failed.items())[-3:]

@@ -1,7 +1,6 @@
-"""What every verb shows a person: progress, tables, where the output went.
+"""Output of every verb: progress, tables, lines, JSON.
 
-Whatever text comes here may be from a file, a path or the hub. It is shown as it is, made `printable`, and never taken for
-markup.
+Text may come from a file, a path or the hub. It is made `printable` and never interpreted as markup.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ import math
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import ASCII
@@ -25,41 +24,48 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from sparselet.api.progress import ProgressCallback
+from sparselet.cli.streams import LenientStream
 from sparselet.errors import WriteFailed
 from sparselet.io.printable import printable
+from sparselet.result_table import ResultTable, cell_text
 
 # No markup: square brackets are what files, paths and rows have in them.
 out = Console(markup=False, emoji=False, highlight=False)
 err = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
 SHADES = " ░▒▓█"
-_WIDEST = 2**20  # characters of a table
+_WIDEST_TABLE = 2**20  # characters
 
 
-def quiet_libraries(speaks: bool = True) -> None:
-    """Only our own messages, and the libraries' errors. speaks: not so in a process for which another one speaks."""
-    warnings.filterwarnings("ignore", category=FutureWarning if speaks else Warning)
+def quiet_libraries(is_reporting: bool = True) -> None:
+    """Show only our own messages and errors of libraries. is_reporting: False in a process for which another one reports."""
+    warnings.filterwarnings("ignore", category=FutureWarning if is_reporting else Warning)
     warnings.formatwarning = lambda message, *_: f"warning: {printable(message)}\n"
-    handler = RichHandler(console=err, show_time=False, show_path=False)
-    handler.addFilter(_printable_record)
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[handler])
-    logging.getLogger("sparselet").setLevel(logging.INFO if speaks else logging.ERROR)
+    handler, libraries = (RichHandler(console=err, show_time=False, show_path=False) for _ in range(2))
+    for each in (handler, libraries):
+        each.addFilter(_make_printable)
+    libraries.addFilter(lambda record: not record.name.startswith("sparselet"))
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[libraries])
+    logger = logging.getLogger("sparselet")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if is_reporting else logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
-def _printable_record(record: logging.LogRecord) -> bool:
+def _make_printable(record: logging.LogRecord) -> bool:
     record.msg, record.args = printable(record.getMessage()), ()
     return True
 
 
 @contextlib.contextmanager
-def progress(total: float, label: str) -> Iterator[Callable[[float], None]]:
-    """A progress bar on standard error; the block is given a function to advance it."""
+def progress(label: str) -> Iterator[ProgressCallback]:
+    """A progress bar on standard error while the block runs; the callback it gets sets the bar."""
     with _bar() as bar:
-        task = bar.add_task(printable(label), total=total)
-        yield lambda amount: bar.advance(task, amount)
+        task = bar.add_task(printable(label), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _bar() -> Progress:
@@ -98,23 +104,28 @@ class TrainingProgress(TrainerCallback):
         )
 
     def stop(self) -> None:
-        """Take the bar away, whatever happened."""
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.stop()
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table; numbers to one decimal, aligned right."""
+    """Print a table: floats to one decimal, all columns but the first aligned right."""
     shown = Table()
     for i, column in enumerate(columns):
         shown.add_column(Text(printable(column)), justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*(Text(f"{cell:.1f}" if isinstance(cell, float) else printable(cell)) for cell in row))
+        shown.add_row(*(Text(cell_text(cell)) for cell in row))
     _print(title, shown)
 
 
+def show(shown: ResultTable) -> None:
+    """Print a result as a table."""
+    table(shown.title, shown.columns, shown.rows)
+
+
 def facts(title: str, rows: Sequence[tuple[str, object]]) -> None:
-    """Print names with their values, under no header."""
+    """Print names with their values, without a header."""
     shown = Table(show_header=False)
     for _ in range(2):
         shown.add_column(overflow="fold")
@@ -124,11 +135,11 @@ def facts(title: str, rows: Sequence[tuple[str, object]]) -> None:
 
 
 def _print(title: str, shown: Table) -> None:
-    """Print a table under its title. Where there is no terminal it is as wide as it needs, so that no name is broken."""
-    if "utf" not in (getattr(sys.stdout, "encoding", None) or "utf-8").lower():
+    """Print a table under its title. Off a terminal it is as wide as its content, so that no name is broken."""
+    if "utf" not in out.encoding:
         shown.box = ASCII
     if not out.is_terminal:
-        shown.width = out.measure(shown, options=out.options.update(width=_WIDEST)).maximum
+        shown.width = out.measure(shown, options=out.options.update(width=_WIDEST_TABLE)).maximum
     heading(title)
     out.print(shown, soft_wrap=not out.is_terminal)
 
@@ -149,18 +160,18 @@ def print_json(content: Mapping[str, Any]) -> None:
     """
     text = json.dumps(finite(content), indent=2, sort_keys=True, allow_nan=False)
     print(text.replace("\x7f", "\\u007f"), flush=True)
-    failure = getattr(sys.stdout, "failure", None)
+    failure = sys.stdout.failure if isinstance(sys.stdout, LenientStream) else None
     if isinstance(failure, OSError) and failure.errno != errno.EPIPE:
         raise WriteFailed(f"cannot write the result to standard output: {failure.strerror}.")
 
 
 def say(*lines: str) -> None:
-    """Print lines for a person, unstyled."""
+    """Print unstyled lines."""
     _lines(out, lines)
 
 
 def note(*lines: str) -> None:
-    """Print lines for a person on standard error, where they are no part of the result."""
+    """Print lines on standard error, which are no part of the result."""
     _lines(err, lines)
 
 
@@ -170,15 +181,15 @@ def _lines(console: Console, lines: Sequence[str]) -> None:
 
 
 def heading(line: str) -> None:
-    """Print a line that stands over others."""
+    """Print a bold line."""
     out.print(Text(printable(line), style="bold"), soft_wrap=True)
 
 
 def status(line: str) -> Status:
-    """What is done meanwhile, on standard error."""
+    """A spinner with this line on standard error."""
     return err.status(Text(printable(line)))
 
 
 def word(text: object) -> str:
-    """A path or name as one word of a command that may be copied into a shell."""
+    """A path or name, quoted as one word of a shell command."""
     return shlex.quote(str(text))

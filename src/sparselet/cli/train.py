@@ -7,8 +7,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from sparselet.adapter import SparseAdapter
+from sparselet.api.training import train
 from sparselet.cli.terminal import TrainingProgress, facts, note, print_json, quiet_libraries, say, word
-from sparselet.training import Trained, TrainSettings, train
+from sparselet.training import Trained, TrainSettings
 from sparselet.training.processes import first_to_fail, is_first, leave_processes
 from sparselet.training.run_directory import work_directory
 
@@ -25,8 +26,8 @@ def train_(
     """Train a sparse expert: a few percent of a model's attention weights, chosen by how much they matter to the task.
 
     The base model stays as it is; the expert is a directory with `adapter_config.json` and `adapter_model.safetensors`,
-    which PEFT loads and `sparselet merge` merges. A run that was stopped leaves OUT.partial behind and goes on with
-    --resume. To compare with, --method trains the paper's baselines in the same way: LoRA, full fine-tuning, one model on
+    which PEFT loads and `sparselet merge` merges. A stopped run leaves OUT.partial and continues with --resume. For
+    comparison, --method trains the paper's baselines in the same way: LoRA, full fine-tuning, one model on
     many tasks.
 
     To train over several devices, start a process for each with torchrun or `accelerate launch`: of N processes each takes
@@ -42,22 +43,21 @@ def train_(
     out
         Directory to write the expert to; it must not exist.
     resume
-        Go on with a run that was stopped, with the same settings.
+        Continue a stopped run, with the same settings.
     json
         Print the result as JSON.
     """
-    quiet_libraries(speaks=is_first())
+    quiet_libraries(is_reporting=is_first())
     settings = settings or TrainSettings()
     bar = TrainingProgress("+".join(task.rpartition("/")[2] for task in settings.tasks))
     try:
-        trained = train(settings, out, resume=resume, callbacks=[] if json or not is_first() else [bar])
+        trained = train(settings, out=out, resume=resume, callbacks=[] if json or not is_first() else [bar])
     except BaseException as error:
         bar.stop()
         if not first_to_fail():  # another process of the run says why
             sys.exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)
         if isinstance(error, KeyboardInterrupt) and work_directory(out).exists():
-            kept = f"Checkpoints are kept in {work_directory(out)}; run the same command with --resume to go on."
-            note(kept)
+            note(f"Checkpoints are kept in {work_directory(out)}; the same command with --resume continues.")
         raise
     finally:
         bar.stop()
@@ -65,21 +65,21 @@ def train_(
     if not is_first():
         return
     if json:
-        print_json(_described(trained, settings, out))
+        print_json(_as_json(trained, settings, out))
     else:
-        _tell(trained, settings, out)
+        _show(trained, settings, out)
 
 
-def _described(trained: SparseAdapter | Trained, settings: TrainSettings, out: Path) -> dict[str, Any]:
+def _as_json(trained: SparseAdapter | Trained, settings: TrainSettings, out: Path) -> dict[str, Any]:
     if isinstance(trained, SparseAdapter):
         return {"adapter": str(out), "entries": trained.nnz, "density": trained.density, **(trained.metadata.metrics or {})}
     kind = "adapter" if settings.method == "lora" else "checkpoint"
     return {kind: str(out), "method": trained.method, **trained.metrics}
 
 
-def _tell(trained: SparseAdapter | Trained, settings: TrainSettings, out: Path) -> None:
+def _show(trained: SparseAdapter | Trained, settings: TrainSettings, out: Path) -> None:
     tasks = " ".join(settings.tasks)
-    # A sparse adapter remembers how it was asked; the others do not.
+    # A sparse adapter records the use of the chat template; the others do not.
     bare = "" if settings.chat_template or isinstance(trained, SparseAdapter) else " --no-chat-template"
     rows: list[tuple[str, object]] = [("task", tasks), ("method", settings.method)]
     words, model = " ".join(map(word, settings.tasks)), word(settings.model)

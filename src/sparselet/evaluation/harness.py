@@ -31,8 +31,8 @@ class EvalSettings:
 
     rows: int | None = None
     """Use only the first rows of each task."""
-    chat_template: bool = True
-    """Ask through the tokenizer's chat template, where it has one."""
+    chat_template: bool | None = None
+    """Ask through the tokenizer's chat template, where it has one; by default as the experts were trained, or else yes."""
     max_input_length: int = 2048
     """Tokens of a prompt; longer ones are cut from the left."""
     max_new_tokens: int = 64
@@ -80,7 +80,7 @@ def evaluate(
                 model,
                 tokenizer,
                 [row.input for row in rows],
-                chat_template=settings.chat_template,
+                chat_template=settings.chat_template is not False,
                 max_input_length=settings.max_input_length,
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,

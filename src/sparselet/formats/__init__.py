@@ -52,10 +52,7 @@ def open_expert(path: str | Path, base: str | Path | BaseModel | None = None, wi
     if not (directory / MODEL_CONFIG).exists():
         raise MissingFile(f"{path} holds neither {CONFIG_FILE} nor {MODEL_CONFIG}. What can be read: {KINDS}.")
     if base is None:
-        raise ConfigError(
-            f"{path} is a full checkpoint, which is an expert only against its base model; give that with --model (in Python: "
-            "base)."
-        )
+        raise ConfigError(f"{path} is a full checkpoint, which is an expert only against its base model; set `base` to that.")
     checkpoint = CheckpointFile(directory, base)
     left_out = leave_out(checkpoint, without)
     return SomeTargets(checkpoint, {n: n for n in checkpoint if n not in left_out}, left_out) if left_out else checkpoint

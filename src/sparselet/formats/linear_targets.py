@@ -43,8 +43,7 @@ def linear_targets(adapter: Expert, base: nn.Module | None) -> dict[str, Target]
             continue
         if base is None and (name.rpartition(".")[2] in AMBIGUOUS or 1 in delta.shape):
             raise ExportError(
-                f"the adapter does not say whether {name} {list(delta.shape)} is a linear layer; give the base model with "
-                "--model (in Python: base)."
+                f"the adapter does not say whether {name} {list(delta.shape)} is a linear layer; set `base` to the base model."
             )
         targets[name] = Target(delta.shape, delta.nnz, base is not None and _is_transposed(name, layers.get(name)))
     if not targets:

@@ -89,7 +89,7 @@ def prompt_tokens(form: PromptFormat, prompt: Prompt) -> list[int]:
     if not form.template:
         if not isinstance(prompt, str):
             raise TaskError(
-                "is a conversation, which only a chat template makes a prompt of: leave out chat_template=False, or give a "
+                "is a conversation, which only a chat template makes a prompt of: leave out `chat_template=False`, or give a "
                 "model whose tokenizer has a template."
             )
         tokens = _encode(form, prompt, add_special_tokens=True)
@@ -217,7 +217,7 @@ def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
             continue
         if all(text in prompt for text, prompt in zip(_PROBES, rendered, strict=True)):
             return parts
-    raise ModelError(f"the tokenizer's chat template cannot ask a user's question: {failure}. Set chat_template=False.")
+    raise ModelError(f"the tokenizer's chat template cannot ask a user's question: {failure}. Set `chat_template=False`.")
 
 
 def _render(

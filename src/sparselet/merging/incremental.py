@@ -223,7 +223,7 @@ class CountsFile:
         self.adapter = adapter
         file = check_inside(adapter.path, COUNTS_FILE)
         if not file.is_file():
-            raise MissingFile(f"{file} is missing, so experts cannot be added or removed; merge with --keep-counts.")
+            raise MissingFile(f"{file} is missing, so experts cannot be added or removed; merge with `keep_counts=True`.")
         self.records = _records(adapter)
         self._file = TensorFile(file)
         expected = {name + suffix for name in adapter for suffix in (COUNTS, SUMS)}

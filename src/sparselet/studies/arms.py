@@ -110,7 +110,7 @@ class Study:
         settings = self.settings
         asked = {
             "rows": settings.test_rows,
-            "chat_template": settings.chat_template,
+            "chat_template": None if settings.chat_template else False,
             "max_input_length": settings.max_input_length,
             "max_new_tokens": settings.max_new_tokens,
         }

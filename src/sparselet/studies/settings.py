@@ -191,7 +191,7 @@ def task_places(settings: StudySettings, directory: str | Path | None = None) ->
             places[name] = BUILTIN_PREFIX + name
         else:
             raise ConfigError(
-                f"task {name} is not a directory in {root or 'any place'}; give --tasks DIRECTORY, which holds it."
+                f"task {name} is not a directory in {root or 'any place'}; set `tasks` to the directory that holds it."
             )
     return places
 

@@ -134,7 +134,7 @@ def naming_lost_process() -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise WorkerFailed("another process of the run has ended. The same command with --resume goes on.") from error
+        raise WorkerFailed("another process of the run has ended. The same command with `resume=True` continues.") from error
 
 
 def from_first(value: T) -> T:

@@ -93,7 +93,7 @@ def _check_work(work: Path, resume: bool) -> None:
     if os.path.lexists(work) and not work.is_dir():
         raise OutputExists(f"{work}, where checkpoints are kept, exists and is no directory. Choose another output.")
     if not resume and any(work.glob(f"checkpoint-*/{COMPLETE}")):
-        raise OutputExists(f"{work} holds an unfinished run. Set resume to continue it, or remove it first.")
+        raise OutputExists(f"{work} holds an unfinished run. Set `resume=True` to continue it, or remove it first.")
     if resume and not work.exists():
         logger.warning("there is nothing to resume at %s; training starts from the beginning.", work)
 

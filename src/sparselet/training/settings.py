@@ -84,7 +84,7 @@ class TrainSettings(SelectionSettings, TaskSettings):
     gradient_checkpointing: bool = False
     """Save memory by computing activations twice."""
     save_steps: int = 0
-    """Save a checkpoint for --resume after this many steps; 0 saves after each epoch only."""
+    """Save a checkpoint to resume from after this many steps; 0 saves after each epoch only."""
     report_to: tuple[str, ...] = ()
     """Experiment trackers of transformers, such as tensorboard or wandb."""
 
@@ -93,7 +93,7 @@ class TrainSettings(SelectionSettings, TaskSettings):
         names = (self.task,) if isinstance(self.task, str) else tuple(self.task)
         object.__setattr__(self, "task", names[0] if len(names) == 1 else names)
         if not names or not all(names):
-            raise ConfigError("task is missing; give --task DIRECTORY, builtin:NAME or a hub data set.")
+            raise ConfigError("task is missing; give a directory, builtin:NAME or a hub data set.")
         counts = ("batch_size", "gradient_accumulation", "max_input_length", "lora_rank", "train_rows", "validation_rows")
         check_at_least(self, 1, *counts)
         check_at_least(self, 0, "patience", "save_steps", "weight_decay", "warmup")
@@ -124,7 +124,7 @@ class TrainSettings(SelectionSettings, TaskSettings):
                     f"{name} does not apply to method {method}; it is a setting of {', '.join(methods)}. Leave it out."
                 )
         if method == "multitask" and len(self.tasks) < 2:
-            raise ConfigError("method multitask needs several tasks, as in --task A B; for one, take method full.")
+            raise ConfigError("method multitask needs several tasks; for one, take method full.")
         if method in ("full", "full-qkv", "multitask") and self.dtype == "float16":
             raise ConfigError(
                 f"dtype float16 does not go with method {method}: it is too narrow for the gradients. Take bfloat16."
@@ -134,7 +134,7 @@ class TrainSettings(SelectionSettings, TaskSettings):
         if method == "lora":
             raise ConfigError(
                 "init_from does not go with method lora: its result would be of no use without the adapter under it. Merge "
-                "the adapter into a checkpoint (sparselet merge … --as checkpoint) and train on that with --model."
+                "the adapter into a checkpoint (sparselet export --to checkpoint) and set `model` to that."
             )
         chosen = sorted(changed & {*SELECTION, *TARGETS})
         if method == "sparse" and chosen:

@@ -187,7 +187,7 @@ def _fit(
     with preserve_switches(context.model, settings), utf8_path(work) as directory:
         callbacks = [*trainable.callbacks, *callbacks]
         trainer = make_trainer(trainable.module, collate, rows, settings, directory, callbacks, trainable.autocast)
-        with naming_lost_process(), convert_write_errors(work, "Complete checkpoints are kept; set resume to continue."):
+        with naming_lost_process(), convert_write_errors(work, "Complete checkpoints are kept; set `resume=True` to continue."):
             trainer.train(resume_from_checkpoint=str(directory / checkpoint.name) if checkpoint else None)
     return trainer.state
 

@@ -194,7 +194,7 @@ class RunTrainer(Trainer):
             (checkpoint / COMPLETE).unlink()
             flush(checkpoint)
         self.accelerator.wait_for_everyone()
-        with warnings.catch_warnings(), convert_write_errors(checkpoint, "Checkpoints before it are kept for --resume."):
+        with warnings.catch_warnings(), convert_write_errors(checkpoint, "Earlier checkpoints are kept for resuming."):
             warnings.simplefilter("ignore", UnselectedMaskWarning)  # the masks will be selected when it goes on
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # each process writes the state of its own generators

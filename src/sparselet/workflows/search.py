@@ -24,7 +24,7 @@ What = Literal["weights", "density", "lambda"]
 class SearchSettings:
     """What is searched, and for how long. Raises ConfigError."""
 
-    search: What
+    choose: What = "weights"
     """What to choose by the score on validation rows: the weights or one factor λ on all (0 to 2), or density (0.02 to 1)."""
     trials: int = 20
     """Merges that a search tries; the first is the one that was asked for."""
@@ -35,8 +35,8 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.search not in RANGES:
-            raise ConfigError(f"search must be one of {', '.join(RANGES)}, got {self.search!r}.")
+        if self.choose not in RANGES:
+            raise ConfigError(f"choose must be one of {', '.join(RANGES)}, got {self.choose!r}.")
         if self.trials < 1:
             raise ConfigError(f"trials must be at least 1, got {self.trials}.")
         if self.seconds is not None and not self.seconds > 0:
@@ -89,8 +89,8 @@ def search(
     """
     if not tasks:
         raise ConfigError("a search needs at least one task to score on.")
-    start = _start(recipe, settings.search)
-    ranges = {name: _range(recipe, settings.search, name, value) for name, value in start.items()}
+    start = _start(recipe, settings.choose)
+    ranges = {name: _range(recipe, settings.choose, name, value) for name, value in start.items()}
     experts = [open_expert(name) for name in recipe.experts] if experts is None else experts
     optuna = _optuna()
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=settings.seed))
@@ -100,14 +100,14 @@ def search(
     while len(trials) < settings.trials and (not trials or time.monotonic() < end):
         drawn = study.ask()
         chosen = {name: drawn.suggest_float(name, low, high) for name, (low, high) in ranges.items()}
-        tried = _with(recipe, settings.search, chosen)
+        tried = _with(recipe, settings.choose, chosen)
         merged = merge(experts, tried.method, tried.weights, tried.parameters)
         scores = {result.task: result.scores["rougeL"] for result in evaluate(model, tokenizer, tasks, merged, asked)}
         trials.append(Trial(chosen, sum(scores.values()) / len(scores), scores))
         study.tell(drawn, trials[-1].score)
         if progress is not None:
             progress(1)
-    return SearchResult(_with(recipe, settings.search, _best(trials).chosen), tuple(trials))
+    return SearchResult(_with(recipe, settings.choose, _best(trials).chosen), tuple(trials))
 
 
 def _best(trials: Sequence[Trial]) -> Trial:

@@ -144,7 +144,7 @@ def _is_transposed(file: Path, config: Mapping[str, Any], names: Iterable[str]) 
     known = config.get("base_model_name_or_path")
     raise ConfigError(
         f"{file}: fan_in_fan_out is {str(said).lower()}, but PEFT has one for all layers, and these may lie in two ways. "
-        f"Give the base model with --model{f' {known}' if known else ''} (in Python: base)."
+        f"Set `base{f'={known}' if known else ''}` to the base model."
     )
 
 

@@ -162,8 +162,7 @@ class EntriesFile(ExpertFile):
         if base is None:
             if noted is None:
                 raise ConfigError(
-                    f"{self._tensors.path} does not hold the shapes of the weights it changes; give the base model with "
-                    "--model (in Python: base)."
+                    f"{self._tensors.path} does not hold the shapes of the weights it changes; set `base` to the base model."
                 )
             return noted
         layer = base.names.layers[name]

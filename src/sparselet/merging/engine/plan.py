@@ -171,7 +171,7 @@ def _refuse_other_names(experts: Sequence[Expert]) -> None:
                 if shorter in own and not any({name, shorter} <= other for other in names):
                     raise ArgumentError(
                         f"{label(experts[i], i)} changes {shorter}, another expert {name}. If they are one weight, made over a "
-                        "model without and with its head, give the base model with --model (in Python: base), which tells."
+                        "model without and with its head, set `base` to the base model, which decides."
                     )
 
 

@@ -15,7 +15,7 @@ def arithmetic(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale
     """Task arithmetic (Ilharco et al. 2023): ΔW_m = λ · Σ wᵢ·ΔWᵢ.
 
     scale: λ. The paper chooses it on validation data, between 0.3 and 0.5 for most of its sets of tasks, and publishes
-        no default; with 1 a single expert is itself. `--search lambda` chooses it as the paper does.
+        no default; with 1 a single expert is itself. `search` with lambda chooses it as the paper does.
     deltas: N of one target. weights: N; they are not divided by their sum. Sums are float32, in the order given.
     Returns a delta on the union of the masks, of tiles when all have the same. Raises ShapeMismatch, ArgumentError.
     """

@@ -61,9 +61,7 @@ def claimed(store: Store) -> Iterator[int]:
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
-                    raise StudyRunning(
-                        f"another process runs the study in {store.out}. Wait for it, or look with --status."
-                    ) from None
+                    raise StudyRunning(f"another process runs the study in {store.out}. Wait for it.") from None
                 time.sleep(0.1)
         yield descriptor
     finally:

@@ -1,0 +1,54 @@
+"""The flags that the merging verbs have in common."""
+
+import tomllib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from sparselet.errors import ConfigError
+from sparselet.merging import METHODS, MergeRecipe, read_recipe
+
+Many = Parameter(consume_multiple=True, negative="")
+
+
+@dataclass(frozen=True)
+class MergeFlags:
+    """Experts as a merge takes them: a method with its weights and parameters, or a recipe."""
+
+    method: Annotated[str | None, Parameter(help=f"How to merge, overlap by default: {', '.join(METHODS)}.")] = None
+    weights: Annotated[list[float] | None, Many] = None
+    """One factor an expert, 1 each by default."""
+    set_: Annotated[list[str] | None, Parameter(name="--set", consume_multiple=True, negative="")] = None
+    """Parameters of the method, as name=value."""
+    recipe: Path | None = None
+    """Run this TOML file, which names experts, weights, method and parameters."""
+    model: str | None = None
+    """Base model: a hub name, a directory, or packaged:smollm2-135m. Full checkpoints among the experts need it."""
+
+    def read(self, experts: list[str] | None, keep_counts: bool = False) -> MergeRecipe:
+        """The recipe that the flags describe. Raises ConfigError."""
+        flags = {"experts": experts, "--method": self.method, "--weights": self.weights, "--set": self.set_}
+        if self.recipe is None:
+            method, weights = self.method or "overlap", tuple(self.weights or ())
+            return MergeRecipe(tuple(experts or ()), method, weights, parse_parameters(self.set_), self.model, keep_counts)
+        for flag, value in {**flags, "--keep-counts": keep_counts}.items():
+            if value:
+                raise ConfigError(f"--recipe and {flag} do not go together.")
+        recipe = read_recipe(self.recipe)
+        return replace(recipe, model=self.model or recipe.model)
+
+
+def parse_parameters(assignments: list[str] | None) -> dict[str, Any]:
+    """`name=value` texts, each value as in TOML, or else as text. Raises ConfigError."""
+    parameters = {}
+    for text in assignments or []:
+        name, _, value = text.partition("=")
+        if not name or not value:
+            raise ConfigError(f"--set takes name=value, got {text!r}.")
+        try:
+            parameters[name] = tomllib.loads(f"value = {value}")["value"]
+        except ValueError:
+            parameters[name] = value
+    return parameters
