@@ -21,14 +21,14 @@ from sparselet.io.memory import require_memory
 
 MAX_SIDE = 2**26  # the largest vocabulary is near 2**20
 MAX_ENTRIES = 2**38  # a terabyte of float32: beyond any weight of any model
-# Where every entry is to be spelt out, a claim goes no further than models do: the widest known are 20,480 wide, and
-# 262,144 tokens of 12,288 numbers their largest weights.
+# Limits of a target whose entries are all written out. The widest models are 20,480 wide, and their largest weights have
+# 262,144 rows of 12,288 numbers.
 DENSE_NARROW, DENSE_WIDE, DENSE_ENTRIES = 2**15, 2**20, 2**32
 
 
 @dataclass(frozen=True, eq=False)
 class SparseDelta:
-    """ΔW of one 2-D target, kept at its mask only.
+    """ΔW of one 2-D target, stored at its mask only.
 
     shape: (rows, columns) of the target's parameter as the base model stores it: (out, in) for `nn.Linear`, (in, out)
         for GPT-2's `Conv1D`.
@@ -66,7 +66,7 @@ class SparseDelta:
     def from_dense(cls, dense: Tensor, mask: Tensor | None = None, block_size: int = 1) -> "SparseDelta":
         """Keep the entries of `dense` [rows, columns] under `mask`; without one, the entries that are not 0.
 
-        mask: bool, of dense's shape (a tile is kept when any of its entries is), or [rows/B, columns/B], one a tile.
+        mask: bool, of dense's shape (a tile is kept if any of its entries is), or [rows/B, columns/B], one per tile.
         Raises BadShape, BlockSizeError, ShapeMismatch.
         """
         check_block_size(block_size, check_shape(tuple(dense.shape)))
@@ -111,7 +111,7 @@ class SparseDelta:
 
     @property
     def blocks(self) -> int:
-        """What a mask of this block size chooses from: entries of the target, or its tiles."""
+        """The number of blocks that a mask of this block size chooses from: entries of the target, or its tiles."""
         return self.size // self.block_size**2
 
     @property
@@ -125,7 +125,7 @@ class SparseDelta:
         return self.nnz / self.size
 
     def expand(self) -> "SparseDelta":
-        """The same delta with an element mask: each tile spelt out as its entries."""
+        """The same delta with an element mask: each tile is replaced by its entries."""
         if self.block_size == 1:
             return self
         # A tile's rows are runs of entries; only the runs need sorting.
@@ -142,15 +142,15 @@ class SparseDelta:
         """
         if isinstance(mask, Tensor):
             mask = SparseDelta.from_dense(torch.zeros(mask.shape), mask)
-        mine, other = self._on_common_blocks(mask)
-        kept = torch.isin(mine.indices, other.indices, assume_unique=True)
-        return SparseDelta(mine.shape, mine.indices[kept], mine.values[kept], mine.block_size)
+        delta, mask = self._on_common_blocks(mask)
+        kept = torch.isin(delta.indices, mask.indices, assume_unique=True)
+        return SparseDelta(delta.shape, delta.indices[kept], delta.values[kept], delta.block_size)
 
-    def overlap(self, other: "SparseDelta") -> int:
-        """How many entries both masks select. Raises ShapeMismatch."""
-        mine, other = self._on_common_blocks(other)
-        shared = torch.isin(mine.indices, other.indices, assume_unique=True).sum().item()
-        return int(shared) * mine.block_size**2
+    def overlap(self, delta: "SparseDelta") -> int:
+        """The number of entries that both masks select. Raises ShapeMismatch."""
+        first, second = self._on_common_blocks(delta)
+        shared = torch.isin(first.indices, second.indices, assume_unique=True).sum().item()
+        return int(shared) * first.block_size**2
 
     def scale(self, factor: float) -> "SparseDelta":
         """factor · ΔW, with the same mask and dtype."""
@@ -161,15 +161,15 @@ class SparseDelta:
         values = self.values.to(target)
         return SparseDelta(self.shape, self.indices.to(values.device), values, self.block_size)
 
-    def __add__(self, other: "SparseDelta") -> "SparseDelta":
+    def __add__(self, delta: "SparseDelta") -> "SparseDelta":
         """The sum of both changes; its mask is the union of both masks. Raises ShapeMismatch."""
-        mine, other = self._on_common_blocks(other)
-        union = torch.unique(torch.cat([mine.indices, other.indices]))
-        dtype = torch.promote_types(mine.values.dtype, other.values.dtype)
-        total = torch.zeros((len(union), *mine.values.shape[1:]), dtype=dtype, device=mine.values.device)
-        for delta in (mine, other):
-            total[torch.searchsorted(union, delta.indices)] += delta.values.to(dtype)
-        return SparseDelta(mine.shape, union, total, mine.block_size)
+        first, second = self._on_common_blocks(delta)
+        union = torch.unique(torch.cat([first.indices, second.indices]))
+        dtype = torch.promote_types(first.values.dtype, second.values.dtype)
+        total = torch.zeros((len(union), *first.values.shape[1:]), dtype=dtype, device=first.values.device)
+        for term in (first, second):
+            total[torch.searchsorted(union, term.indices)] += term.values.to(dtype)
+        return SparseDelta(first.shape, union, total, first.block_size)
 
     def __mul__(self, factor: float) -> "SparseDelta":
         return self.scale(factor)
@@ -177,17 +177,17 @@ class SparseDelta:
     __rmul__ = __mul__
 
     def __repr__(self) -> str:
-        kind = "element" if self.block_size == 1 else f"block {self.block_size}"
-        return f"SparseDelta({self.shape[0]}×{self.shape[1]}, {kind}, nnz {self.nnz}, density {self.density:.4g})"
+        mask = "element" if self.block_size == 1 else f"block {self.block_size}"
+        return f"SparseDelta({self.shape[0]}×{self.shape[1]}, {mask}, nnz {self.nnz}, density {self.density:.4g})"
 
-    def _on_common_blocks(self, other: "SparseDelta") -> tuple["SparseDelta", "SparseDelta"]:
-        if self.shape != other.shape:
-            raise ShapeMismatch(f"one delta has shape {list(self.shape)}, the other {list(other.shape)}.")
-        return (self, other) if self.block_size == other.block_size else (self.expand(), other.expand())
+    def _on_common_blocks(self, delta: "SparseDelta") -> tuple["SparseDelta", "SparseDelta"]:
+        if self.shape != delta.shape:
+            raise ShapeMismatch(f"one delta has shape {list(self.shape)}, the other {list(delta.shape)}.")
+        return (self, delta) if self.block_size == delta.block_size else (self.expand(), delta.expand())
 
 
 def index_dtype(blocks: int) -> torch.dtype:
-    """int32, or int64 where a target has more blocks than int32 can number."""
+    """int32, or int64 for a target with more blocks than int32 can number."""
     return torch.int32 if blocks <= 2**31 - 1 else torch.int64
 
 
@@ -201,7 +201,7 @@ def check_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def check_dense_shape(shape: tuple[int, int], name: str) -> None:
-    """Raise AbsurdShape if a target is too large to be spelt out: beyond the weights of any model."""
+    """Raise AbsurdShape if a target is too large to be written out in full: larger than the weights of any model."""
     narrow, wide = sorted(shape)
     if narrow > DENSE_NARROW or wide > DENSE_WIDE or narrow * wide > DENSE_ENTRIES:
         raise AbsurdShape(
@@ -216,7 +216,7 @@ def _require_room(delta: SparseDelta, bytes_an_entry: int) -> None:
 
 
 def check_block_size(block_size: int, shape: tuple[int, int], name: str | None = None) -> None:
-    """Raise BlockSizeError unless `block_size` is positive and divides both sides; the message names what fits."""
+    """Raise BlockSizeError unless `block_size` is positive and divides both sides; the message names sizes that fit."""
     target = f"{name} {list(shape)}" if name else f"shape {list(shape)}"
     if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
         raise BlockSizeError(f"block_size must be a positive integer, got {block_size!r}.")
@@ -233,7 +233,7 @@ def check_indices(indices: Tensor, blocks: int) -> None:
     """Raise unless `indices` [n] ascend strictly and lie in [0, blocks)."""
     if indices.numel() == 0:
         return
-    flat = indices.cpu().numpy()  # whose comparisons are several times as fast as torch's
+    flat = indices.cpu().numpy()  # numpy's comparisons are several times as fast as torch's
     wrong = flat[1:] <= flat[:-1]
     lowest, highest = (flat.min(), flat.max()) if wrong.any() else (flat[0], flat[-1])
     if lowest < 0 or highest >= blocks:

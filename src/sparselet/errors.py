@@ -8,7 +8,7 @@ SparseletError
 │   ├── UnknownScore
 │   ├── UnknownMethod
 │   ├── NoTargets
-│   └── ConfigError                   a configuration file, flag or field
+│   └── ConfigError                   a configuration file or field
 ├── FormatError                       a file is not what docs/format.md says
 │   ├── MissingFile
 │   ├── UnsafePath                    a name with path parts, a link out of the directory
@@ -27,18 +27,18 @@ SparseletError
 │   └── BadCounts                     merge_counts.safetensors is not of the adapter beside it
 ├── WrongBase                         the adapter belongs to another base model
 ├── UnknownTarget                     the model has no such target
-├── UnsupportedExpert                 an expert of a kind that is not a change of weights, or cannot be read as one
+├── UnsupportedExpert                 an expert that is not a change of weights, or cannot be read as one
 ├── ExportError                       the adapter cannot be written in that format
 ├── SelectionError                    the mask is missing, or cannot be chosen now
 ├── NonFiniteScore
 ├── TrainingDiverged                  a loss or a trained weight is NaN or infinite
 ├── TaskError                         bad rows or splits of a task
-├── ModelError                        a base model cannot be had or loaded
+├── ModelError                        a base model cannot be found, fetched or loaded
 ├── OutputExists
 ├── WriteFailed                       disk full, no permission
 ├── StudyRunning                      another process runs the same study
 ├── StudyIncomplete                   some of a study's units failed
-├── NotEnoughMemory                   the work takes more memory than there is
+├── NotEnoughMemory                   the work needs more memory than is available
 ├── WorkerFailed                      a worker process of a study cannot start, or one of a training run has ended
 └── MissingExtra                      an optional dependency is not installed
 """
@@ -64,7 +64,7 @@ class BlockSizeError(ArgumentError):
 
 
 class ShapeMismatch(ArgumentError):
-    """Two things that must have one shape have two."""
+    """Two tensors or deltas that must have one shape have two."""
 
 
 class UnknownScore(ArgumentError):
@@ -124,7 +124,7 @@ class BadShape(FormatError):
 
 
 class AbsurdShape(FormatError):
-    """A claimed size is beyond what any model has."""
+    """A claimed size is larger than that of any model."""
 
 
 class IndexOutOfBounds(FormatError):
@@ -156,7 +156,7 @@ class UnknownTarget(SparseletError):
 
 
 class UnsupportedExpert(SparseletError):
-    """An expert of a kind that is not a change of weights, or cannot be read as one."""
+    """An expert that is not a change of weights, or cannot be read as one."""
 
 
 class ExportError(SparseletError):
@@ -172,7 +172,7 @@ class NonFiniteScore(SparseletError):
 
 
 class TrainingDiverged(SparseletError):
-    """Training ran away: a loss or a trained weight is NaN or infinite."""
+    """A loss or a trained weight is NaN or infinite."""
 
 
 class TaskError(SparseletError):
@@ -184,11 +184,11 @@ class ModelError(SparseletError):
 
 
 class OutputExists(SparseletError):
-    """The output is there already and would be overwritten."""
+    """The output exists already and would be overwritten."""
 
 
 class WriteFailed(SparseletError):
-    """A file could not be written; nothing half-written is left."""
+    """A file could not be written; no partial file is left."""
 
 
 class StudyRunning(SparseletError):
@@ -204,7 +204,7 @@ class WorkerFailed(SparseletError):
 
 
 class NotEnoughMemory(SparseletError, MemoryError):
-    """The work takes more memory than there is."""
+    """The work needs more memory than is available."""
 
 
 class MissingExtra(SparseletError, ImportError):

@@ -1,4 +1,4 @@
-"""Telling whether two base models have the same target weights, by a sample of each target."""
+"""Fingerprints of base weights: whether two base models have the same target weights, by a sample of each target."""
 
 import hashlib
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ def fingerprint_weight(weight: Tensor) -> dict[str, str]:
 def same_base(first: Fingerprint | None, second: Fingerprint | None) -> bool:
     """Whether two fingerprints of one target can come from one base model.
 
-    Equal dtypes are compared by value, others by sign. An absent fingerprint is compatible with all.
+    Weights of equal dtypes are compared by value, of different dtypes by sign. An absent fingerprint is compatible with all.
     """
     if not first or not second:
         return True
@@ -55,12 +55,14 @@ def same_base(first: Fingerprint | None, second: Fingerprint | None) -> bool:
     return first[key] == second[key]
 
 
-def require_same_base(found: Mapping[str, Fingerprint | None], expected: Mapping[str, Fingerprint | None], what: str) -> None:
-    """Raise WrongBase if any target that both name has another fingerprint; `what` names the two in the message."""
-    differing = [name for name in found if name in expected and not same_base(found[name], expected[name])]
+def require_same_base(
+    first: Mapping[str, Fingerprint | None], second: Mapping[str, Fingerprint | None], description: str
+) -> None:
+    """Raise WrongBase if a target of both has two fingerprints. description: the two, for the message."""
+    differing = [name for name in first if name in second and not same_base(first[name], second[name])]
     if differing:
         raise WrongBase(
-            f"{what}: the base weights differ in {len(differing)} of {len(found)} targets, first in {differing[0]}. "
+            f"{description}: the base weights differ in {len(differing)} of {len(first)} targets, first in {differing[0]}. "
             "A sparse delta only fits the base model it was trained on; use that model, "
             "or train again on this one."
         )

@@ -24,7 +24,7 @@ def blocks_to_keep(density: float, blocks: int) -> int:
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
-    """The ids of the k largest of `scores` [blocks], ascending; of equal scores the lower ids are taken.
+    """The ids of the k largest of `scores` [blocks], ascending; among equal scores the lower ids are taken.
 
     Raises NonFiniteScore.
     """
@@ -40,18 +40,18 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 def top_k_global(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
     """The k largest scores of all targets together, as ascending ids by target; a target may get none.
 
-    Of equal scores, those of the earlier target (in the mapping's order), then the lower ids, are taken.
+    Among equal scores, those of the earlier target (in the mapping's order), then the lower ids, are taken.
     Raises NonFiniteScore.
     """
     threshold = global_threshold(scores, k)
     above = sum(int((target > threshold).sum()) for target in scores.values())
-    left = min(k, sum(target.numel() for target in scores.values())) - above
+    remaining = min(k, sum(target.numel() for target in scores.values())) - above
     masks = {}
     for name, target in scores.items():
         strictly = int((target > threshold).sum())
         equal = int((target == threshold).sum())
-        taken = min(left, equal)
-        left -= taken
+        taken = min(remaining, equal)
+        remaining -= taken
         masks[name] = _at_threshold(target, threshold, strictly + taken)
     return masks
 
@@ -66,8 +66,8 @@ def global_threshold(scores: Mapping[str, Tensor], k: int) -> Tensor:
 def dropped_layers(scores: Mapping[str, Tensor], density: float) -> set[str]:
     """The targets of the layers to drop (paper, Eq. 6): all those whose every score lies below the global threshold.
 
-    The threshold is Eq. 5's with k = density · all blocks. The targets of one layer, told by the first number in their
-    names, stand or fall together; a target without a number is a layer of its own.
+    The threshold is that of Eq. 5 with k = density · all blocks. Targets are of one layer if their names are equal up to the
+    first number; a target without a number is a layer of its own.
     Raises DensityOutOfRange, NonFiniteScore.
     """
     threshold = global_threshold(scores, blocks_to_keep(density, sum(target.numel() for target in scores.values())))
@@ -76,7 +76,7 @@ def dropped_layers(scores: Mapping[str, Tensor], density: float) -> set[str]:
 
 
 def layer_of(target: str) -> str:
-    """The name of a target's layer: up to and with the first part that is a number, or else the target's own name."""
+    """The name of a target's layer: up to and including the first part that is a number, or else the target's own name."""
     match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", target)
     return match.group(0) if match else target
 

@@ -1,4 +1,4 @@
-"""The model card of an adapter: what its metadata says, as a README.md for the hub."""
+"""The model card of an adapter: its metadata as a README.md for the hub."""
 
 import html
 import json
@@ -22,12 +22,12 @@ def model_card(
 ) -> str:
     """The card of a sparse adapter called `name` on the hub, as Markdown under YAML front matter.
 
-    metadata, shapes, fingerprints: as `AdapterFile` has them. entries: how many are selected in all targets. size: bytes on
-    disk. Whatever the metadata does not say is left out.
+    metadata: the content of adapter_config.json. shapes, fingerprints: of `AdapterFile`. entries: selected entries of all
+    targets. size: bytes on disk. Absent metadata are left out.
     """
     total = sum(rows * columns for rows, columns in shapes.values())
     merge = _mapping(metadata.get("merge"))
-    known = sum(1 for name in shapes if fingerprints.get(name))
+    checked = sum(1 for name in shapes if fingerprints.get(name))
     facts = {
         "base model": _short(metadata.get("base_model_name_or_path")),
         "task": metadata.get("task"),
@@ -37,19 +37,19 @@ def model_card(
         **_schedule(metadata),
         **{_words(key): value for key, value in _mapping(metadata.get("metrics")).items()},
         "training data": metadata.get("data_fingerprint"),
-        "base weights": f"fingerprints of {known} of {len(shapes)} targets; weights of another model are refused",
+        "base weights": f"fingerprints of {checked} of {len(shapes)} targets; weights of another model are refused",
         "chat template": metadata.get("chat_template"),
         "versions": ", ".join(f"{key} {value}" for key, value in _mapping(metadata.get("versions")).items()),
         "size": f"{size / 2**20:.2f} MiB",
     }
-    what = "Sparse experts merged into one" if merge else "A sparse expert"
+    description = "Sparse experts merged into one" if merge else "A sparse expert"
     tags = ["sparselet", "sparse-adapter", *(["merge"] if merge else []), "peft"]
     return "\n".join(
         [
             *_front_matter(metadata, "sparselet", tags),
             f"# {name.rpartition('/')[2]}",
             "",
-            f"{what}: it changes {entries:,} of the base model's weights and leaves all others as they are.",
+            f"{description}: it changes {entries:,} of the base model's weights and leaves all others as they are.",
             "",
             *_table(["", ""], [[key, value] for key, value in facts.items() if value not in (None, "")]),
             *(_recipe(merge) if merge else []),
@@ -94,14 +94,14 @@ def _front_matter(metadata: Mapping[str, Any], library: str, tags: Sequence[str]
 
 def _schedule(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """How the mask was selected."""
-    every = metadata.get("reselect_every")
+    steps = metadata.get("reselect_every")
     if metadata.get("score") is None:  # merged, or made by hand
         return {}
     return {
         "score": metadata["score"],
         "scope": metadata.get("scope"),
         "initial mask": metadata.get("initial_mask"),
-        "selected again": "never" if every == 0 else every and f"every {_text(every)} steps",
+        "selected again": "never" if steps == 0 else steps and f"every {_text(steps)} steps",
         "selection epochs": metadata.get("selection_epochs"),
         "layer drop": metadata.get("layer_drop"),
         "seed": metadata.get("seed"),
@@ -115,8 +115,8 @@ def _recipe(merge: Mapping[str, Any]) -> list[str]:
     facts = {key: value for key, value in merge.items() if key not in ("experts", "parameters")}
     facts |= _mapping(merge.get("parameters"))
     keys = dict.fromkeys(["task", "weight", *(key for expert in experts for key in expert)])
-    known = [key for key in keys if any(expert.get(key) not in (None, "") for expert in experts)]
-    shown = [key for key in known if key not in ("task_type", "chat_template")]  # the same as of the base model
+    present = [key for key in keys if any(expert.get(key) not in (None, "") for expert in experts)]
+    shown = [key for key in present if key not in ("task_type", "chat_template")]  # the same as of the base model
     return [
         "## How it was merged",
         "",
@@ -129,7 +129,7 @@ def _recipe(merge: Mapping[str, Any]) -> list[str]:
 
 
 def _of_expert(expert: Mapping[str, Any], key: str) -> Any:
-    """What is shown of an expert in one column; of one that was merged itself, of how many and how."""
+    """An expert's cell in one column; for an expert that was merged itself, the method and the number of experts."""
     value = expert.get(key)
     if key == "base":
         return _short(value)
@@ -157,14 +157,14 @@ def _use(name: str) -> list[str]:
 
 
 def _short(base: Any) -> str | None:
-    """A base model by its name; of a directory the last part, since the rest means nothing elsewhere."""
+    """A base model's name; of a directory the last part, since its path means nothing on another machine."""
     if not isinstance(base, str):
         return None
     return f"{base.rstrip('/').rpartition('/')[2]}, a local directory" if base.startswith(("/", ".", "~")) else base
 
 
 def _words(key: str) -> str:
-    """A field's name for people."""
+    """A field's name as text."""
     return {"base": "base model", "data_fingerprint": "training data"}.get(key, key.replace("_", " "))
 
 
@@ -175,7 +175,7 @@ def _mask(block_size: Any) -> str | None:
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
-    """The value if it is an object; a file may hold anything there."""
+    """The value if it is an object, otherwise an empty one; a file may hold any value."""
     return value if isinstance(value, Mapping) else {}
 
 
@@ -189,7 +189,7 @@ def _code(language: str, lines: Sequence[str]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """A value in a cell of a table, on one line and with nothing that Markdown would take for itself."""
+    """A value as the text of a table's cell, on one line, with Markdown's special characters escaped."""
     if value is None:
         return ""
     if isinstance(value, bool):

@@ -33,19 +33,19 @@ CHECKPOINT_FILES = (
 
 
 def check_directory(path: str | Path) -> str:
-    """Read a directory as far as needed to know that it is whole, and say what it is.
+    """Check that a directory is complete, and return what it holds.
 
-    "sparse adapter": read in full. "LORA adapter", or another PEFT method: configuration and all tensors. "checkpoint":
-    configuration, headers and sizes of the weights, which must all be there. Raises FormatError.
+    "sparse adapter": read in full. "LORA adapter", or another PEFT method: configuration and all tensors are read.
+    "checkpoint": configuration, headers and sizes of all weights are read. Raises FormatError.
     """
     path = Path(path)
     if (path / CONFIG_FILE).exists() or not (path / "config.json").is_file():
-        kind = _peft_type(path)
-        if kind != "SPARSELET":
+        method = _peft_type(path)
+        if method != "SPARSELET":
             file = TensorFile(check_inside(path, WEIGHTS_FILE))
             for name in file.shapes:
                 require_finite(file.read(name), f"{file.path}: {name}")
-            return f"{kind} adapter"
+            return f"{method} adapter"
         adapter = AdapterFile(path)
         for name in adapter:
             adapter[name]
@@ -65,7 +65,7 @@ def check_directory(path: str | Path) -> str:
 
 
 def choose_files(name: str, present: Sequence[str]) -> list[str]:
-    """Of a repository's files those that the adapter, or else the checkpoint, consists of. Raises ModelError."""
+    """The files of a repository that its adapter, or else its checkpoint, consists of. Raises ModelError."""
     patterns = ADAPTER_FILES if CONFIG_FILE in present else CHECKPOINT_FILES
     needed = (CONFIG_FILE, WEIGHTS_FILE) if CONFIG_FILE in present else ("config.json", "*.safetensors")
     chosen = sorted(f for f in present if "/" not in f and any(fnmatch.fnmatchcase(f, pattern) for pattern in patterns))
@@ -79,7 +79,7 @@ def choose_files(name: str, present: Sequence[str]) -> list[str]:
 
 
 def _peft_type(path: Path) -> str:
-    """What kind of adapter a directory says it is; SPARSELET where it says nothing, for `AdapterFile` to complain of."""
+    """The peft_type of an adapter directory; SPARSELET if it has no valid one, so that `AdapterFile` reports the error."""
     file = check_inside(path, CONFIG_FILE)
-    kind = read_object(file).get("peft_type") if file.is_file() else None
-    return kind if isinstance(kind, str) and kind.isidentifier() else "SPARSELET"
+    method = read_object(file).get("peft_type") if file.is_file() else None
+    return method if isinstance(method, str) and method.isidentifier() else "SPARSELET"

@@ -16,7 +16,7 @@ from sparselet.io.paths import check_inside
 
 @dataclass(frozen=True)
 class Upload:
-    """What `push` uploads where: the kind of adapter, its files, and a card where it has no README.md of its own."""
+    """What `push` uploads: repository and branch, the kind of adapter, its files, and a card if it has no README.md."""
 
     repository: str
     branch: str
@@ -29,11 +29,11 @@ def push(path: str | Path, name: str, *, private: bool = False, revision: str | 
     """Upload an adapter to the hub in one commit, and return that commit's address.
 
     path: a sparse or merged adapter, or one of another PEFT method such as LoRA; it is checked in full first, and nothing is
-    sent when the check fails. name: `org/name`; the repository is made if need be. private: for a new repository; one that
-    is there and public is refused. revision: the branch to commit to, made if need be. message: of the commit.
+    sent if the check fails. name: `org/name`; a missing repository is created. private: for a new repository; an existing
+    public one is refused. revision: the branch to commit to; a missing one is created. message: of the commit.
 
-    Only the adapter's own files are sent. Its README.md is the model card; without one a card is made from the metadata,
-    which takes the place of an earlier one on the hub. Files of an earlier adapter that this one lacks are deleted there.
+    Only the adapter's own files are sent. Its README.md is the model card; without one a card is made from the metadata and
+    replaces an earlier one on the hub. Files of an earlier adapter that this one lacks are deleted there.
 
     Raises FormatError, ModelError, MissingExtra.
     """
@@ -41,7 +41,7 @@ def push(path: str | Path, name: str, *, private: bool = False, revision: str | 
 
 
 def prepare(path: str | Path, name: str, revision: str | None = None) -> Upload:
-    """Check the adapter directory `path` in full and say what `push` would upload. Nothing is sent or written.
+    """Check the adapter directory `path` in full and return what `push` would upload. Nothing is sent or written.
 
     Raises ModelError for a bad name, and FormatError.
     """
@@ -57,7 +57,7 @@ def prepare(path: str | Path, name: str, revision: str | None = None) -> Upload:
     size = sum(file.stat().st_size for file in files.values())
     config = read_object(check_inside(path, CONFIG_FILE))
     base = config.get("base_model_name_or_path")
-    if isinstance(base, str) and Path(base).exists():  # or models/llama would be taken for a name on the hub
+    if isinstance(base, str) and Path(base).exists():  # models/llama would be read as a name on the hub
         config["base_model_name_or_path"] = str(Path(base).absolute())
     if kind == "sparse adapter":
         file = AdapterFile(path)
@@ -68,7 +68,7 @@ def prepare(path: str | Path, name: str, revision: str | None = None) -> Upload:
 
 
 def send(upload: Upload, private: bool = False, message: str | None = None) -> str:
-    """Upload what was prepared, as `push` does."""
+    """Upload what `prepare` returned, as `push` does."""
     hub, api = hub_library(), hub_api()
     operations = [hub.CommitOperationAdd(name, str(place)) for name, place in upload.files.items()]
     if upload.card is not None:
@@ -79,8 +79,8 @@ def send(upload: Upload, private: bool = False, message: str | None = None) -> s
             raise ModelError(f"{upload.repository} is there and public; make it private on its page, or take another name.")
         if upload.branch != "main" and not upload.branch.startswith("refs/"):
             api.create_branch(upload.repository, branch=upload.branch, exist_ok=True)
-        there = {sibling.rfilename for sibling in api.model_info(upload.repository, revision=upload.branch).siblings or []}
-        stale = sorted(there & set(ADAPTER_FILES) - {operation.path_in_repo for operation in operations})
+        present = {sibling.rfilename for sibling in api.model_info(upload.repository, revision=upload.branch).siblings or []}
+        stale = sorted(present & set(ADAPTER_FILES) - {operation.path_in_repo for operation in operations})
         commit = api.create_commit(
             upload.repository,
             [*operations, *(hub.CommitOperationDelete(name) for name in stale)],

@@ -27,7 +27,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class CachedCopyWarning(UserWarning):
-    """The hub could not be asked, so what was fetched earlier is used."""
+    """The hub does not answer, so files that were fetched earlier are used."""
 
 
 def local_directory(name: str | Path, bare: bool = False) -> Path | None:
@@ -61,9 +61,9 @@ def fetch(name: str) -> Path:
     """The directory of an adapter or checkpoint on the hub, fetched unless this commit is in the hub library's cache already.
 
     name: `org/name` or `org/name@revision`. The directory is a snapshot of that cache (HF_HOME, HF_HUB_CACHE), whose files are
-    links to its blobs; what was found whole and checked is in it, and maybe more that others fetched. An interrupted fetch
-    goes on when called again. A branch is looked up each time; where the hub cannot be asked, the snapshot that the cache
-    has is used, whoever fetched it, with a CachedCopyWarning unless HF_HUB_OFFLINE asks for it.
+    links to its blobs: the files that were checked, and any that other programs fetched. A second call resumes an interrupted
+    fetch. A branch is looked up each time; if the hub does not answer, the snapshot in the cache is used, with a
+    CachedCopyWarning unless HF_HUB_OFFLINE is set.
 
     Raises ModelError (not a hub name, no such repository or revision, no access, no network and not in the cache, not an
     adapter or checkpoint in safetensors), FormatError for damaged files, MissingExtra, WriteFailed.
@@ -71,11 +71,11 @@ def fetch(name: str) -> Path:
     repository, revision = parse_name(name)
     api = hub_api()
     if _COMMIT.fullmatch(revision):
-        with contextlib.suppress(ModelError, FormatError):  # not whole, so it is fetched
+        with contextlib.suppress(ModelError, FormatError):  # incomplete, so it is fetched
             return _cached(name, f"cannot fetch {name}")
     try:
         info = api.model_info(repository, revision=revision)
-    except Exception as error:  # the hub library's own kinds, and those of the HTTP library below it
+    except Exception as error:  # the hub library's errors, and those of its HTTP library
         return _fetched_before(name, error)
     commit = info.sha or ""
     if not _COMMIT.fullmatch(commit):
@@ -89,7 +89,7 @@ def fetch(name: str) -> Path:
 
 
 def pull(name: str, output: str | Path) -> Path:
-    """Fetch an adapter or checkpoint into the directory `output`, which appears when it is whole and checked.
+    """Fetch an adapter or checkpoint into the directory `output`, which appears once it is complete and checked.
 
     Raises OutputExists, and what `fetch` raises.
     """
@@ -103,10 +103,10 @@ def pull(name: str, output: str | Path) -> Path:
 
 
 def _fetched_before(name: str, error: Exception) -> Path:
-    """What the cache has under this name, where the hub did not answer. Raises ModelError if it did, or nothing is there."""
+    """The cache's snapshot of a name, after `error`. Raises ModelError if the hub answered, or the cache has none."""
     errors, status = hub_library().errors, http_status(error)
-    no = 400 <= status < 500 and status != 429  # too many requests
-    if no or not isinstance(error, (OSError, errors.HTTPError)):
+    refused = 400 <= status < 500 and status != 429  # too many requests
+    if refused or not isinstance(error, (OSError, errors.HTTPError)):
         raise ModelError(f"cannot fetch {name}: {hub_error_text(error)}") from error
     try:
         directory = _cached(name, f"cannot fetch {name}, and it was not fetched before: {hub_error_text(error)}")
@@ -119,12 +119,12 @@ def _fetched_before(name: str, error: Exception) -> Path:
 
 
 def _cached(name: str, absent: str) -> Path:
-    """The snapshot that the cache has of a name, checked. Raises ModelError, in the words of `absent`, and FormatError."""
+    """The cache's snapshot of a name, checked. Raises ModelError with the message `absent`, and FormatError."""
     repository, revision = parse_name(name)
     for file in (CONFIG_FILE, "config.json"):
-        found = hub_library().try_to_load_from_cache(repository, file, revision=revision)
-        if isinstance(found, str):
-            directory = Path(found).parent
+        path = hub_library().try_to_load_from_cache(repository, file, revision=revision)
+        if isinstance(path, str):
+            directory = Path(path).parent
             choose_files(name, [path.name for path in directory.iterdir()])
             check_directory(directory)
             return directory
@@ -132,7 +132,7 @@ def _cached(name: str, absent: str) -> Path:
 
 
 def _download(name: str, commit: str, files: list[str]) -> Path:
-    """The snapshot of a commit in the hub library's cache, with all the files in it. Raises ModelError, WriteFailed."""
+    """The snapshot of a commit in the hub library's cache, with all `files`. Raises ModelError, WriteFailed."""
     hub, (repository, revision) = hub_library(), parse_name(name)
     with convert_write_errors(hub.constants.HF_HUB_CACHE):
         try:
@@ -145,13 +145,13 @@ def _download(name: str, commit: str, files: list[str]) -> Path:
                 )
             )
         except Exception as error:
-            if isinstance(error, OSError) and error.errno is not None:  # of the disk
+            if isinstance(error, OSError) and error.errno is not None:  # an error of the disk
                 raise
             raise ModelError(f"cannot fetch {name} whole: {hub_error_text(error)} Run again to go on.") from error
         absent = [file for file in files if not (directory / file).is_file()]
-        if absent:  # the hub library goes on with what is there when it loses the hub
+        if absent:  # the hub library returns an incomplete snapshot when the connection is lost
             raise ModelError(f"cannot fetch {name} whole: {absent[0]} did not come. Run again to go on.")
         reference = directory.parent.parent / "refs" / revision
         if revision != commit and not (reference.is_file() and reference.read_text() == commit):
-            write_text(reference, commit)  # as the library does where it looks a branch up itself
+            write_text(reference, commit)  # as the library does when it looks up a branch itself
     return directory

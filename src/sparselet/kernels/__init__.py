@@ -12,7 +12,7 @@ from sparselet.kernels.choice import choose, writes_in_one_pass
 from sparselet.kernels.reference import all_finite, as_tiles, gather, selected, tile_entries, tile_sum, weight_gradient, write
 from sparselet.kernels.select import digit_counts, digit_of_rank, kth_largest, number_of
 
-TRITON = "sparselet.kernels.triton"  # imported when it is used: triton may not be there
+TRITON = "sparselet.kernels.triton"  # imported when used: triton may not be installed
 
 __all__ = [
     "add_and_write",
@@ -36,9 +36,9 @@ __all__ = [
 def masked_weight_gradient(
     x: Tensor, grad_output: Tensor, blocks: Tensor, block_size: int = 1, transposed: bool = False
 ) -> Tensor:
-    """`reference.masked_weight_gradient`, by the version that is fastest (`choice.choose`). blocks: ascending."""
-    inside, outside = x.shape[-1], grad_output.shape[-1]
-    shape = (inside, outside) if transposed else (outside, inside)
+    """`reference.masked_weight_gradient`, by the fastest version (`choice.choose`). blocks: ascending."""
+    inputs, outputs = x.shape[-1], grad_output.shape[-1]
+    shape = (inputs, outputs) if transposed else (outputs, inputs)
     chosen = choose(shape, math.prod(x.shape[:-1]), len(blocks), block_size, x.device)
     if chosen == "triton":
         triton = importlib.import_module(TRITON)
@@ -50,7 +50,7 @@ def masked_weight_gradient(
 
 
 def add_and_write(weight: Tensor, blocks: Tensor, displaced: Tensor, values: Tensor, block_size: int = 1) -> None:
-    """`reference.add_and_write`, in one pass where Triton was chosen (`choice.writes_in_one_pass`)."""
+    """`reference.add_and_write`, in one pass if Triton is chosen (`choice.writes_in_one_pass`)."""
     version = importlib.import_module(TRITON) if writes_in_one_pass(weight.device) else reference
     version.add_and_write(weight, blocks, displaced, values, block_size)
 

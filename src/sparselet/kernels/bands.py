@@ -1,8 +1,8 @@
-"""The masked weight gradient by bands of rows: a product for each band, with none but the columns that the mask has there.
+"""The masked weight gradient by bands of rows: one product per band, with the columns that the mask selects in the band.
 
-For tiles a band is one row of tiles, and nothing is computed in vain: density · the work of the dense product. For entries a
-band is `HEIGHT` rows, which together touch 1 − (1 − density)^HEIGHT of the columns: little only where the density is low.
-Nothing of the weight's size is made.
+For tiles a band is one row of tiles, and every computed entry is needed: density · the work of the dense product. For entries a
+band is `HEIGHT` rows, which together select 1 − (1 − density)^HEIGHT of the columns: few only at a low density. No tensor of
+the weight's size is created.
 """
 
 import torch
@@ -53,7 +53,7 @@ def _entries(rows: Tensor, columns: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _bands(blocks: Tensor, size: int) -> list[tuple[int, int, int]]:
-    """Each band of `size` blocks that has some: its number, and where its blocks begin and end."""
+    """The bands of `size` blocks that hold any: number of the band, first and last + 1 of its `blocks`."""
     present, counts = torch.unique_consecutive(blocks // size, return_counts=True)
     ends = counts.cumsum(0).tolist()
     return list(zip(present.tolist(), [0, *ends[:-1]], ends, strict=True))

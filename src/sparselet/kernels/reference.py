@@ -61,7 +61,7 @@ def tile_sum(entries: Tensor, block_size: int) -> Tensor:
 
 
 def all_finite(numbers: Tensor) -> bool:
-    """Whether no number is NaN or infinite. A finite sum has no other terms, and is many times faster to look at."""
+    """Whether no number is NaN or infinite. A finite sum has finite terms only, and is many times faster to check."""
     return math.isfinite(numbers.sum().item()) or bool(torch.isfinite(numbers).all())
 
 
@@ -69,7 +69,7 @@ def selected(marks: Tensor) -> Tensor:
     """The places [n] at which `marks` [blocks] is not 0, ascending, int64."""
     if marks.device.type != "cpu":
         return marks.nonzero().squeeze(1)
-    return torch.from_numpy((marks.numpy() != 0).nonzero()[0])  # of bool, and numpy's: many times as fast as torch's
+    return torch.from_numpy((marks.numpy() != 0).nonzero()[0])  # numpy's, of bool: many times as fast as torch's
 
 
 def as_tiles(matrix: Tensor, block_size: int) -> Tensor:

@@ -1,12 +1,12 @@
 """Operations on masked entries as Triton kernels for CUDA; `reference` defines what they compute.
 
-Nothing here waits for the device, and equal inputs give equal bits: where the sum over tokens is split, the split depends on
-the shapes alone and the parts are added in order. Block ids are not checked against the weight. Importing this needs triton.
+No function waits for the device, and equal inputs give equal bits: if the sum over tokens is split, the split depends on the
+shapes alone and the parts are added in order. Block ids are not checked against the weight. Importing this module needs triton.
 
-Where a gradient can win, by what it must read: for W 3072×9216 and T = 2048 tokens in 16 bits, an H100 (600 TFLOP/s; 5.5 TB/s
-from its L2 cache) takes 0.23 ms for the dense product and the gather. G tiles of one row read 2·T·B·(G + 1) bytes together: at
-density 0.1 and B = 16, 0.9 GB, 0.16 ms (one by one 0.26 ms); at B = 64, 0.05 ms. Entries read 2·T bytes each, after 0.04 ms
-to transpose the inputs: 0.25 ms at density 0.01, 0.06 ms at 0.001, a gain below about 0.005 only.
+Where a gradient can be faster, by the bytes it must read: for W 3072×9216 and T = 2048 tokens in 16 bits, an H100 (600 TFLOP/s;
+5.5 TB/s from its L2 cache) takes 0.23 ms for the dense product and the gather. G tiles of one row read 2·T·B·(G + 1) bytes
+together: at density 0.1 and B = 16, 0.9 GB, 0.16 ms (one by one 0.26 ms); at B = 64, 0.05 ms. Entries read 2·T bytes each,
+after 0.04 ms to transpose the inputs: 0.25 ms at density 0.01, 0.06 ms at 0.001, a gain below about 0.005 only.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -170,7 +170,7 @@ def _entry_gradient(left, right, blocks, result, count, columns, tokens, ENTRIES
 
 
 def tile_settings(block_size: int, dtype: torch.dtype) -> dict[str, int]:
-    """How `_tile_gradient` is compiled. The inputs of three steps lie in shared memory: at most 96 KiB."""
+    """Compile-time settings of `_tile_gradient`. The inputs of three steps are in shared memory: at most 96 KiB."""
     return {
         "GROUP": {16: 4, 32: 4, 64: 2, 128: 1}[block_size],
         "STEP": 64 if dtype.itemsize == 2 else 16,
@@ -180,13 +180,13 @@ def tile_settings(block_size: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def tokens_of_a_part(programs: int, tokens: int) -> int:
-    """How many tokens one program sums, a multiple of 64: fewer where few programs would leave the device idle."""
+    """The number of tokens that one program sums, a multiple of 64: fewer if few programs would leave the device idle."""
     parts = max(1, min(ENOUGH_PROGRAMS // max(1, programs), tokens // FEWEST_TOKENS))
     return max(1, triton.cdiv(tokens, 64 * parts)) * 64
 
 
 def _as_tokens(x: Tensor, grad_output: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    """What makes W's rows and its columns, views [outer, inner, features] (from four dimensions on perhaps copies)."""
+    """The tensors that give W's rows and columns, as views [outer, inner, features] (copies for some of four dimensions)."""
     if x.shape[:-1] != grad_output.shape[:-1]:
         raise ShapeMismatch(f"x and grad_output are of the same tokens, got {list(x.shape)} and {list(grad_output.shape)}.")
     if x.dtype != grad_output.dtype or x.dtype not in GRADIENT_DTYPES:
