@@ -47,6 +47,6 @@ def hub_error_text(error: Exception) -> str:
     return f"{type(error).__name__}{': ' if lines else ''}{' '.join(lines)}."
 
 
-def http_status(error: Exception) -> int:
+def http_status(error: Any) -> int:
     """The HTTP status of the hub's answer; 0 if it did not answer."""
     return error.response.status_code if isinstance(error, hub_library().errors.HfHubHTTPError) else 0
