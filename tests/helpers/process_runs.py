@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from sparselet import MaskSchedule, SparseletConfig, freeze_masks, reselect, to_adapter
 from sparselet.training import TrainSettings, train
 from sparselet.tuner import selection, sparselet_layers
-from sparselet.tuner.distributed import first_masks
+from sparselet.tuner.distributed import broadcast_masks
 
 # The adapter's configuration, then the Trainer's arguments.
 CASES: dict[str, tuple[dict, dict]] = {
@@ -216,7 +216,7 @@ def unlike_masks(directory, processes=1):
     """Of unlike sizes too."""
     rank = dist.get_rank() if processes > 1 else 0
     masks = {"a": torch.arange(3) + rank, "b": torch.arange(2 + rank), "c": torch.arange(rank)}
-    return masks if processes == 1 else first_masks(masks, torch.device("cpu"), dist.group.WORLD)
+    return masks if processes == 1 else broadcast_masks(masks, torch.device("cpu"), dist.group.WORLD)
 
 
 def prepared(directory, processes=1, **changes):

@@ -491,7 +491,7 @@ def test_wrong_base_model_is_refused_for_a_second_adapter(saved, make_llama, wra
 
 def test_adapter_for_other_shapes_is_refused(saved, make_llama):
     _, directory = saved
-    with pytest.raises(ShapeMismatch, match=r"k_proj: the adapter was made for shape \[16, 32\], the model has \[32, 32\]"):
+    with pytest.raises(ShapeMismatch, match=r"k_proj: the adapter has shape \[16, 32\], the model has \[32, 32\]"):
         PeftModel.from_pretrained(make_llama(num_key_value_heads=4), directory)
 
 

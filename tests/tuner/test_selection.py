@@ -303,7 +303,7 @@ def test_offload_keeps_what_waits_in_cpu_memory_and_changes_nothing(make_llama, 
     from sparselet.tuner import selection
 
     moved, found = [], []
-    monkeypatch.setattr(selection, "offloaded", lambda dense: (moved.append(dense.shape), dense.cpu())[1])
+    monkeypatch.setattr(selection, "offload", lambda dense: (moved.append(dense.shape), dense.cpu())[1])
     for offload in (False, True):
         model, optimizer = start(make_llama(), scope=scope, offload=offload)
         train(model, optimizer, make_batches(3))
@@ -318,7 +318,7 @@ def test_what_comes_from_cuda_is_pinned_and_nothing_else(monkeypatch):
     from sparselet.tuner import selection
 
     dense = torch.randn(3, 4)
-    assert selection.offloaded(dense) is dense
+    assert selection.offload(dense) is dense
     asked, empty_like = [], torch.empty_like
 
     def unpinned(like, **options):
@@ -327,7 +327,7 @@ def test_what_comes_from_cuda_is_pinned_and_nothing_else(monkeypatch):
 
     monkeypatch.setattr(torch, "empty_like", unpinned)
     monkeypatch.setattr(selection, "_on_cuda", lambda tensor: True)
-    copied = selection.offloaded(dense)
+    copied = selection.offload(dense)
     assert asked == [{"device": "cpu", "pin_memory": True}]
     assert torch.equal(copied, dense)
     assert copied is not dense

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 
 from sparselet import errors
 from sparselet.errors import ConfigError, SelectionError, SparseletError, WorkerFailed
-from sparselet.tuner.distributed import wrappers
+from sparselet.tuner.distributed import ddp_wrappers
 from sparselet.tuner.weights import is_sharded
 
 T = TypeVar("T")
@@ -201,7 +201,7 @@ def selected_on(args: TrainingArguments, model: nn.Module) -> list[nn.Module]:
     """
     if args.world_size == 1:
         return [model]
-    found = wrappers(model)
+    found = ddp_wrappers(model)
     if not found:
         raise SelectionError(
             f"there are {args.world_size} processes, but no DistributedDataParallel around the model, the only way in which "

@@ -22,7 +22,7 @@ from sparselet.training.scoring import (
     with_items,
 )
 from sparselet.tuner import SparseletConfig, freeze_masks, reselect
-from sparselet.tuner.adapted import active_adapters, adapter_config, sparselet_layers
+from sparselet.tuner.adapted import active_adapters, sparselet_config, sparselet_layers
 from sparselet.tuner.distributed import group_of, rebuild, require_same_start
 from sparselet.tuner.layer import SparseletLayer
 from sparselet.tuner.selection import Loss
@@ -179,7 +179,7 @@ def _selecting(model: Any) -> tuple[SparseletConfig, dict[str, SparseletLayer]] 
     layers = sparselet_layers(model, name)
     if not any(layer.sparse_mask[name].selecting for layer in layers.values()):
         return None
-    return adapter_config(model, name), layers
+    return sparselet_config(model, name), layers
 
 
 def _selections(layers: Mapping[str, SparseletLayer], model: Any) -> int:

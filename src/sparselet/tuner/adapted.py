@@ -1,7 +1,7 @@
-"""The sparse layers of a model, whoever put them there: PEFT, `inject_adapter_in_model` or transformers' `add_adapter`.
+"""The sparse layers of a model, whether added by PEFT, `inject_adapter_in_model` or transformers' `add_adapter`.
 
-These are functions, and not methods of the tuner: PEFT hands on the attributes that a tuner lacks to the base model, so a
-method would hide the base model's attribute of that name.
+These are functions, not methods of the tuner: PEFT forwards attributes that a tuner lacks to the base model, so a method would
+hide the base model's attribute of that name.
 """
 
 from torch import nn
@@ -11,17 +11,22 @@ from sparselet.tuner.config import SparseletConfig
 from sparselet.tuner.layer import SparseletLayer
 
 
-def sparselet_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, SparseletLayer]:
-    """The adapted layers by target name, in the model's order; with `adapter_name`, those that have this adapter."""
+def layers_by_path(model: nn.Module, adapter_name: str | None = None) -> dict[str, SparseletLayer]:
+    """The adapted layers by their module path in `model`, in its order; with `adapter_name`, those that have this adapter."""
     return {
-        layer.target_name: layer
-        for layer in model.modules()
+        path: layer
+        for path, layer in model.named_modules()
         if isinstance(layer, SparseletLayer) and (adapter_name is None or adapter_name in layer.sparse_values)
     }
 
 
+def sparselet_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, SparseletLayer]:
+    """The adapted layers by target name: their path in the base model, however it is wrapped. As `layers_by_path` else."""
+    return {layer.target_name: layer for layer in layers_by_path(model, adapter_name).values()}
+
+
 def require_layers(model: nn.Module, adapter_name: str) -> dict[str, SparseletLayer]:
-    """The layers that have an adapter. Raises ArgumentError where there is none."""
+    """The layers that have an adapter. Raises ArgumentError if there is none."""
     layers = sparselet_layers(model, adapter_name)
     if not layers:
         names = sorted({name for layer in sparselet_layers(model).values() for name in layer.sparse_values})
@@ -32,7 +37,7 @@ def require_layers(model: nn.Module, adapter_name: str) -> dict[str, SparseletLa
 
 
 def active_adapters(model: nn.Module) -> list[str]:
-    """The names of the active sparse adapters. Raises ArgumentError where the model has no sparse adapter."""
+    """The names of the active sparse adapters. Raises ArgumentError if the model has no sparse adapter."""
     layers = sparselet_layers(model).values()
     if not any(layer.sparse_values for layer in layers):
         require_layers(model, "")
@@ -40,14 +45,14 @@ def active_adapters(model: nn.Module) -> list[str]:
     return [name for name in names if any(name in layer.sparse_values for layer in layers)]
 
 
-def adapter_config(model: nn.Module, adapter_name: str) -> SparseletConfig:
+def sparselet_config(model: nn.Module, adapter_name: str) -> SparseletConfig:
     """The configuration of an adapter. Raises ArgumentError for an unknown adapter."""
     return next(iter(require_layers(model, adapter_name).values())).sparse_config[adapter_name]
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The module that the target names start from, however it is wrapped; `model` itself where nothing is adapted."""
-    for name, module in model.named_modules():
-        if isinstance(module, SparseletLayer) and f".{name}".endswith(f".{module.target_name}"):
-            return model.get_submodule(name.removesuffix(module.target_name).rstrip("."))
+    """The base model inside `model`, in which the target names are module paths; `model` itself where nothing is adapted."""
+    for path, layer in layers_by_path(model).items():
+        if f".{path}".endswith(f".{layer.target_name}"):
+            return model.get_submodule(path.removesuffix(layer.target_name).rstrip("."))
     return model

@@ -1,4 +1,4 @@
-"""`SparseletConfig`: what an adapter trains, and what is recorded of it."""
+"""`SparseletConfig`: the settings of an adapter's training, and the record of a saved adapter."""
 
 import contextlib
 import enum
@@ -20,13 +20,13 @@ from sparselet.selection_settings import InitialMask, Scope, SelectionSettings, 
 
 
 class PeftMethod(enum.StrEnum):
-    """The method's name as PEFT and transformers read it: a string that has a `value`, as their own `PeftType` is."""
+    """The method's name as PEFT and transformers read it: a string with a `value`, like their own `PeftType`."""
 
     SPARSELET = METHOD
 
 
 PEFT_TYPE = PeftMethod.SPARSELET
-PICKLE = "adapter_model.bin"  # what PEFT writes with safe_serialization=False, and reads without running code
+PICKLE = "adapter_model.bin"  # what PEFT writes with safe_serialization=False, and loads without running code
 
 
 @dataclass
@@ -37,13 +37,13 @@ class SparseletConfig(PeftConfig):
     target_modules: names the target layers end in, or one regular expression for their full names, or "all-linear"; by
         default the query, key and value projections of the language model, found by architecture.
     exclude_modules: the same, for layers to leave out.
-    layers_to_transform: indices of the layers to adapt; all by default. Not with a regular expression, which says it itself.
-    layers_pattern: the name of the module list that these indices number, where a model has several.
+    layers_to_transform: indices of the layers to adapt; all by default. Not together with a regular expression.
+    layers_pattern: the name of the module list that these indices count, where a model has several.
     modules_to_save: modules to train and save in full, such as a new classification head.
 
-    The remaining fields record a saved adapter (docs/format.md) and are not set by hand; where they are set, they alone say
-    which layers are changed. Raises DensityOutOfRange, BlockSizeError, UnknownScore, ConfigError; for the configuration of a
-    saved adapter what `SparseAdapter.load` raises.
+    The remaining fields record a saved adapter (docs/format.md) and are not set by hand; where they are set, `targets` alone
+    decides which layers are changed. Raises DensityOutOfRange, BlockSizeError, UnknownScore, ConfigError; for the configuration
+    of a saved adapter what `SparseAdapter.load` raises.
     """
 
     density: float = SelectionSettings.density
@@ -75,7 +75,7 @@ class SparseletConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = PEFT_TYPE
-        # What belongs in the next saved file beside the fields above; see `save_pretrained`.
+        # Further fields of the next saved file; see `save_pretrained`.
         self._record: dict[str, Any] = {}
         saved = self.targets is not None or self.format_version is not None
         if saved:
@@ -83,14 +83,14 @@ class SparseletConfig(PeftConfig):
         super().__post_init__()
         if isinstance(self.target_modules, (list, tuple, set)):
             self.target_modules = sorted(self.target_modules)
-        if not saved:  # a saved adapter may have been merged, with any density at all
+        if not saved:  # a saved adapter may be a merge, of any density
             self.validate()
-        elif isinstance(self.target_modules, str):  # an expression from a file is never matched
+        elif isinstance(self.target_modules, str):  # regular expressions from a file are not evaluated
             self.target_modules = sorted(self.targets or {})
 
     def validate(self) -> None:
-        """Check the settings of training."""
-        _ = self.selection  # checks its values
+        """Check the settings of training. Raises what `SelectionSettings` raises, and ConfigError."""
+        _ = self.selection  # raises for a value out of range
         pattern = isinstance(self.target_modules, str) and self.target_modules.lower() != ALL_LINEAR
         if pattern and (self.layers_to_transform is not None or self.layers_pattern):
             raise ConfigError(
@@ -98,7 +98,7 @@ class SparseletConfig(PeftConfig):
                 "full names. Put the layers' numbers into the expression, or give a list of names."
             )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError("layers_pattern says where layers are numbered; set layers_to_transform too.")
+            raise ConfigError("layers_pattern names the list that layers_to_transform counts in; set layers_to_transform too.")
 
     @property
     def selection(self) -> SelectionSettings:
@@ -107,10 +107,10 @@ class SparseletConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> PeftConfig:
-        """Read a saved configuration, and check the weights beside it, as PEFT does before it loads an adapter.
+        """Read a saved configuration and check the weights beside it. PEFT calls this before it loads an adapter.
 
-        A directory or repository on the hub. Raises what `SparseAdapter.load` raises, but for what only a tensor's entries
-        tell; PEFT's ValueError where there is no configuration.
+        A directory or a repository on the hub. Raises what `SparseAdapter.load` raises, except for the checks of a tensor's
+        entries; PEFT's ValueError where there is no configuration.
         """
         directory = Path(pretrained_model_name_or_path, subfolder or "")
         if (directory / CONFIG_FILE).is_file():
@@ -119,16 +119,17 @@ class SparseletConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, SparseletConfig) and config.targets is not None:
             options, _, _ = cls._split_kwargs(kwargs)
-            with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError, OSError):  # of which PEFT tells next
+            # PEFT reports these errors when it loads the weights.
+            with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError, OSError):
                 file = hf_hub_download(pretrained_model_name_or_path, WEIGHTS_FILE, subfolder=subfolder, **options)
                 _check_saved(Path(file).parent)
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON can hold them."""
+        """All fields, as JSON values."""
         fields = super().to_dict()
         if self.training is None:
-            del fields["training"]  # of what `train` does by default there is nothing to tell
+            del fields["training"]  # the default of `train` needs no record
         return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -136,18 +137,18 @@ class SparseletConfig(PeftConfig):
         content = {**self.to_dict(), **self._record}
         if kwargs.get("auto_mapping_dict") is not None:
             content["auto_mapping"] = kwargs["auto_mapping_dict"]
-        if self._record and "auto_mapping_dict" in kwargs:  # from PEFT, which has just written the weights
-            added = unnamed_modules(Path(save_directory), content)  # embeddings, where they were resized
+        if self._record and "auto_mapping_dict" in kwargs:  # called by PEFT, after it has written the weights
+            added = unnamed_modules(Path(save_directory), content)  # resized embeddings
             content["modules_to_save"] = sorted({*(content["modules_to_save"] or []), *added}) or None
         write_json(f"{save_directory}/{CONFIG_FILE}", content)
 
 
 def _check_saved(directory: Path) -> None:
-    """Check an adapter's files; a configuration that was saved by itself passes, and weights that PEFT has pickled."""
+    """Check an adapter's files, except for a configuration without weights and for weights that PEFT has pickled."""
     content = read_object(directory / CONFIG_FILE)
     weights = (directory / WEIGHTS_FILE).exists()
     if content.get("peft_type") != METHOD or not (weights or (content.get("targets") and not (directory / PICKLE).exists())):
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnfinishedAdapterWarning)  # training may go on from it
+        warnings.simplefilter("ignore", UnfinishedAdapterWarning)  # its training may be continued
         AdapterFile(directory)

@@ -1,13 +1,13 @@
-"""The PEFT tuner: puts `SparseletLayer`s into a model, and moves adapters between files and layers."""
+"""The PEFT tuner: adds `SparseletLayer`s to a model, and saves and loads their adapters."""
 
 import contextlib
 import importlib.metadata
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
@@ -18,14 +18,14 @@ from sparselet.adapter_format import INDICES, PENDING, PROGRESS, VALUES
 from sparselet.delta import check_block_size
 from sparselet.errors import ArgumentError, NoTargets, SparseletError, UnknownTarget
 from sparselet.names import base_name
-from sparselet.tuner.adapted import adapter_config, base_model, require_layers, sparselet_layers
+from sparselet.tuner.adapted import base_model, layers_by_path, require_layers, sparselet_config, sparselet_layers
 from sparselet.tuner.config import PEFT_TYPE, SparseletConfig
 from sparselet.tuner.layer import SparseletLayer, SparseletLinear
 from sparselet.tuner.resident import leased
 from sparselet.tuner.state import is_unread, load_target, module_keys, read_state
 from sparselet.tuner.targets import default_targets, describe_linear_layers, is_linear
 
-TRL_REFERENCE = "ref"  # what TRL calls the adapter that it adds as a reference
+TRL_REFERENCE = "ref"  # the name of the reference adapter that TRL adds
 
 
 class UnselectedMaskWarning(UserWarning):
@@ -35,13 +35,13 @@ class UnselectedMaskWarning(UserWarning):
 class SparseletModel(BaseTuner):
     """A base model with sparse adapters in its target layers; made by `peft.get_peft_model(model, SparseletConfig())`.
 
-    A pass runs at the base weights plus the active adapters' changes, built one target at a time (`effective`); the model's own
+    A pass uses the base weights plus the active adapters' changes, built one target at a time (`effective`); the model's own
     weights stay the base model's.
     """
 
     prefix = "sparse_"
     tuner_layer_cls = SparseletLayer
-    target_module_mapping = {}  # noqa: RUF012 (PEFT declares it so; the targets are found in the model instead)
+    target_module_mapping = {}  # noqa: RUF012 (PEFT declares it so; `default_targets` finds the targets)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> SparseletConfig:
         assert isinstance(peft_config, SparseletConfig)
@@ -51,12 +51,12 @@ class SparseletModel(BaseTuner):
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter to the model. Raises NoTargets where no layer matches, UnknownTarget for one it lacks."""
+        """Add an adapter to the model. Raises NoTargets if no layer matches, UnknownTarget for a target it does not have."""
         config = cast(SparseletConfig, self.peft_config[adapter_name])
-        lacking = sorted(set(config.targets or {}) - {base_name(key) for key, _ in model.named_modules()})
-        if lacking:
-            raise UnknownTarget(f"the model has no layer {lacking[0]}, which the adapter changes ({len(lacking)} such).")
-        # All targets are checked before the first is replaced, so that a refusal leaves the model as it was.
+        missing = sorted(set(config.targets or {}) - {base_name(key) for key, _ in model.named_modules()})
+        if missing:
+            raise UnknownTarget(f"the model has no layer {missing[0]}, which the adapter changes ({len(missing)} such).")
+        # All targets are checked before the first is replaced, so that an error leaves the model unchanged.
         config = self._prepare_adapter_config(config, {})
         inner = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         for key, module in model.named_modules():
@@ -100,8 +100,8 @@ class SparseletModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter everywhere; if it was active, the base weights come back bit for bit."""
-        # PEFT passes over every module whose name contains the prefix, such as Mixtral's `block_sparse_moe`.
+        """Remove an adapter from all layers; if it was merged, the base weights are restored bit for bit."""
+        # PEFT skips every module whose name contains the prefix, such as Mixtral's `block_sparse_moe`.
         self.prefix = f"{SparseletModel.prefix}values."
         try:
             super().delete_adapter(adapter_name)
@@ -109,7 +109,7 @@ class SparseletModel(BaseTuner):
             del self.prefix
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Write adapters into the weights until `unmerge_adapter`. safe_merge: NonFiniteValue, before anything is merged."""
+        """Write adapters into the weights until `unmerge_adapter`. safe_merge: raise NonFiniteValue before any is merged."""
         if safe_merge:
             _require_finite_merge(self.model, adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
@@ -127,7 +127,7 @@ class SparseletModel(BaseTuner):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # Without this, PEFT would drop adapter_names silently.
+        # PEFT itself would ignore adapter_names.
         if kwargs.get("adapter_names") is not None:
             raise ArgumentError(
                 "adapter_names is not supported: all rows of a batch see the weights of the active adapters. Group the rows by "
@@ -147,13 +147,13 @@ class SparseletModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """The adapter's tensors as the file holds them; also notes in the config what the file must record."""
+        """The adapter's tensors by their names in the file; also adds the record of the targets to `config`."""
         assert isinstance(config, SparseletConfig)
         tensors: dict[str, Tensor] = {}
-        layers = _named_layers(model, adapter_name)
+        layers = layers_by_path(model, adapter_name)
         unselected = [name for name, layer in layers.items() if not layer.sparse_mask[adapter_name].selections]
-        for name, layer in layers.items():
-            key = base_name(name)
+        for path, layer in layers.items():
+            key = base_name(path)
             state, delta = layer.sparse_mask[adapter_name], layer.delta(adapter_name)
             require_finite(delta.values, layer.target_name)
             tensors[f"{key}{VALUES}.{adapter_name}"] = delta.values
@@ -170,39 +170,40 @@ class SparseletModel(BaseTuner):
                 UnselectedMaskWarning,
                 stacklevel=4,
             )
-        config._record.update(record(layers.values()))
+        config._record.update(record_of_targets(layers.values()))
         return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Give each layer the mask that the file holds, and return the values under the model's names.
+        """Set each layer's mask from the file, and return the values under the model's names.
 
-        Tensors of `modules_to_save` pass, any other is refused. An adapter that was added for a file that is refused goes.
+        Tensors of `modules_to_save` are returned as they are, other tensors are refused. On an error, an adapter that was added
+        for this file is removed.
         Raises UnknownTarget, UnknownTensor, MissingTensor, ShapeMismatch, WrongBase, and a FormatError for wrong entries.
         """
         assert isinstance(config, SparseletConfig)
         try:
             read = read_state(model, config, adapter_name, state_dict)
         except SparseletError:
-            _withdraw(model, adapter_name)
+            _remove_unread(model, adapter_name)
             raise
         tensors = {key: state_dict[key] for key in module_keys(model, adapter_name) if key in state_dict}
-        for key, layer in _named_layers(model, adapter_name).items():
+        for path, layer in layers_by_path(model, adapter_name).items():
             load_target(layer, adapter_name, read[layer.target_name])
-            tensors[f"{key}{VALUES}.{adapter_name}"] = layer.sparse_values[adapter_name].detach()
-            tensors[f"{key}{INDICES}.{adapter_name}"] = layer.sparse_indices[adapter_name]
+            tensors[f"{path}{VALUES}.{adapter_name}"] = layer.sparse_values[adapter_name].detach()
+            tensors[f"{path}{INDICES}.{adapter_name}"] = layer.sparse_indices[adapter_name]
         return tensors
 
 
 def to_adapter(model: nn.Module, adapter_name: str = "default", metadata: Mapping[str, Any] | None = None) -> SparseAdapter:
     """A model's adapter as a `SparseAdapter`, with the configuration and `metadata` as its metadata.
 
-    model: anything that holds the adapter's layers. Raises ArgumentError for an unknown adapter.
+    model: any module that contains the adapter's layers. Raises ArgumentError for an unknown adapter.
     """
     layers = require_layers(model, adapter_name)
-    config = adapter_config(model, adapter_name).to_dict()
+    config = sparselet_config(model, adapter_name).to_dict()
     modules = {
         name.replace(f".modules_to_save.{adapter_name}.", "."): tensor.detach().cpu()
         for name, tensor in base_model(model).state_dict().items()
@@ -216,9 +217,8 @@ def to_adapter(model: nn.Module, adapter_name: str = "default", metadata: Mappin
     )
 
 
-def record(layers: Any) -> dict[str, Any]:
-    """What adapter_config.json says of the targets in `layers`, and the versions that made the adapter."""
-    layers = list(layers)
+def record_of_targets(layers: Collection[SparseletLayer]) -> dict[str, Any]:
+    """The fields of adapter_config.json about these targets, and the library versions."""
     shapes = {layer.target_name: layer.shape for layer in layers}
     fingerprints = {layer.target_name: layer.base_fingerprint() for layer in layers}
     return {**config_of_targets(shapes, fingerprints), "versions": versions()}
@@ -230,7 +230,7 @@ def versions() -> dict[str, str]:
 
 
 def register() -> None:
-    """Make PEFT know the method: `get_peft_model`, `PeftModel.from_pretrained` and the rest then work. Idempotent."""
+    """Register the method with PEFT, for `get_peft_model`, `PeftModel.from_pretrained` and all of its functions. Idempotent."""
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SparseletConfig  # pyright: ignore[reportArgumentType]
     PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = SparseletModel  # pyright: ignore[reportArgumentType]
     PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = SparseletModel.prefix  # pyright: ignore[reportArgumentType]
@@ -244,17 +244,17 @@ def _require_finite_merge(model: nn.Module, adapter_names: list[str] | None) -> 
 def _check_target(name: str, module: nn.Module, config: SparseletConfig) -> None:
     if not is_linear(module):
         raise ArgumentError(
-            f"{name} is a {type(module).__name__}; only nn.Linear and Conv1D with floating weights can be targets "
-            "(quantized layers cannot be changed in place)."
+            f"{name} is a {type(module).__name__}; only nn.Linear and Conv1D with floating-point weights can be targets, "
+            "not quantized layers."
         )
     if config.targets is None:
         rows, columns = cast(nn.Parameter, module.weight).shape
         check_block_size(config.block_size, (rows, columns), name)
 
 
-def _withdraw(model: nn.Module, adapter_name: str) -> None:
-    """Take out an adapter that was never read, so that the model is as it was."""
-    tuner = getattr(model, "base_model", None)
+def _remove_unread(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter whose tensors were never loaded, so that the model is as before."""
+    tuner = model.base_model if isinstance(model, PeftModel) else None
     if not isinstance(tuner, SparseletModel) or not is_unread(sparselet_layers(model, adapter_name).values(), adapter_name):
         return
     if len(tuner.peft_config) > 1:
@@ -263,23 +263,15 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
         tuner.unload()
 
 
-def _named_layers(model: nn.Module, adapter_name: str) -> dict[str, SparseletLayer]:
-    return {
-        key: module
-        for key, module in model.named_modules()
-        if isinstance(module, SparseletLayer) and adapter_name in module.sparse_values
-    }
-
-
 def _source_of_copy(layer: SparseletLayer, adapter_name: str, config: SparseletConfig) -> str | None:
-    """The adapter whose mask and values one starts with that is added by the very same configuration object.
+    """The adapter that a new adapter copies: the one with the same configuration object, or None.
 
-    TRL makes its reference so, as an adapter "ref", and then copies parameters by names that ours do not have. By the
-    configuration of an adapter that was loaded there is nothing else to start with.
+    TRL adds its reference adapter "ref" with the policy's configuration object, and then copies parameters by names that ours
+    do not have. A second adapter from the configuration of a loaded one has no other values to start from.
     """
     if adapter_name != TRL_REFERENCE and config.targets is None:
         return None
-    return next((name for name, own in layer.sparse_config.items() if own is config), None)
+    return next((name for name, existing in layer.sparse_config.items() if existing is config), None)
 
 
 def _copy_adapter(layer: SparseletLayer, source: str, name: str) -> None:
@@ -296,9 +288,9 @@ def _refuse_shared_weights(layers: Mapping[str, SparseletLayer]) -> None:
     owners: dict[int, str] = {}
     for name, layer in layers.items():
         weight = layer.get_base_layer().weight
-        other = owners.setdefault(id(weight), name)
-        if other != name:
-            raise ArgumentError(f"{name} and {other} share one weight, so they cannot both be targets; exclude one.")
+        owner = owners.setdefault(id(weight), name)
+        if owner != name:
+            raise ArgumentError(f"{name} and {owner} share one weight, so they cannot both be targets; exclude one.")
 
 
 register()

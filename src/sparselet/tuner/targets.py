@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparselet.errors import NoTargets
 
-# The children of an attention module that project to queries, keys and values, apart or fused, and who names them so.
+# Names of the query, key and value projections in an attention module, separate or fused, and models that use them.
 LAYOUTS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT, BART, Phi-2, ViT
     ("qkv_proj",),  # Phi-3
@@ -31,19 +31,19 @@ LAYOUTS: tuple[tuple[str, ...], ...] = (
     ("project_q", "project_k", "project_v"),  # CPM-Ant
     ("Wq", "Wk", "Wv"),  # CTRL
     ("q_head", "k_head", "v_head"),  # Funnel
-    ("layer_1", "layer_2"),  # XLNet's feed-forward layers: its projections are tensors of three sides, and no layers
+    ("layer_1", "layer_2"),  # XLNet's feed-forward layers: its projections are three-dimensional tensors, not layers
 )
 
-IN_ATTENTION = {("in_proj",)}  # which only counts in an attention module: Mamba's mixers have a layer of that name too
+IN_ATTENTION = {("in_proj",)}  # only in attention modules: Mamba's mixers have a layer of this name too
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is `y = x Wᵀ + b` or GPT-2's `Conv1D`, `y = x W + b`, with an ordinary floating weight."""
+    """Whether a module is `y = x Wᵀ + b` or GPT-2's `Conv1D`, `y = x W + b`, with a floating-point weight."""
     return isinstance(module, (nn.Linear, Conv1D)) and module.weight.is_floating_point()
 
 
 def default_targets(model: nn.Module, config: PeftConfig) -> list[str]:
-    """The target_modules of a configuration that leaves them open or says "all-linear", as its other fields choose them."""
+    """The target_modules for a configuration whose own are None or "all-linear", by its other fields."""
     chosen: Any = copy.copy(config)
     if chosen.target_modules is None:
         chosen.target_modules, full_names = find_qkv(model)
@@ -53,47 +53,48 @@ def default_targets(model: nn.Module, config: PeftConfig) -> list[str]:
         linear: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
         full_names = linear.target_modules
         chosen.target_modules = sorted({name.rpartition(".")[2] for name in full_names})
-    # By endings, since PEFT looks for the number of a layer only where it is not given by its full name.
+    # By endings, since PEFT checks the layer number only where target_modules has no full names.
     return sorted(name for name in full_names if check_target_module_exists(chosen, name))
 
 
 def find_qkv(model: nn.Module) -> tuple[list[str], list[str] | None]:
     """The names that the query, key and value projections end in, such as `["k_proj", "q_proj", "v_proj"]`.
 
-    A layout counts only where one module holds all of its parts and all of them are linear. Of a model of several modalities
-    the language model alone counts, since rows are text: no row reaches a vision tower, or what attends to one.
-    Returns the full names too where those endings alone would match other layers, else None.
-    Raises NoTargets, listing the linear layers there are.
+    A layout matches where one module has all of its parts and all of them are linear. In a model of several modalities only
+    the language model is searched, since rows are text: no row reaches a vision tower, or layers that attend to one.
+    Also returns the full names where those endings alone would match further layers, else None.
+    Raises NoTargets, which lists the model's linear layers.
     """
     reached = _reached_by_text(model)
-    found: dict[str, None] = {}
+    projections: dict[str, None] = {}
     for name, module in model.named_modules():
         if reached(name):
             children = dict(module.named_children())
-            layouts = [layout for layout in LAYOUTS if _holds(module, children, layout)]
-            found.update(dict.fromkeys(f"{name}.{part}".lstrip(".") for layout in layouts for part in layout))
-    if not found:
+            layouts = [layout for layout in LAYOUTS if _matches(module, children, layout)]
+            projections.update(dict.fromkeys(f"{name}.{part}".lstrip(".") for layout in layouts for part in layout))
+    if not projections:
         raise NoTargets(
             f"no query, key and value projections were found in {type(model).__name__}. Name the layers in "
             f"target_modules; its linear layers are: {describe_linear_layers(model)}."
         )
-    endings = {name.rpartition(".")[2] for name in found}
-    exact = any(name.rpartition(".")[2] in endings and not reached(name) for name, _ in model.named_modules())
-    return sorted(endings), sorted(found) if exact else None
+    endings = {name.rpartition(".")[2] for name in projections}
+    ambiguous = any(name.rpartition(".")[2] in endings and not reached(name) for name, _ in model.named_modules())
+    return sorted(endings), sorted(projections) if ambiguous else None
 
 
-def _holds(module: nn.Module, children: Mapping[str, nn.Module], layout: tuple[str, ...]) -> bool:
+def _matches(module: nn.Module, children: Mapping[str, nn.Module], layout: tuple[str, ...]) -> bool:
     if layout in IN_ATTENTION and "ttention" not in type(module).__name__:
         return False
     parts = [children.get(name) for name in layout]
-    return all(part is not None and is_linear(getattr(part, "base_layer", part)) for part in parts)
+    bases = [part.get_base_layer() if isinstance(part, BaseTunerLayer) else part for part in parts]
+    return all(base is not None and is_linear(base) for base in bases)
 
 
 def _reached_by_text(model: nn.Module) -> Callable[[str], bool]:
-    """Whether rows of text alone reach the layer of a name."""
-    config = getattr(model, "config", None)
-    if not isinstance(model, PreTrainedModel) or not isinstance(config, PreTrainedConfig):
+    """A function of a layer's name: whether rows of text reach that layer."""
+    if not isinstance(model, PreTrainedModel) or not isinstance(model.config, PreTrainedConfig):
         return lambda name: True
+    config = model.config
     text = config.get_text_config()
     parts = {f"{name}.": part for name, part in model.named_modules() if name and isinstance(part, PreTrainedModel)}
     language = tuple(name for name, part in parts.items() if part.config is text and text is not config)
