@@ -35,7 +35,7 @@ class SparseletConfig(PeftConfig):
 
     density to seed: the settings of mask selection; `SelectionSettings` explains them.
     target_modules: names the target layers end in, or one regular expression for their full names, or "all-linear"; by
-        default the query, key and value projections of the language model, found by architecture.
+        default the query, key and value projections of the language model (`default_targets`).
     exclude_modules: the same, for layers to leave out.
     layers_to_transform: indices of the layers to adapt; all by default. Not together with a regular expression.
     layers_pattern: the name of the module list that these indices count, where a model has several.

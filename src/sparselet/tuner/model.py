@@ -33,7 +33,7 @@ class UnselectedMaskWarning(UserWarning):
 
 
 class SparseletModel(BaseTuner):
-    """A base model with sparse adapters in its target layers; made by `peft.get_peft_model(model, SparseletConfig())`.
+    """A base model with sparse adapters in its target layers, constructed by `peft.get_peft_model(model, SparseletConfig())`.
 
     A pass uses the base weights plus the active adapters' changes, built one target at a time (`effective`); the model's own
     weights stay the base model's.
