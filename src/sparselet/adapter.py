@@ -30,12 +30,7 @@ from sparselet.adapter_format import (
 )
 from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.delta import SparseDelta
-from sparselet.errors import (
-    BadDtype,
-    MissingFile,
-    NonFiniteValue,
-    SparseletError,
-)
+from sparselet.errors import BadDtype, MissingFile, NonFiniteValue, prefix_errors
 from sparselet.expert import Expert, ExpertOrDeltas
 from sparselet.io.atomic import atomic_directory, atomic_write, replaced_directory
 from sparselet.io.json_files import json_bytes, read_object
@@ -53,7 +48,7 @@ class SparseAdapter(Mapping[str, SparseDelta]):
 
     A target's name is that of its module in the base model, such as `model.layers.0.self_attn.q_proj`.
 
-    metadata: what adapter_config.json says beside the deltas; its JSON fields are taken as well.
+    metadata: what adapter_config.json says beside the deltas; a mapping of its fields is accepted too.
     fingerprints: the base model's, by target (`sparselet.fingerprint`); absent ones are not checked.
     modules: tensors of `modules_to_save`, trained in full, by their name in the base model.
 
@@ -202,15 +197,9 @@ class AdapterFile(Mapping[str, SparseDelta]):
 
     def __getitem__(self, name: str) -> SparseDelta:
         shape = self.shapes[name]
-        try:
-            delta = SparseDelta(
-                shape,
-                self._file.read(PREFIX + name + INDICES),
-                self._file.read(PREFIX + name + VALUES),
-                self._block_size(name),
-            )
-        except SparseletError as error:
-            raise type(error)(f"{self._weights}: {name}: {error}") from error
+        with prefix_errors(f"{self._weights}: {name}"):
+            indices, values = (self._file.read(PREFIX + name + suffix) for suffix in (INDICES, VALUES))
+            delta = SparseDelta(shape, indices, values, self._block_size(name))
         require_finite(delta.values, f"{self._weights}: {name}")
         return delta
 

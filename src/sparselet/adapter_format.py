@@ -3,7 +3,7 @@
 `SparseAdapter.load` and loading through PEFT make the same checks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from sparselet.errors import (
     BadDtype,
     BadShape,
     MissingTensor,
-    SparseletError,
     UnknownTensor,
     UnsafePath,
     UnsupportedVersion,
+    prefix_errors,
 )
 from sparselet.io.tensor_files import SAFETENSORS_DTYPES, TensorFile
 
@@ -55,33 +55,28 @@ def check_config(config: Mapping[str, Any], where: str) -> tuple[dict[str, tuple
     shapes: dict[str, tuple[int, int]] = {}
     fingerprints: dict[str, dict[str, str] | None] = {}
     for name in sorted(targets):
-        try:
+        with prefix_errors(f"{where}: target {name}"):
             check_target_name(name)
             shapes[name], fingerprints[name] = _read_target(targets[name])
-        except SparseletError as error:
-            raise type(error)(f"{where}: target {name}: {error}") from error
-    names = (_is_names, "a name, a list of names or null")
-    rules = {
-        "modules_to_save": (_is_list, "a list of names or null"),
-        "target_modules": names,
-        "exclude_modules": names,
-        "layers_pattern": names,
-        "base_model_name_or_path": (_is_text, "a name, a path or null"),
-        "revision": (_is_text, "a revision or null"),
-        "task_type": (TASK_TYPES.__contains__, f"null or one of {', '.join(TASK_TYPES)}"),
-        "inference_mode": (_is_flag, "true or false"),
-        "auto_mapping": (_is_mapping, "an object of names or null"),
-        "task": (_is_text, "text or null"),
-        "data_fingerprint": (_is_text, "text or null"),
-        "chat_template": (_is_flag, "true, false or null"),
-        "metrics": (_is_object, "an object or null"),
-        "merge": (_is_merge, "an object with a list of experts, or null"),
-    }
-    for field, (holds, expected) in rules.items():
+    for field, (holds, expected) in _FIELD_RULES.items():
         value = config.get(field)
         if value is not None and not holds(value):
             raise BadConfig(f"{where}: {field} is {value!r:.80}; expected {expected}.")
     return shapes, fingerprints
+
+
+def _is_object(value: Any, kind: type = object) -> bool:
+    """Whether a value is an object whose values are all of one type."""
+    return isinstance(value, dict) and all(isinstance(part, kind) for part in value.values())
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(isinstance(name, str) and name for name in value)
+
+
+def _is_merge(value: Any) -> bool:
+    experts = value.get("experts", []) if isinstance(value, dict) else None
+    return isinstance(experts, list) and all(map(_is_object, experts))
 
 
 def _is_text(value: Any) -> bool:
@@ -92,31 +87,30 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple, set)) and all(isinstance(name, str) and name for name in value)
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, str) or _is_list(value)
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_merge(value: Any) -> bool:
-    return _is_object(value) and isinstance(value.get("experts", []), list) and all(map(_is_object, value.get("experts", [])))
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(name, str) for name in value.values())
+_NAMES_RULE = (lambda value: isinstance(value, str) or _is_names(value), "a name, a list of names or null")
+_FIELD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "modules_to_save": (_is_names, "a list of names or null"),
+    "target_modules": _NAMES_RULE,
+    "exclude_modules": _NAMES_RULE,
+    "layers_pattern": _NAMES_RULE,
+    "base_model_name_or_path": (_is_text, "a name, a path or null"),
+    "revision": (_is_text, "a revision or null"),
+    "task_type": (TASK_TYPES.__contains__, f"null or one of {', '.join(TASK_TYPES)}"),
+    "inference_mode": (_is_flag, "true or false"),
+    "auto_mapping": (lambda value: _is_object(value, str), "an object of names or null"),
+    "task": (_is_text, "text or null"),
+    "data_fingerprint": (_is_text, "text or null"),
+    "chat_template": (_is_flag, "true, false or null"),
+    "metrics": (_is_object, "an object or null"),
+    "merge": (_is_merge, "an object with a list of experts, or null"),
+}
 
 
 def _read_target(record: Any) -> tuple[tuple[int, int], dict[str, str] | None]:
     if not isinstance(record, dict) or not isinstance(record.get("shape"), list):
         raise BadConfig(f"expected an object with a shape, got {record!r:.80}.")
     fingerprint, keys = record.get("fingerprint"), ("dtype", "sample", "signs")
-    if fingerprint is not None and not (_is_object(fingerprint) and all(_is_text(fingerprint.get(key)) for key in keys)):
+    if fingerprint is not None and not (_is_object(fingerprint) and all(map(_is_text, map(fingerprint.get, keys)))):
         raise BadConfig(f"fingerprint is {fingerprint!r:.80}; expected {', '.join(keys)}, or null.")
     return check_shape(tuple(record["shape"])), fingerprint
 

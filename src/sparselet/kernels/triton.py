@@ -145,9 +145,9 @@ def _tile_gradient(
                 token = t + tl.arange(0, STEP)
                 left_tokens = _token_offsets(token, inner, left_outer, left_inner, NESTED)
                 right_tokens = _token_offsets(token, inner, right_outer, right_inner, NESTED)
-                here = token < stop
-                a = tl.load(left_features[:, None] + left_tokens[None, :], mask=here[None, :], other=0.0)
-                b = tl.load(right_features[None, :] + right_tokens[:, None], mask=here[:, None] & mine[None, :], other=0.0)
+                inside = token < stop
+                a = tl.load(left_features[:, None] + left_tokens[None, :], mask=inside[None, :], other=0.0)
+                b = tl.load(right_features[None, :] + right_tokens[:, None], mask=inside[:, None] & mine[None, :], other=0.0)
                 total = tl.dot(a, b, total, input_precision="ieee")
             tl.store(tiles[None, :] + down[:, None] * B, total.to(result.dtype.element_ty), mask=mine[None, :])
 
