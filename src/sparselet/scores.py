@@ -73,34 +73,22 @@ def mcs(values: Tensor, gradient: Tensor, block_size: int) -> Tensor:
 
 
 def mcs_neg(values: Tensor, gradient: Tensor, block_size: int) -> Tensor:
-    """−Ŵ·g, mcs with the opposite sign.
-
-    Prefers entries that still move in the direction in which they have moved. Our variant of Eq. 2.
-    """
+    """−Ŵ·g, mcs with the opposite sign: entries that still move in the direction in which they have moved."""
     return tile_sum(-(values * gradient), block_size)
 
 
 def cs(values: Tensor, gradient: Tensor, block_size: int) -> Tensor:
-    """|Ŵ·g|, connection sensitivity (SNIP, Lee et al. 2018).
-
-    Paper, Eq. 1.
-    """
+    """|Ŵ·g|, connection sensitivity (SNIP, Lee et al. 2018; paper, Eq. 1)."""
     return tile_sum((values * gradient).abs(), block_size)
 
 
 def gm(gradient: Tensor, block_size: int) -> Tensor:
-    """|g|, gradient magnitude.
-
-    Paper, Section 4.2.
-    """
+    """|g|, gradient magnitude (paper, Section 4.2)."""
     return tile_sum(gradient.abs(), block_size)
 
 
 def wm(values: Tensor, block_size: int) -> Tensor:
-    """|Ŵ|, weight magnitude.
-
-    Paper, Section 4.2.
-    """
+    """|Ŵ|, weight magnitude (paper, Section 4.2)."""
     return tile_sum(values.abs(), block_size)
 
 
@@ -126,12 +114,9 @@ def gd(values: Tensor, gradient: Tensor, block_size: int, kept: int, mask: Tenso
 
 
 def random(gradient: Tensor, block_size: int, generator: torch.Generator) -> Tensor:
-    """A uniform random number, the baseline.
-
-    Drawn on the CPU, so that all devices choose the same mask.
-    """
-    blocks = gradient.numel() // block_size**2
-    return torch.rand(blocks, generator=generator).to(gradient.device)
+    """A uniform random number, the baseline."""
+    # On the CPU, so that all devices choose the same mask.
+    return torch.rand(gradient.numel() // block_size**2, generator=generator).to(gradient.device)
 
 
 SCORES: dict[str, Score] = {

@@ -11,8 +11,6 @@ from sparselet.setting_checks import check_at_least, check_seed, check_settings
 Scope = Literal["target", "global"]
 InitialMask = Literal["dense", "gradient", "random"]
 
-DEFAULT_INTERVAL = 100  # optimizer steps (paper, Appendix)
-
 
 @dataclass(frozen=True)
 class SelectionSettings:
@@ -62,13 +60,10 @@ class SelectionSettings:
 
     @property
     def interval(self) -> int:
-        """Optimizer steps between selections, with the default of `reselect_every`; 0 selects once.
-
-        The default is 100, or 0 where the initial mask is not dense and the score cannot rank entries that were never trained.
-        """
+        """`reselect_every`, or its default: 100, or 0 where the score cannot rank the untrained entries of a sparse start."""
         if self.reselect_every is not None:
             return self.reselect_every
-        return DEFAULT_INTERVAL if self.initial_mask == "dense" or get_score(self.score).ranks_untrained else 0
+        return 100 if self.initial_mask == "dense" or get_score(self.score).ranks_untrained else 0
 
 
 def selection_values(settings: Any) -> dict[str, Any]:
