@@ -1,6 +1,7 @@
-"""What each method of `train` makes trainable, and what it writes: the sparse expert, and the paper's baselines.
+"""The methods of `train`: the sparse expert and the paper's baselines.
 
-A method is a context manager. Within it the model is ready to be trained; after it, the model is as it was.
+A method is a context manager and a line in TRAIN_METHODS. Within the block the model can be trained; after it, the model is
+as it was before.
 """
 
 import contextlib
@@ -8,9 +9,9 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import safetensors.torch
 import torch
@@ -30,10 +31,9 @@ from sparselet.generation.prompts import PromptFormat, end_tokens
 from sparselet.io.atomic import atomic_write
 from sparselet.io.json_files import write_json
 from sparselet.names import Names, refuse_shared
-from sparselet.selection_settings import selection_values
+from sparselet.selection_settings import SelectionSettings
 from sparselet.training.sampling import balanced_rows
 from sparselet.training.schedule import MaskSchedule
-from sparselet.training.settings import TrainSettings
 from sparselet.tuner import SparseletConfig, sparselet_layers, to_adapter
 from sparselet.tuner.model import versions
 from sparselet.tuner.targets import default_targets, describe_linear_layers, is_linear
@@ -43,19 +43,18 @@ ADAPTER = "default"  # PEFT's name for the only adapter
 
 @dataclass(frozen=True)
 class TrainContext:
-    """What a method works on.
+    """What a method trains.
 
-    form: how the model is asked, and where its answers end. start: the adapter that a second stage starts from; it fits the
-    model. sizes: training rows of each task.
-    keep: whether the model must be given back with its own weights.
+    form: the prompt format. config: the settings of masks and targets, seed and data fingerprint. initial: the adapter that a
+    second stage starts from; it fits the model. sizes: training rows of each task. keep: the model must have its own weights
+    again afterwards.
     """
 
     model: PreTrainedModel
     form: PromptFormat
-    settings: TrainSettings
-    start: SparseAdapter | None
+    config: SparseletConfig
+    initial: SparseAdapter | None
     sizes: Sequence[int]
-    data_fingerprint: str
     keep: bool
 
 
@@ -63,8 +62,8 @@ class TrainContext:
 class TrainableModel:
     """A model that can be trained.
 
-    module: what the Trainer trains. write: writes what was trained into a directory, given its metadata, and returns it if
-    it is a sparse adapter. autocast: the dtype to compute in, where it is not that of the weights.
+    module: what the Trainer trains. write: writes the result into a directory, given its metadata, and returns it if it is a
+    sparse adapter. autocast: the dtype to compute in, if it differs from that of the weights.
     """
 
     module: nn.Module
@@ -73,25 +72,51 @@ class TrainableModel:
     autocast: torch.dtype | None = None
 
 
+@dataclass(frozen=True)
+class TrainMethod:
+    """One training method.
+
+    prepare: a context manager that takes a TrainContext, and the settings `parameters` by keyword.
+    trains, writes: descriptions, for help and documentation.
+    settings: the settings of TrainSettings that this method takes and some other does not.
+    initial: what a second stage trains: the entries of the initial adapter, weights of the model with the adapter added, or
+        nothing, where the method cannot start from an adapter.
+    min_tasks: the smallest number of tasks. float16: whether the base model may be in float16.
+    """
+
+    prepare: Callable[..., AbstractContextManager[TrainableModel]]
+    trains: str
+    writes: str
+    settings: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    initial: Literal["entries", "weights"] | None = "weights"
+    min_tasks: int = 1
+    float16: bool = False
+
+
 @contextlib.contextmanager
 def sparse(context: TrainContext) -> Iterator[TrainableModel]:
-    """A sparse expert. In a second stage the entries of the first are trained on, with no selection."""
-    schedule = MaskSchedule(rows=_balanced(context) if len(context.sizes) > 1 else None)
-    wrapped = _wrapped(context.model, sparse_config(context))
+    """A sparse expert. A second stage trains the entries of the initial adapter, without selection."""
+    config, initial = copy.copy(context.config), context.initial
+    if initial is not None:  # as of a saved adapter: these targets, no selection
+        config.targets = {name: {"shape": list(delta.shape)} for name, delta in initial.items()}
+        config.target_modules = sorted(initial)
+
+    def epoch_rows(step: int) -> Sequence[int]:
+        return balanced_rows(context.sizes, config.seed, step)
+
+    schedule = MaskSchedule(rows=epoch_rows if len(context.sizes) > 1 else None)
+    wrapped = _wrap(context.model, config)
     try:
-        if context.start is not None:
-            load_initial_adapter(wrapped, context.start)
+        if initial is not None:
+            load_initial_adapter(wrapped, initial)
 
         def write(directory: Path, metadata: Mapping[str, Any]) -> SparseAdapter:
             adapter = to_adapter(wrapped, metadata=metadata)
-            if context.start is not None:  # the settings say nothing of how these masks were chosen, but the first stage does
-                own = {
-                    "task_type": adapter.metadata.task_type,
-                    "data_fingerprint": adapter.metadata.data_fingerprint,
-                    "versions": adapter.metadata.versions,
-                }
-                first_stage = replace(context.start.metadata, merge=None, nulls=context.start.metadata.nulls - {"merge"})
-                adapter = SparseAdapter(adapter, first_stage.with_fields({**own, **metadata}), adapter.fingerprints)
+            if initial is not None:  # the first stage selected the masks, so its selection settings are recorded
+                recorded = {key: vars(adapter.metadata)[key] for key in ("task_type", "data_fingerprint", "versions")}
+                first_stage = replace(initial.metadata, merge=None, nulls=initial.metadata.nulls - {"merge"})
+                adapter = SparseAdapter(adapter, first_stage.with_fields({**recorded, **metadata}), adapter.fingerprints)
             adapter.save(directory)
             return adapter
 
@@ -101,27 +126,26 @@ def sparse(context: TrainContext) -> Iterator[TrainableModel]:
 
 
 @contextlib.contextmanager
-def lora(context: TrainContext) -> Iterator[TrainableModel]:
+def lora(context: TrainContext, lora_rank: int, lora_alpha: float | None) -> Iterator[TrainableModel]:
     """PEFT's LoRA on the targets, `ΔW = alpha / rank · BA` (Hu et al. 2021); a directory that PEFT loads."""
-    settings = context.settings
-    targets = find_targets(context.model, settings)
-    config = LoraConfig(
-        task_type=_task_type(context.model),
-        r=settings.lora_rank,
-        lora_alpha=cast(int, settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha),
+    targets, config = find_targets(context.model, context.config), context.config
+    lora_config = LoraConfig(
+        task_type=config.task_type,
+        r=lora_rank,
+        lora_alpha=cast(int, lora_rank if lora_alpha is None else lora_alpha),
         lora_dropout=0.0,
         fan_in_fan_out=isinstance(context.model.get_submodule(targets[0]), Conv1D),
-        target_modules=_choice(context.model, settings).target_modules,
-        exclude_modules=list(settings.exclude_modules) or None,
-        layers_to_transform=list(settings.layers) or None,
+        target_modules=_with_default_targets(context.model, config).target_modules,
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
     )
-    wrapped = _wrapped(context.model, config)
+    wrapped = _wrap(context.model, lora_config)
 
     def write(directory: Path, metadata: Mapping[str, Any]) -> None:
-        # Not PEFT's `save_pretrained`: it orders names by the process's hash seed, and may ask the hub.
-        saved = {**config.to_dict(), "inference_mode": True}
-        saved["base_model_name_or_path"] = metadata["base_model_name_or_path"]
-        write_json(directory / CONFIG_FILE, {k: sorted(v) if isinstance(v, set) else v for k, v in saved.items()})
+        # PEFT's `save_pretrained` orders names by the process's hash seed, and may send requests to the hub.
+        content = {**lora_config.to_dict(), "inference_mode": True}
+        content["base_model_name_or_path"] = metadata["base_model_name_or_path"]
+        write_json(directory / CONFIG_FILE, {k: sorted(v) if isinstance(v, set) else v for k, v in content.items()})
         state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         _require_finite(tensors)
@@ -138,135 +162,132 @@ def lora(context: TrainContext) -> Iterator[TrainableModel]:
 def full(context: TrainContext) -> Iterator[TrainableModel]:
     """All weights, of W + ΔW in a second stage; a checkpoint, in float32.
 
-    Its generation settings know the token that answers were taught to end with.
+    Its generation settings include the end token of training.
     """
-    weights = {name: p for name, p in context.model.named_parameters() if p.is_floating_point()}
-    with _trained(context, weights, context.keep) as (_, autocast):
-        dtype, generation = context.model.config.dtype, context.model.generation_config
-        own = [] if generation is None else end_tokens(generation)
+    model, form = context.model, context.form
+    weights = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    with _trainable_weights(context, weights, context.keep) as (_, autocast):
+        dtype, generation = model.config.dtype, model.generation_config
 
         def write(directory: Path, metadata: Mapping[str, Any]) -> None:
             _require_finite(weights)
             try:
-                if generation is not None and context.form.end not in own:
-                    context.model.generation_config = copy.deepcopy(generation)
-                    context.model.generation_config.eos_token_id = sorted(context.form.ends)
-                context.model.save_pretrained(directory)
-                context.form.tokenizer.save_pretrained(directory)
+                if generation is not None and form.end not in end_tokens(generation):
+                    model.generation_config = copy.deepcopy(generation)
+                    model.generation_config.eos_token_id = sorted(form.ends)
+                model.save_pretrained(directory)
+                form.tokenizer.save_pretrained(directory)
             finally:
-                context.model.generation_config = generation
-                context.model.config.dtype = dtype  # saving sets it to that of the trained weights
+                model.generation_config = generation
+                model.config.dtype = dtype  # saving sets it to that of the trained weights
 
-        yield TrainableModel(context.model, write, autocast=autocast)
+        yield TrainableModel(model, write, autocast=autocast)
 
 
 @contextlib.contextmanager
 def full_qkv(context: TrainContext) -> Iterator[TrainableModel]:
     """All entries of the targets, of W + ΔW in a second stage; a sparse adapter of density 1, relative to the base model."""
-    weights = {name: _weight(context.model, name) for name in find_targets(context.model, context.settings)}
-    refuse_shared(Names(context.model), weights, f"method {context.settings.method}")
-    with _trained(context, {f"{name}.weight": weight for name, weight in weights.items()}, keep=True) as (before, autocast):
+    model, config, initial = context.model, context.config, context.initial
+    weights = {name: _weight(model, name) for name in find_targets(model, config)}
+    refuse_shared(Names(model), weights, "method full-qkv")
+    parameters = {f"{name}.weight": weight for name, weight in weights.items()}
+    with _trainable_weights(context, parameters, keep=True) as (before, autocast):
 
         def write(directory: Path, metadata: Mapping[str, Any]) -> SparseAdapter:
-            deltas, fingerprints = dict(context.start or {}), dict(context.start.fingerprints if context.start else {})
+            deltas, fingerprints = dict(initial or {}), dict(initial.fingerprints if initial else {})
             for name, weight in weights.items():
                 base = before[f"{name}.weight"]
                 fingerprints[name] = fingerprint_weight(base)
-                deltas[name] = _all_entries((weight.detach() - base.to(weight)).cpu())
-            described = {
-                "task_type": _task_type(context.model).value,
+                difference = (weight.detach() - base.to(weight)).cpu()
+                deltas[name] = SparseDelta.from_dense(difference, torch.ones(difference.shape, dtype=torch.bool))
+            fields = {
+                "task_type": cast(TaskType, config.task_type).value,
                 "target_modules": sorted(deltas),
                 "inference_mode": True,
-                "seed": context.settings.seed,
-                "data_fingerprint": context.data_fingerprint,
+                "seed": config.seed,
+                "data_fingerprint": config.data_fingerprint,
                 "versions": versions(),
             }
-            adapter = SparseAdapter(deltas, {**described, **metadata}, fingerprints)
+            adapter = SparseAdapter(deltas, {**fields, **metadata}, fingerprints)
             adapter.save(directory)
             return adapter
 
-        yield TrainableModel(context.model, write, autocast=autocast)
+        yield TrainableModel(model, write, autocast=autocast)
 
 
-TRAIN_METHODS: dict[str, Callable[[TrainContext], AbstractContextManager[TrainableModel]]] = {
-    "sparse": sparse,
-    "lora": lora,
-    "full": full,
-    "full-qkv": full_qkv,
-    "multitask": full,
+SELECTION = tuple(field.name for field in fields(SelectionSettings) if field.name != "seed")
+TARGETS = ("target_modules", "exclude_modules", "layers")
+LORA = ("lora_rank", "lora_alpha")
+
+TRAIN_METHODS: dict[str, TrainMethod] = {
+    "sparse": TrainMethod(
+        sparse,
+        "the masked entries of the targets",
+        "a sparse adapter",
+        settings=(*SELECTION, *TARGETS),
+        initial="entries",
+        float16=True,
+    ),
+    "lora": TrainMethod(
+        lora,
+        "PEFT's LoRA on the targets",
+        "a directory that PEFT loads",
+        settings=(*TARGETS, *LORA),
+        parameters=LORA,
+        initial=None,
+        float16=True,
+    ),
+    "full": TrainMethod(full, "all weights", "a checkpoint in float32"),
+    "full-qkv": TrainMethod(full_qkv, "all entries of the targets", "a sparse adapter of density 1", settings=TARGETS),
+    "multitask": TrainMethod(full, "all weights, on several tasks", "a checkpoint in float32", min_tasks=2),
 }
 
 
-def sparse_config(context: TrainContext) -> SparseletConfig:
-    """The tuner's configuration that a job asks for."""
-    settings, start = context.settings, context.start
-    config = SparseletConfig(
-        task_type=_task_type(context.model),
-        **selection_values(settings),
-        target_modules=list(settings.target_modules) or None,
-        exclude_modules=list(settings.exclude_modules) or None,
-        layers_to_transform=list(settings.layers) or None,
-        data_fingerprint=context.data_fingerprint,
-    )
-    if start is not None:  # as of a saved adapter: these targets, no selection
-        config.targets = {name: {"shape": list(delta.shape)} for name, delta in start.items()}
-        config.target_modules = sorted(start)
-    return config
-
-
-def _choice(model: nn.Module, settings: TrainSettings) -> SparseletConfig:
-    """A configuration with the settings' choice of layers, the defaults filled in."""
-    choice = SparseletConfig(
-        target_modules=list(settings.target_modules) or None,
-        exclude_modules=list(settings.exclude_modules) or None,
-        layers_to_transform=list(settings.layers) or None,
-    )
-    choice.target_modules = choice.target_modules or default_targets(model, choice)
-    return choice
-
-
-def find_targets(model: nn.Module, settings: TrainSettings) -> list[str]:
-    """The names of the layers that the settings choose, by the rules of PEFT's configurations.
+def find_targets(model: nn.Module, config: SparseletConfig) -> list[str]:
+    """The names of the layers that a configuration chooses, by the rules of PEFT.
 
     Raises NoTargets, and ArgumentError for a layer that is not linear.
     """
-    chosen = _choice(model, settings)
-    found = {name: module for name, module in model.named_modules() if check_target_module_exists(chosen, name)}
-    for name, module in found.items():
+    config = _with_default_targets(model, config)
+    targets = {name: module for name, module in model.named_modules() if check_target_module_exists(config, name)}
+    for name, module in targets.items():
         if not is_linear(module):
             raise ArgumentError(f"{name} is a {type(module).__name__}; only nn.Linear and Conv1D can be targets.")
-    if not found:
+    if not targets:
         raise NoTargets(
-            f"no layer is chosen by target_modules {chosen.target_modules}, exclude_modules {chosen.exclude_modules} and "
-            f"layers {chosen.layers_to_transform}. The model's linear layers are: {describe_linear_layers(model)}."
+            f"no layer is chosen by target_modules {config.target_modules}, exclude_modules {config.exclude_modules} and "
+            f"layers {config.layers_to_transform}. The model's linear layers are: {describe_linear_layers(model)}."
         )
-    return list(found)
+    return list(targets)
+
+
+def _with_default_targets(model: nn.Module, config: SparseletConfig) -> SparseletConfig:
+    """The configuration with `target_modules` set."""
+    config = copy.copy(config)
+    config.target_modules = config.target_modules or default_targets(model, config)
+    return config
 
 
 @contextlib.contextmanager
-def _trained(
+def _trainable_weights(
     context: TrainContext, parameters: Mapping[str, nn.Parameter], keep: bool
 ) -> Iterator[tuple[dict[str, Tensor], torch.dtype | None]]:
-    """Within the block these parameters require gradients, in float32 at least, and no other; a start is added to them.
+    """Within the block these parameters alone require gradients, in float32 at least; the initial adapter is added to them.
 
-    Yields the tensors they held before (if they are kept: the model gets them back then), and the dtype to compute in:
-    that of a 16-bit base, of which a small step of training would be lost in the weights themselves.
-    Raises ConfigError for a float16 base.
+    Yields the tensors they held before, if `keep`: the model has them again after the block; and the dtype to compute in,
+    bfloat16 for a base in it, whose own precision loses small steps. Raises ConfigError for a float16 base.
     """
-    model, changed = context.model, dict(parameters)
-    for name in context.start or {}:
-        changed.setdefault(f"{name}.weight", _weight(model, name))
+    model, initial = context.model, context.initial or {}
+    changed = {**{f"{name}.weight": _weight(model, name) for name in initial}, **parameters}
     narrow = {p.dtype for p in parameters.values() if p.dtype in (torch.float16, torch.bfloat16)}
     if torch.float16 in narrow:
-        raise ConfigError(
-            f"the base model is in float16, which loses gradients of method {context.settings.method}; load bfloat16."
-        )
+        raise ConfigError("the base model is in float16, in which full weights lose gradients; load it in bfloat16.")
     before = {name: p.data for name, p in changed.items()} if keep else {}
     try:
         for name, p in changed.items():
-            wide = torch.promote_types(p.dtype, torch.float32) if name in parameters else p.dtype
-            p.data = p.data.to(wide, copy=keep)
-        for name, delta in (context.start or {}).items():
+            dtype = torch.promote_types(p.dtype, torch.float32) if name in parameters else p.dtype
+            p.data = p.data.to(dtype, copy=keep)
+        for name, delta in initial.items():
             weight = _weight(model, name).data
             delta = delta.to(weight.device)
             entries = kernels.gather(weight, delta.indices, delta.block_size)
@@ -281,26 +302,18 @@ def _trained(
             changed[name].data = tensor.to(changed[name].device)
 
 
-def _wrapped(model: PreTrainedModel, config: PeftConfig) -> Any:
-    """`get_peft_model`, without the warning that PEFT draws from transformers by asking for checkpointing's former name."""
+def _wrap(model: PreTrainedModel, config: PeftConfig) -> Any:
+    """`get_peft_model`, without the warning of transformers about a former name that PEFT reads."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return get_peft_model(model, config)
 
 
-def load_initial_adapter(wrapped: nn.Module, start: SparseAdapter) -> None:
-    """Give every layer its mask and values of `start`, to be trained as they are."""
+def load_initial_adapter(wrapped: nn.Module, initial: SparseAdapter) -> None:
+    """Set the mask and values of each layer to those of `initial`, without a selection phase."""
     for name, layer in sparselet_layers(wrapped).items():
-        layer.set_mask(ADAPTER, start[name].indices, start[name].values, start[name].block_size)
+        layer.set_mask(ADAPTER, initial[name].indices, initial[name].values, initial[name].block_size)
         layer.sparse_mask[ADAPTER].selections = 1
-
-
-def _balanced(context: TrainContext) -> Callable[[int], Sequence[int]]:
-    return lambda step: balanced_rows(context.sizes, context.settings.seed, step)
-
-
-def _all_entries(dense: Tensor) -> SparseDelta:
-    return SparseDelta.from_dense(dense, torch.ones(dense.shape, dtype=torch.bool))
 
 
 def _require_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -314,7 +327,3 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
 
 def _weight(model: nn.Module, name: str) -> nn.Parameter:
     return cast(nn.Parameter, model.get_submodule(name).weight)
-
-
-def _task_type(model: Any) -> TaskType:
-    return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM

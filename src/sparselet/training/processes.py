@@ -127,7 +127,7 @@ def agreed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def naming_lost_process() -> Iterator[None]:
+def convert_lost_process() -> Iterator[None]:
     """Raise WorkerFailed for what the backend raises where another process has ended in the middle of the run."""
     try:
         yield

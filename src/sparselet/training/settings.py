@@ -1,22 +1,19 @@
-"""What a training run is told: plain data, with every default and explanation in one place."""
+"""`TrainSettings`: the settings of a training run, each with its default and its explanation."""
 
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Literal
 
 from sparselet.errors import ConfigError
 from sparselet.selection_settings import SelectionSettings
 from sparselet.setting_checks import check_at_least
+from sparselet.training.methods import TRAIN_METHODS
 
-TrainMethod = Literal["sparse", "lora", "full", "full-qkv", "multitask"]
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(TRAIN_METHODS)]
 
-SELECTION = tuple(field.name for field in fields(SelectionSettings) if field.name != "seed")
-TARGETS = ("target_modules", "exclude_modules", "layers")
-# The settings that only some methods know, and those methods.
-ONLY: dict[str, tuple[TrainMethod, ...]] = {
-    **dict.fromkeys(SELECTION, ("sparse",)),
-    **dict.fromkeys(TARGETS, ("sparse", "lora", "full-qkv")),
-    **dict.fromkeys(("lora_rank", "lora_alpha"), ("lora",)),
-}
+METHOD_HELP = "; ".join(f"{name}: {method.trains}" for name, method in TRAIN_METHODS.items())
 
 
 @dataclass(frozen=True)
@@ -27,14 +24,13 @@ class TaskSettings:
     """Base model: a hub name, a local directory, or packaged:smollm2-135m."""
     task: tuple[str, ...] | str = ""
     """Task: a directory with train, validation and test (.jsonl, .json, .parquet), builtin:NAME or a hub data set."""
-    method: TrainMethod = "sparse"
-    """A sparse expert, or a baseline: lora, full (all weights), full-qkv (all of the targets), multitask (full, many tasks)."""
+    method: MethodName = field(default="sparse", metadata={"help": f"What is trained: {METHOD_HELP}."})
     init_from: str | None = None
-    """For a second stage: an adapter whose entries are trained on, or that full methods add to the base model first."""
+    """For a second stage: an adapter whose entries are trained further, or that full methods add to the base model first."""
     input_column: str = "input"
-    """What the task's rows call the prompt, or the conversation; by default input, prompt or messages, whichever they have."""
+    """Column of the prompt or the conversation; by default the first of input, prompt and messages that the rows have."""
     target_column: str = "target"
-    """What the task's rows call the text to produce."""
+    """Column of the text to produce."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class TrainSettings(SelectionSettings, TaskSettings):
     max_input_length: int = 2048
     """Tokens of a prompt; longer ones are cut from the left."""
     chat_template: bool = True
-    """Ask through the tokenizer's chat template, where it has one."""
+    """Use the tokenizer's chat template, where it has one."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the base model; the trained values are float32."""
@@ -100,8 +96,9 @@ class TrainSettings(SelectionSettings, TaskSettings):
         if not self.warmup < 1:
             raise ConfigError(f"warmup is a fraction of the steps, below 1; got {self.warmup}.")
         for name in ("learning_rate", "epochs", "lora_alpha"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}.")
+            value = vars(self)[name]
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be above 0, got {value}.")
         if self.batch_size % self.gradient_accumulation:
             raise ConfigError(
                 f"batch_size {self.batch_size} cannot be divided into {self.gradient_accumulation} accumulation steps."
@@ -114,28 +111,26 @@ class TrainSettings(SelectionSettings, TaskSettings):
         return (self.task,) if isinstance(self.task, str) else self.task
 
     def _check_method(self) -> None:
-        """Refuse what this method has no use for, rather than pass over it."""
-        method, changed = self.method, {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        if method not in get_args(TrainMethod):
-            raise ConfigError(f"method must be one of {', '.join(get_args(TrainMethod))}, got {method!r}.")
-        for name, methods in ONLY.items():
-            if name in changed and method not in methods:
+        """Raise ConfigError for settings that the method does not take."""
+        method = TRAIN_METHODS[self.method]
+        changed = {field.name for field in fields(self) if vars(self)[field.name] != field.default}
+        for name in sorted(changed - {*method.settings}):
+            names = [other for other, record in TRAIN_METHODS.items() if name in record.settings]
+            if names:
                 raise ConfigError(
-                    f"{name} does not apply to method {method}; it is a setting of {', '.join(methods)}. Leave it out."
+                    f"{name} does not apply to method {self.method}; it is a setting of {', '.join(names)}. Leave it out."
                 )
-        if method == "multitask" and len(self.tasks) < 2:
-            raise ConfigError("method multitask needs several tasks; for one, take method full.")
-        if method in ("full", "full-qkv", "multitask") and self.dtype == "float16":
+        if len(self.tasks) < method.min_tasks:
+            raise ConfigError(f"method {self.method} needs several tasks; for one task set method full.")
+        if self.dtype == "float16" and not method.float16:
             raise ConfigError(
-                f"dtype float16 does not go with method {method}: it is too narrow for the gradients. Take bfloat16."
+                f"dtype float16 does not go with method {self.method}: it is too narrow for the gradients. Set bfloat16."
             )
-        if self.init_from is None:
-            return
-        if method == "lora":
+        if self.init_from is not None and method.initial is None:
             raise ConfigError(
-                "init_from does not go with method lora: its result would be of no use without the adapter under it. Merge "
-                "the adapter into a checkpoint (sparselet export --to checkpoint) and set `model` to that."
+                f"init_from does not go with method {self.method}: its result would be of no use without that "
+                "adapter. Export the adapter as a checkpoint (sparselet export --to checkpoint) and set `model` to that."
             )
-        chosen = sorted(changed & {*SELECTION, *TARGETS})
-        if method == "sparse" and chosen:
-            raise ConfigError(f"{chosen[0]} does not go with init_from: targets and masks are those of {self.init_from}.")
+        selection = sorted(changed & {*method.settings})
+        if self.init_from is not None and method.initial == "entries" and selection:
+            raise ConfigError(f"{selection[0]} does not go with init_from: targets and masks are those of {self.init_from}.")

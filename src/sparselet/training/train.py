@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import TaskType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, SparseAdapter
@@ -22,16 +23,17 @@ from sparselet.io.paths import utf8_path
 from sparselet.io.temporaries import remove_directory
 from sparselet.io.write_errors import convert_write_errors
 from sparselet.models import load_model, load_tokenizer
+from sparselet.selection_settings import selection_values
 from sparselet.tasks.task import Task, load_task
-from sparselet.training.collate import Collator, Encoded, collator, encode
-from sparselet.training.methods import TRAIN_METHODS, TrainableModel, TrainContext
+from sparselet.training.collate import Encoded, collator, encode
+from sparselet.training.methods import TRAIN_METHODS, TrainContext
 from sparselet.training.processes import (
     agreed,
+    convert_lost_process,
     first_then_others,
     from_first,
     is_first,
     join_processes,
-    naming_lost_process,
     refuse_parallelism,
     require_equal,
     share_of_batch,
@@ -49,6 +51,7 @@ from sparselet.training.run_directory import (
 )
 from sparselet.training.settings import TrainSettings
 from sparselet.training.trainer import make_trainer
+from sparselet.tuner import SparseletConfig
 from sparselet.tuner.model import versions
 
 LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -149,9 +152,19 @@ def _run(
     # Activations that are computed again in the backward pass cannot read a cache of keys and values.
     collate = collator(model, form, share=not settings.gradient_checkpointing)
     sizes = [len(task_rows) for task_rows in rows["train"].values()]
-    context = TrainContext(model, form, settings, inputs.initial, sizes, inputs.identity[DATA], keep=base is not None)
-    with preserve_requires_grad(model), TRAIN_METHODS[settings.method](context) as trainable:
-        state = _fit(context, trainable, collate, rows, work, checkpoint, callbacks)
+    config = _adapter_config(settings, model, inputs.identity[DATA])
+    context = TrainContext(model, form, config, inputs.initial, sizes, keep=base is not None)
+    method = TRAIN_METHODS[settings.method]
+    parameters = {name: vars(settings)[name] for name in method.parameters}
+    with preserve_requires_grad(model), method.prepare(context, **parameters) as trainable:
+        with preserve_switches(model, settings), utf8_path(work) as directory:
+            trainer = make_trainer(trainable, collate, rows, settings, directory, callbacks)
+            with (
+                convert_lost_process(),
+                convert_write_errors(work, "Complete checkpoints are kept; set `resume=True` to continue."),
+            ):
+                trainer.train(resume_from_checkpoint=str(directory / checkpoint.name) if checkpoint else None)
+        state = trainer.state  # the model has the best weights
         metadata = _metadata(inputs, settings, state)
         record = {
             "settings": asdict(settings),
@@ -173,23 +186,16 @@ def _run(
     return _read_result(output) if adapter is None else adapter
 
 
-def _fit(
-    context: TrainContext,
-    trainable: TrainableModel,
-    collate: Collator,
-    rows: Mapping[str, Mapping[str, Sequence[Encoded]]],
-    work: Path,
-    checkpoint: Path | None,
-    callbacks: Sequence[TrainerCallback],
-) -> TrainerState:
-    """Train from the checkpoint, if there is one, to the end; the model then has the best weights."""
-    settings = context.settings
-    with preserve_switches(context.model, settings), utf8_path(work) as directory:
-        callbacks = [*trainable.callbacks, *callbacks]
-        trainer = make_trainer(trainable.module, collate, rows, settings, directory, callbacks, trainable.autocast)
-        with naming_lost_process(), convert_write_errors(work, "Complete checkpoints are kept; set `resume=True` to continue."):
-            trainer.train(resume_from_checkpoint=str(directory / checkpoint.name) if checkpoint else None)
-    return trainer.state
+def _adapter_config(settings: TrainSettings, model: PreTrainedModel, data_fingerprint: str) -> SparseletConfig:
+    """The settings of masks and targets as the tuner's configuration."""
+    return SparseletConfig(
+        task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
+        **selection_values(settings),
+        target_modules=list(settings.target_modules) or None,
+        exclude_modules=list(settings.exclude_modules) or None,
+        layers_to_transform=list(settings.layers) or None,
+        data_fingerprint=data_fingerprint,
+    )
 
 
 def _load_inputs(settings: TrainSettings) -> RunInputs:

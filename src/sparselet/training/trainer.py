@@ -30,6 +30,7 @@ from sparselet.generation.prefix import model_inputs, token_loss
 from sparselet.io.atomic import atomic_write, flush
 from sparselet.io.write_errors import convert_write_errors
 from sparselet.training.collate import IGNORED, Encoded
+from sparselet.training.methods import TrainableModel
 from sparselet.training.processes import needs_cpu, share_of_batch
 from sparselet.training.run_directory import COMPLETE, checkpoint_step
 from sparselet.training.sampling import LengthGroupedSampler, Rows, without_labels
@@ -38,18 +39,14 @@ from sparselet.tuner import UnselectedMaskWarning
 
 
 def make_trainer(
-    model: nn.Module,
+    trainable: TrainableModel,
     collate: Any,
     rows: Mapping[str, Mapping[str, Sequence[Encoded]]],
     settings: TrainSettings,
     work: Path,
     callbacks: Sequence[TrainerCallback],
-    autocast: torch.dtype | None = None,
 ) -> "RunTrainer":
-    """The Trainer of a run, which keeps its checkpoints in `work`.
-
-    rows: of the splits `train` and `validation`, by task. autocast: compute in this dtype, whatever the weights' is.
-    """
+    """The Trainer of a run, which keeps its checkpoints in `work`. rows: of the splits `train` and `validation`, by task."""
     share = share_of_batch(settings.batch_size, settings.gradient_accumulation)
     arguments = TrainingArguments(
         output_dir=str(work.absolute()),
@@ -78,21 +75,21 @@ def make_trainer(
         seed=settings.seed,
         use_cpu=needs_cpu(),
     )
-    extra: list[TrainerCallback] = [_SaveEvery(settings.save_steps), _LossRecord(), *callbacks]
+    extra: list[TrainerCallback] = [_SaveEvery(settings.save_steps), _LossRecord(), *trainable.callbacks, *callbacks]
     if settings.patience:
         extra.append(_EarlyStopping(early_stopping_patience=settings.patience))
     validation = {task: sorted(own, key=length) for task, own in rows["validation"].items()}
     trainer = RunTrainer(
-        model=model,
+        model=trainable.module,
         args=arguments,
         data_collator=without_labels(collate, IGNORED),
         train_dataset=Rows([row for own in rows["train"].values() for row in own]),
         eval_dataset=cast(Any, validation),
-        compute_loss_func=partial(token_loss, cast(Any, model).config.is_encoder_decoder),
+        compute_loss_func=partial(token_loss, cast(Any, trainable.module).config.is_encoder_decoder),
         callbacks=extra,
     )
     trainer.sizes = [len(own) for own in rows["train"].values()]
-    trainer.autocast = autocast
+    trainer.autocast = trainable.autocast
     trainer.remove_callback(PrinterCallback)  # the command line shows its own progress
     return trainer
 
