@@ -117,7 +117,7 @@ def test_what_fails_is_told_and_tried_again(cli, study, made, monkeypatch, tmp_p
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sparselet.studies.engine.perform.train", no_room)
+        patch.setattr("sparselet.studies.engine.job_runner.train", no_room)
         code, out, err = cli("study", *study)
     assert code == 1
     assert "error: 2 units failed and " in err
@@ -137,7 +137,7 @@ def test_after_an_interruption_it_is_told_that_the_same_command_goes_on(cli, stu
     def interrupt(*arguments, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparselet.studies.engine.perform.train", interrupt)
+    monkeypatch.setattr("sparselet.studies.engine.job_runner.train", interrupt)
     code, _, err = cli("study", *study)
     assert code == 130
     assert f"Finished units are kept in {tmp_path}/out; the same command continues." in err.replace("\n", "")

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sparselet.studies.arms import Study
 from sparselet.studies.engine.unit import Unit, closure
 from sparselet.studies.settings import StudySettings
+from sparselet.studies.study import Study
 from sparselet.studies.table import Table
 
 SETTINGS = StudySettings(

@@ -4,17 +4,17 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def places(tmp_path_factory):
-    from helpers.units import make_places
+def sources(tmp_path_factory):
+    from helpers.units import make_sources
 
-    return make_places(tmp_path_factory.mktemp("study"))
+    return make_sources(tmp_path_factory.mktemp("study"))
 
 
 @pytest.fixture(scope="session")
-def units(places):
+def units(sources):
     from helpers.units import make_units
 
-    return make_units(places)
+    return make_units(sources)
 
 
 @pytest.fixture(scope="session")
@@ -24,15 +24,17 @@ def undisturbed(undisturbed_run):
 
 
 @pytest.fixture(scope="session")
-def undisturbed_run(tmp_path_factory, places, units):
+def undisturbed_run(tmp_path_factory, sources, units):
     """The store, and the jobs in the order in which they were done."""
     from helpers.units import InThisProcess
 
     from sparselet.studies.engine.run import run_study
     from sparselet.studies.engine.store import Store
+    from sparselet.studies.engine.unit import closure
 
     store = Store(tmp_path_factory.mktemp("undisturbed"))
-    executor = InThisProcess(store, places, lambda job: [store.result(key) or pytest.fail(key) for key in job.needs])
+    planned = closure(units)
+    executor = InThisProcess(store, sources, lambda job: [store.result(planned[key]) or pytest.fail(key) for key in job.needs])
     progress = run_study(units, store, executor)
     assert not progress.failed
     assert progress.done == set(progress.units)

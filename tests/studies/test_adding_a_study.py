@@ -10,15 +10,15 @@ from helpers.plans import by_hash, measured
 
 from sparselet.io.json_files import json_bytes
 from sparselet.models import model_fingerprint
-from sparselet.studies.arms import Study
-from sparselet.studies.engine.local import Event
-from sparselet.studies.engine.perform import Performer, Places
-from sparselet.studies.engine.run import gather, run_study
+from sparselet.studies.engine.job_runner import JobRunner, StudySources
+from sparselet.studies.engine.jobs import Event
+from sparselet.studies.engine.run import read_measures, run_study
 from sparselet.studies.engine.store import Store
 from sparselet.studies.engine.unit import closure
 from sparselet.studies.paper.tables import TABLES, make_tables
-from sparselet.studies.results import results
+from sparselet.studies.results import make_results
 from sparselet.studies.settings import describe_tasks, read_study, task_places
+from sparselet.studies.study import Study
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/adding-a-study.md").read_text()
@@ -51,8 +51,8 @@ def test_the_new_table_is_one_function_and_one_line(named, tmp_path, preset, row
     needs = re.search(r"needs (\d+) trainings, (\d+) merges\s+and (\d+) evaluations", PAGE)
     assert needs is not None
     assert [kinds[kind] for kind in ("train", "merge", "evaluate")] == [int(number) for number in needs.groups()]
-    assert {unit.settings["train"]["train_rows"] for unit in plan.values() if unit.kind == "train"} == {rows}
-    told = results(study, tables, measured(tables, by_hash), [named["claim"]])
+    assert {unit.settings.train_rows for unit in plan.values() if unit.kind == "train"} == {rows}
+    told = make_results(study, tables, measured(tables, by_hash), [named["claim"]])
     assert [row["label"] for row in told["tables"]["sparse_merges"]["rows"]] == ["overlap", "uniform", "ties"]
     assert all(cell["mean"] > 0 for row in told["tables"]["sparse_merges"]["rows"] for cell in row["cells"])
     assert told["claims"][0]["verdict"] == "not tested here"  # two tasks
@@ -65,18 +65,18 @@ class Here:
 
     slots = 1
 
-    def __init__(self, store, places):
-        self.performer, self.events = Performer(store, places), deque()
+    def __init__(self, store, sources):
+        self.runner, self.events = JobRunner(store, sources), deque()
 
     def submit(self, job):
-        self.performer.perform(job, lambda report: self.events.append(Event(report.what, report.key, text=report.error)))
+        self.runner.run(job, self.events.append)
         self.events.append(Event("end", job.key))
 
     def event(self, seconds):
         return self.events.popleft() if self.events else None
 
     def close(self):
-        self.performer = None
+        self.runner = None
 
 
 def test_the_study_is_run_to_its_end(named, base_dir, tmp_path):
@@ -85,13 +85,13 @@ def test_the_study_is_run_to_its_end(named, base_dir, tmp_path):
     settings = replace(
         read_study(tmp_path / "my_study.toml", "quick"), model="tiny", train_rows=8, test_rows=2, max_new_tokens=4
     )
-    places, store = Places(task_places(settings), base_dir), Store(str(tmp_path / "out"))
-    study = Study(settings, describe_tasks(settings, asdict(places)), model_fingerprint(base_dir))
+    sources, store = StudySources(task_places(settings), base_dir), Store(str(tmp_path / "out"))
+    study = Study(settings, describe_tasks(settings, asdict(sources)), model_fingerprint(base_dir))
     tables = make_tables(study)
     units = tables["sparse_merges"].units()
-    progress = run_study(units, store, Here(store, places))
+    progress = run_study(units, store, Here(store, sources))
     assert not progress.failed, progress.failed
-    told = results(study, tables, gather(units, store), [named["claim"]])
+    told = make_results(study, tables, read_measures(units, store), [named["claim"]])
     assert told["units"] == {"train": 2, "merge": 3, "evaluate": 9, "missing": 0}
     cells = [cell for row in told["tables"]["sparse_merges"]["rows"] for cell in row["cells"]]
     assert [cell["missing"] for cell in cells] == [0] * 6

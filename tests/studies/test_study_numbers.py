@@ -10,7 +10,7 @@ from helpers.strategies import few
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparselet.studies.numbers import bootstrap, number
+from sparselet.studies.numbers import bootstrap, cell_number
 from sparselet.studies.table import Cell
 
 STUDY = made()
@@ -35,7 +35,7 @@ def cell_of(*draws, measure="rougeL"):
 @few
 @given(st.lists(scores, min_size=2, max_size=4))
 def test_a_mean_over_tasks_and_its_error(values):
-    got = number(*cell_of(dict(zip(TASKS, values, strict=False))))
+    got = cell_number(*cell_of(dict(zip(TASKS, values, strict=False))))
     assert got.mean == pytest.approx(statistics.fmean(values))
     assert got.error == pytest.approx(statistics.stdev(values) / math.sqrt(len(values)), abs=1e-9)
     assert (got.count, got.missing) == (len(values), 0)
@@ -44,7 +44,7 @@ def test_a_mean_over_tasks_and_its_error(values):
 
 def test_of_several_draws_the_error_is_over_their_means():
     first, second = {"one": 10.0, "two": 30.0}, {"two": 50.0, "three": 70.0}
-    got = number(*cell_of(first, second))
+    got = cell_number(*cell_of(first, second))
     assert got.mean == 40.0
     assert got.error == pytest.approx(statistics.stdev([20.0, 60.0]) / math.sqrt(2))
     assert got.count == 2
@@ -52,22 +52,22 @@ def test_of_several_draws_the_error_is_over_their_means():
 
 
 def test_one_task_has_no_error():
-    assert number(*cell_of({"one": 10.0})).error is None
+    assert cell_number(*cell_of({"one": 10.0})).error is None
 
 
 def test_what_is_missing_is_counted_and_left_out():
-    got = number(*cell_of({"one": 10.0, "two": None, "three": 20.0}))
+    got = cell_number(*cell_of({"one": 10.0, "two": None, "three": 20.0}))
     assert (got.mean, got.missing, got.count) == (15.0, 1, 2)
-    none = number(*cell_of({"one": None}, {"two": None}))
+    none = cell_number(*cell_of({"one": None}, {"two": None}))
     assert (none.mean, none.error, none.count, none.missing, none.tasks) == (None, None, 0, 2, {})
     part, found = cell_of({"one": None}, {"one": 4.0, "two": 6.0})
-    assert (number(part, found).mean, number(part, found).missing) == (5.0, 1)
+    assert (cell_number(part, found).mean, cell_number(part, found).missing) == (5.0, 1)
 
 
 def test_a_training_on_several_tasks_is_one():
     multitask = STUDY.multitask()
     cell = Cell(((multitask[0],),), "parameters")
-    got = number(cell, {multitask[0].key: {"parameters": 7}})
+    got = cell_number(cell, {multitask[0].key: {"parameters": 7}})
     assert (got.mean, got.tasks) == (7.0, {"one+two+three+four": 7.0})
 
 
@@ -78,8 +78,8 @@ def test_the_papers_interference_follows_from_its_other_figures():
     alone, own, every = STUDY.individual(experts), STUDY.own_masks(merged, experts), STUDY.held_in(merged)
     values = ((alone, 77.54), (own, 61.56), (every, 51.44))
     found = {unit.key: {"rougeL": value} for cell, value in values for unit in cell.units()}
-    inside = number(Cell(alone.draws, minus=own, percent_of=alone), found)
-    outside = number(Cell(own.draws, minus=every, percent_of=alone), found)
+    inside = cell_number(Cell(alone.draws, minus=own, percent_of=alone), found)
+    outside = cell_number(Cell(own.draws, minus=every, percent_of=alone), found)
     assert inside.mean == pytest.approx(20.61, abs=0.01)
     assert outside.mean == pytest.approx(13.05, abs=0.01)
 
@@ -90,11 +90,11 @@ def test_differences_and_percentages_are_those_of_the_means(first, second):
     one, found = cell_of(dict(zip(TASKS, first, strict=True)))
     experts = STUDY.individual(STUDY.experts())
     found |= {unit.key: {"rougeL": value} for unit, value in zip(experts.draws[0], second, strict=True)}
-    difference = number(Cell(one.draws, minus=experts), found)
+    difference = cell_number(Cell(one.draws, minus=experts), found)
     assert difference.mean == pytest.approx(statistics.fmean(first) - statistics.fmean(second))
-    assert number(Cell(one.draws, minus=one), found).mean == 0
-    assert number(Cell(one.draws, percent_of=one), found).mean == pytest.approx(100)
-    share = number(Cell(one.draws, percent_of=experts), found)
+    assert cell_number(Cell(one.draws, minus=one), found).mean == 0
+    assert cell_number(Cell(one.draws, percent_of=one), found).mean == pytest.approx(100)
+    share = cell_number(Cell(one.draws, percent_of=experts), found)
     assert share.mean == pytest.approx(100 * statistics.fmean(first) / statistics.fmean(second))
     assert share.error == pytest.approx(100 * statistics.stdev(first) / 2 / statistics.fmean(second), abs=1e-9)
 
@@ -102,9 +102,9 @@ def test_differences_and_percentages_are_those_of_the_means(first, second):
 def test_a_percentage_of_nothing_is_none_and_its_units_count_as_missing():
     one, found = cell_of({"one": 1.0})
     other = STUDY.individual(STUDY.experts())
-    got = number(Cell(one.draws, percent_of=other), found)
+    got = cell_number(Cell(one.draws, percent_of=other), found)
     assert (got.mean, got.missing) == (None, 4)
-    got = number(Cell(one.draws, minus=other), found)
+    got = cell_number(Cell(one.draws, minus=other), found)
     assert (got.mean, got.missing) == (None, 4)
 
 

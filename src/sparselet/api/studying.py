@@ -17,18 +17,18 @@ from sparselet.io.json_files import write_json
 from sparselet.models import local_path, model_fingerprint
 from sparselet.report.study_page import write_report
 from sparselet.result_table import ResultTable
-from sparselet.studies.arms import Study
-from sparselet.studies.engine.cost import total
+from sparselet.studies.engine.cost import summarize_costs
+from sparselet.studies.engine.job_runner import StudySources
 from sparselet.studies.engine.local import LocalExecutor
 from sparselet.studies.engine.on_ray import RayExecutor
-from sparselet.studies.engine.perform import Places
-from sparselet.studies.engine.plan import Progress, describe_plan, describe_state, learn, plan
-from sparselet.studies.engine.run import Watch, claimed, gather, run_study
+from sparselet.studies.engine.plan import Progress, describe_plan, describe_state, learn_costs, plan
+from sparselet.studies.engine.run import OnProgress, lock_study, read_measures, run_study
 from sparselet.studies.engine.store import Store
 from sparselet.studies.engine.unit import Unit
 from sparselet.studies.paper.tables import make_tables
-from sparselet.studies.results import results
+from sparselet.studies.results import make_results
 from sparselet.studies.settings import describe_tasks, read_study, task_places
+from sparselet.studies.study import Study
 from sparselet.studies.table import Table
 from sparselet.tuner.model import versions
 
@@ -94,7 +94,7 @@ class StudyRun:
     """A study with its tables and units, and the directory or URL that keeps their results."""
 
     definition: Study
-    places: Places
+    sources: StudySources
     tables: Mapping[str, Table]
     store: Store
     file: Path
@@ -111,11 +111,11 @@ class StudyRun:
     def plan(self, executor: ExecutorSettings | None = None) -> dict[str, Any]:
         """The units by table, with their estimated time and disk, as JSON values."""
         progress = plan(self.units, self.store)
-        estimates = learn(progress, self.store, _weights_bytes(self.places.model))
+        estimates = learn_costs(progress, self.store, _weights_bytes(self.sources.model))
         described = describe_plan(self.tables, progress, estimates, self._workers(executor or ExecutorSettings()))
         return {**described, "budget_hours": self.definition.settings.budget_hours}
 
-    def run(self, executor: ExecutorSettings | None = None, watch: Watch = lambda progress: None) -> StudyResult:
+    def run(self, executor: ExecutorSettings | None = None, watch: OnProgress = lambda progress: None) -> StudyResult:
         """Compute all units that are missing, and write results, cost and report.
 
         watch: called with the progress whenever it changes, and twice a second. Failed units are reported in the result; those
@@ -124,8 +124,8 @@ class StudyRun:
         """
         executor, store, definition = executor or ExecutorSettings(), self.store, self.definition
         before = plan(self.units, store)
-        with claimed(store) as lock:
-            record = {"settings": asdict(definition.settings), "places": asdict(self.places), "base": definition.base}
+        with lock_study(store) as lock:
+            record = {"settings": asdict(definition.settings), "places": asdict(self.sources), "base": definition.base}
             record |= {"versions": versions(), "file": str(self.file.resolve()), "data": definition.data}
             write_json(store.path / STUDY_FILE, record)
             started = time.time()
@@ -135,7 +135,7 @@ class StudyRun:
                 with contextlib.suppress(WriteFailed):
                     _write_cost(store, before, started)
                 raise
-            found = results(definition, self.tables, gather(self.units, store))
+            found = make_results(definition, self.tables, read_measures(self.units, store))
             cost = _write_cost(store, progress, started)
             write_json(store.path / RESULTS_FILE, found)
             write_report(store.path, found, cost)
@@ -148,8 +148,8 @@ class StudyRun:
     def _executor(self, settings: ExecutorSettings, lock: int) -> LocalExecutor | RayExecutor:
         threads = self.definition.settings.threads
         if settings.executor == "ray":
-            return RayExecutor(self.store, self.places, settings.workers, threads, settings.address, settings.gpus)
-        return LocalExecutor(self.store, self.places, self._workers(settings), threads, lock)
+            return RayExecutor(self.store, self.sources, settings.workers, threads, settings.address, settings.gpus)
+        return LocalExecutor(self.store, self.sources, self._workers(settings), threads, lock)
 
 
 def study(
@@ -179,10 +179,10 @@ def study(
     if Path(model).is_dir():  # recorded by its name alone, wherever the directory lies
         model = str(Path(model).resolve())
         settings = replace(settings, model=Path(model).name)
-    places = Places(task_places(settings, tasks), model)
-    definition = Study(settings, describe_tasks(settings, asdict(places)), model_fingerprint(model))
+    sources = StudySources(task_places(settings, tasks), model)
+    definition = Study(settings, describe_tasks(settings, asdict(sources)), model_fingerprint(model))
     return StudyRun(
-        definition, places, make_tables(definition), Store(out or "-".join(filter(None, (file.stem, preset)))), file
+        definition, sources, make_tables(definition), Store(out or "-".join(filter(None, (file.stem, preset)))), file
     )
 
 
@@ -191,7 +191,7 @@ def _write_cost(store: Store, progress: Progress, started: float) -> dict[str, A
     before = store.read(COST_FILE) or {}
     now = plan(progress.units.values(), store)
     costs = [(now.units[key], cost) for key in sorted(now.done) if (cost := store.cost(key)) is not None]
-    cost = {**before, **total(costs), "versions": versions(), "machine": _machine()}
+    cost = {**before, **summarize_costs(costs), "versions": versions(), "machine": _machine()}
     if not before or before.get("done") != len(now.done):
         cost["wall_seconds"] = before.get("wall_seconds", 0.0) + time.time() - started
         cost["date"] = datetime.date.today().isoformat()

@@ -17,7 +17,7 @@ from sparselet.cli.terminal import err, note, say, show, table
 from sparselet.io.printable import printable
 from sparselet.report.quantities import clock, size
 from sparselet.studies.engine.plan import Progress
-from sparselet.studies.engine.run import Watch
+from sparselet.studies.engine.run import OnProgress
 
 MINUTE = 60.0
 BAR_WIDTH = 24
@@ -25,7 +25,7 @@ FAILURES_SHOWN = 8
 
 
 @contextlib.contextmanager
-def live(silent: bool = False) -> Iterator[Watch]:
+def live(silent: bool = False) -> Iterator[OnProgress]:
     """Show a running study on standard error: a live view on a terminal, else a line a minute. silent: nothing."""
     if silent:
         yield lambda progress: None
@@ -112,7 +112,7 @@ def view_of(progress: Progress) -> Group:
     return Group(ProgressBar(len(progress.units), len(progress.done), width=60), Text(_line(progress)), rows, *failed)
 
 
-def _lines() -> Watch:
+def _lines() -> OnProgress:
     last = 0.0
 
     def watch(progress: Progress) -> None:

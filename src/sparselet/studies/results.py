@@ -1,31 +1,33 @@
-"""The results of a study as plain data: what the report draws, and what is kept."""
+"""The results of a study as JSON values: the content of results.json, which the report draws."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sparselet.studies.arms import Study
-from sparselet.studies.engine.unit import closure
-from sparselet.studies.numbers import Found, Number, number
+from sparselet.studies.engine.unit import KINDS, closure
+from sparselet.studies.numbers import Measures, Number, cell_number
 from sparselet.studies.paper.claims import CLAIMS, Claim
 from sparselet.studies.paper.verdicts import judge
+from sparselet.studies.study import Study
 from sparselet.studies.table import Cell, Chart, Table
 
 
-def results(study: Study, tables: Mapping[str, Table], found: Found, claims: Sequence[Claim] = CLAIMS) -> dict[str, Any]:
-    """Everything that was asked of a study, as JSON values. The same results give the same bytes, whatever their order.
+def make_results(
+    study: Study, tables: Mapping[str, Table], measures: Measures, claims: Sequence[Claim] = CLAIMS
+) -> dict[str, Any]:
+    """Tables, claims, settings and fingerprints as JSON values. The same measures give the same bytes, in any order.
 
-    found: the results of the units that were done, by key. Of a unit that was not, every cell that needs it says so.
+    measures: of the units that are done, by key. A cell counts its units without a result as `missing`.
     """
     settings = study.settings
     numbers = {
-        name: {row: tuple(cell and number(cell, found) for cell in cells) for row, cells in table.rows.items()}
+        name: {row: tuple(cell and cell_number(cell, measures) for cell in cells) for row, cells in table.rows.items()}
         for name, table in tables.items()
     }
     plan = closure(unit for table in tables.values() for unit in table.units())
     kinds = Counter(unit.kind for unit in plan.values())
-    missing = sum(key not in found for key, unit in plan.items() if unit.kind != "merge")  # a merge has no result of its own
+    missing = sum(key not in measures for key, unit in plan.items() if unit.kind != "merge")  # a merge has no measures
     return {
         "name": settings.name,
         "preset": settings.preset,
@@ -38,7 +40,7 @@ def results(study: Study, tables: Mapping[str, Table], found: Found, claims: Seq
             for task in (*settings.held_in, *settings.held_out)
         },
         "base": study.base,
-        "units": {kind: kinds[kind] for kind in ("train", "merge", "evaluate")} | {"missing": missing},
+        "units": {kind: kinds[kind] for kind in KINDS} | {"missing": missing},
     }
 
 
@@ -50,16 +52,16 @@ def _table(table: Table, numbers: Mapping[str, Sequence[Number | None]]) -> dict
         "columns": list(table.columns),
         "charts": [_chart(chart) for chart in table.charts],
         "rows": [
-            {"label": row, "cells": [_cell(cell, own) for cell, own in zip(cells, numbers[row], strict=True)]}
+            {"label": row, "cells": [_cell(cell, number) for cell, number in zip(cells, numbers[row], strict=True)]}
             for row, cells in table.rows.items()
         ],
     }
 
 
-def _cell(cell: Cell | None, own: Number | None) -> dict[str, Any] | None:
-    if cell is None or own is None:
+def _cell(cell: Cell | None, number: Number | None) -> dict[str, Any] | None:
+    if cell is None or number is None:
         return None
-    return {**asdict(own), "measure": "percent" if cell.percent_of else cell.measure, "paper": cell.paper}
+    return {**asdict(number), "measure": "percent" if cell.percent_of else cell.measure, "paper": cell.paper}
 
 
 def _chart(chart: Chart) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def _chart(chart: Chart) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON gives it back."""
+    """A value as JSON reads it back."""
     if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, (tuple, list)) else value
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

@@ -1,10 +1,10 @@
-"""A table of a study before anything is measured: which units each of its cells is the mean of."""
+"""A table of a study before anything is measured: the units that each cell is the mean of."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sparselet.studies.engine.unit import Unit
+from sparselet.studies.engine.unit import EvalUnit, TrainUnit
 
 Measure = Literal["rougeL", "exact_match", "parameters", "active_layers"]
 
@@ -13,30 +13,30 @@ Measure = Literal["rougeL", "exact_match", "parameters", "active_layers"]
 class Cell:
     """A mean over units, one a task; of several draws or seeds, the mean of their means.
 
-    draws: the units of each draw. measure: which number of their results. paper: the paper's figure, for comparison.
-    minus: is subtracted, task by task. percent_of: the mean of this is 100.
+    draws: the units of each draw. measure: the number of their results to take. paper: the paper's figure, for comparison.
+    minus: the cell to subtract, task by task. percent_of: the cell whose mean is 100 %.
     """
 
-    draws: tuple[tuple[Unit, ...], ...]
+    draws: tuple[tuple[TrainUnit | EvalUnit, ...], ...]
     measure: Measure = "rougeL"
     paper: float | None = None
     minus: "Cell | None" = None
     percent_of: "Cell | None" = None
 
-    def units(self) -> Iterator[Unit]:
-        """All units that it is computed from."""
+    def units(self) -> Iterator[TrainUnit | EvalUnit]:
+        """All units that its number needs."""
         for draw in self.draws:
             yield from draw
-        for other in (self.minus, self.percent_of):
-            if other is not None:
-                yield from other.units()
+        for cell in (self.minus, self.percent_of):
+            if cell is not None:
+                yield from cell.units()
 
 
 @dataclass(frozen=True)
 class Chart:
-    """How a table is drawn. lines: over the numbers `x`, one a row, on a logarithmic axis if `log`. dots: one a row and column.
+    """A chart of a table. lines: a point for each row at `x`, on a logarithmic axis if `log`. dots: a dot for each cell.
 
-    series: which line a row belongs to, in the rows' order (lines only). columns: those drawn, by name; all if empty.
+    series: the name of each row's line (lines only). columns: names of the columns to draw; all if empty.
     """
 
     kind: Literal["lines", "dots"]
@@ -49,9 +49,9 @@ class Chart:
 
 @dataclass(frozen=True)
 class Table:
-    """One table: `rows` maps a row's name to its cells, one a column; None is an empty cell.
+    """A table: `rows` maps a row's name to its cells, one for each column; None is an empty cell.
 
-    source: where in the paper. note: what differs from the paper's here, such as arms left out.
+    source: the place in the paper. note: differences from the paper's table.
     """
 
     title: str
@@ -61,6 +61,6 @@ class Table:
     note: str = ""
     charts: tuple[Chart, ...] = field(default=())
 
-    def units(self) -> list[Unit]:
-        """The units that its cells read."""
+    def units(self) -> list[TrainUnit | EvalUnit]:
+        """The units that its cells need."""
         return [unit for row in self.rows.values() for cell in row if cell for unit in cell.units()]

@@ -1,35 +1,43 @@
 """Units as jobs: which go together, what waits for what, what is begun first."""
 
 import json
+from dataclasses import replace
 
 import networkx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparselet.studies.engine.cost import EVALUATE_SECONDS, ROWS, TRAIN_SECONDS, Estimates, total
+from sparselet.evaluation import EvalSettings
+from sparselet.studies.engine.cost import EVALUATE_SECONDS, ROWS, TRAIN_SECONDS, Estimates, summarize_costs
 from sparselet.studies.engine.jobs import Job, make_jobs, priorities, seconds_left, stored
-from sparselet.studies.engine.unit import Unit, closure, packed, unpacked
+from sparselet.studies.engine.unit import EvalUnit, MergeUnit, ModelSettings, TrainUnit, closure, units_from_json, units_to_json
+from sparselet.studies.engine.unit_results import UnitCost
+from sparselet.training.settings import TrainSettings
+
+MODEL = ModelSettings("tiny", "base")
 
 
 def train(name, *starts, **settings):
-    return Unit("train", {"task": [name], "train": settings}, starts, name)
+    initial = starts[0] if starts else None
+    settings = TrainSettings(task=name, init_from=initial and initial.key, **settings)
+    return TrainUnit(MODEL, {name: "rows"}, settings, initial, name)
 
 
-def score(task, *inputs, mask=False, **settings):
-    return Unit("evaluate", {"task": task, "eval": {}, "mask": mask, **settings}, inputs, f"asked {task}")
+def score(task, subject=None, mask=None, model=MODEL):
+    return EvalUnit(model, task, "rows", EvalSettings(), subject, mask, f"asked {task}")
 
 
 A, B = train("a"), train("b", method="lora")
-MERGED = Unit("merge", {"method": "overlap", "parameters": {}}, (A, B), "a and b")
-OTHER = Unit("merge", {"method": "ties", "parameters": {"density": 0.1}}, (A, B), "a and b by ties")
+MERGED = MergeUnit("overlap", {}, (A, B), "a and b")
+OTHER = MergeUnit("ties", {"density": 0.1}, (A, B), "a and b by ties")
 LATER = train("later", MERGED)
 SCORES = [score(task, subject) for subject in (A, MERGED, OTHER, LATER) for task in ("a", "b")]
-UNITS = closure([*SCORES, score("a"), score("a", MERGED, A, mask=True)])
+UNITS = closure([*SCORES, score("a"), score("a", MERGED, mask=A)])
 
 
 def test_units_come_back_from_json_with_their_keys():
-    back = unpacked(json.loads(json.dumps(packed(SCORES))))
+    back = units_from_json(json.loads(json.dumps(units_to_json(SCORES))))
     assert list(back) == list(closure(SCORES))
     assert [unit.label for unit in back.values()] == [unit.label for unit in closure(SCORES).values()]
 
@@ -56,10 +64,11 @@ def test_evaluations_of_one_subject_are_one_job():
         assert job.units[0].kind == "evaluate" or len(job.units) == 1
 
 
-@pytest.mark.parametrize("name", ["model", "base", "threads", "dtype"])
-def test_evaluations_of_other_models_are_other_jobs(name):
-    assert len(make_jobs([score("a", A, **{name: 1}), score("b", A, **{name: 2})])) == 2
-    assert len(make_jobs([score("a", A, **{name: 1}), score("b", A, **{name: 1})])) == 1
+@pytest.mark.parametrize(("name", "value"), [("model", "big"), ("base", "other"), ("threads", 2), ("dtype", "bfloat16")])
+def test_evaluations_of_other_models_are_other_jobs(name, value):
+    other = replace(MODEL, **{name: value})
+    assert len(make_jobs([score("a", A), score("b", A, model=other)])) == 2
+    assert len(make_jobs([score("a", A, model=other), score("b", A, model=replace(other))])) == 1
 
 
 @pytest.mark.parametrize(
@@ -71,7 +80,7 @@ def test_evaluations_of_other_models_are_other_jobs(name):
         (score("a"), []),
         (score("a", A), [A]),
         (score("a", MERGED), [A, B]),  # merged anew in memory
-        (score("a", OTHER, A, mask=True), [A, B]),
+        (score("a", OTHER, mask=A), [A, B]),
         (score("a", LATER), [LATER]),
     ],
 )
@@ -105,7 +114,7 @@ def test_estimates_before_anything_is_measured():
     unit = train("a", epochs=2.0, train_rows=50)
     assert estimates.seconds(unit) == TRAIN_SECONDS * 100
     assert estimates.seconds(score("a")) == EVALUATE_SECONDS * ROWS
-    assert not estimates.known(unit)
+    assert not estimates.is_measured(unit)
     assert estimates.bytes(train("a", method="full")) == 1000
     assert 0 < estimates.bytes(unit) < 1000
     assert estimates.bytes(score("a")) == 0
@@ -114,18 +123,18 @@ def test_estimates_before_anything_is_measured():
 def test_estimates_follow_the_nearest_that_was_measured():
     estimates = Estimates()
     full = train("a", method="full", epochs=1.0, train_rows=10)
-    estimates.learn(train("a", epochs=1.0, train_rows=10), {"seconds": 20.0, "bytes": 7})
-    assert estimates.known(full)
+    estimates.learn(train("a", epochs=1.0, train_rows=10), UnitCost(20.0, bytes=7))
+    assert estimates.is_measured(full)
     assert estimates.seconds(full) == 20
-    estimates.learn(full, {"seconds": 100.0, "bytes": 9})
+    estimates.learn(full, UnitCost(100.0, bytes=9))
     assert estimates.seconds(train("b", method="full", epochs=3.0, train_rows=10)) == 300
     assert estimates.seconds(train("a", epochs=1.0, train_rows=20)) == 40
     assert estimates.bytes(train("b", method="full")) == 9
-    assert not estimates.known(score("a"))
+    assert not estimates.is_measured(score("a"))
 
 
 def test_what_units_took_together():
-    one = {"seconds": 10.0, "cpu_seconds": 3600.0, "peak_bytes": 5}
-    found = total([(A, one), (B, {**one, "peak_bytes": 7}), (score("a"), one)])
+    cost = UnitCost(10.0, 3600.0, 5)
+    found = summarize_costs([(A, cost), (B, replace(cost, peak_bytes=7)), (score("a"), cost)])
     assert found["units"]["train"] == {"count": 2, "seconds": 20.0, "cpu_seconds": 7200.0}
     assert (found["core_hours"], found["peak_rss_bytes"]) == (3.0, 7)

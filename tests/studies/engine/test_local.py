@@ -13,9 +13,9 @@ from helpers.units import InThisProcess, make_score, results_of
 
 from sparselet.errors import WorkerFailed
 from sparselet.studies.engine.local import ATTEMPTS, LocalExecutor
-from sparselet.studies.engine.run import claimed, run_study
+from sparselet.studies.engine.run import lock_study, run_study
 from sparselet.studies.engine.store import Store
-from sparselet.studies.engine.unit import packed
+from sparselet.studies.engine.unit import units_to_json
 
 TESTS = Path(__file__).parents[2]
 
@@ -23,29 +23,29 @@ PARENT = """
 import json, sys
 sys.path[:0] = sys.argv[2:]
 from sparselet.studies.engine.local import LocalExecutor
-from sparselet.studies.engine.perform import Places
-from sparselet.studies.engine.run import claimed, run_study
+from sparselet.studies.engine.job_runner import StudySources
+from sparselet.studies.engine.run import lock_study, run_study
 from sparselet.studies.engine.store import Store
-from sparselet.studies.engine.unit import packed
-from sparselet.studies.engine.unit import unpacked
+from sparselet.studies.engine.unit import units_to_json
+from sparselet.studies.engine.unit import units_from_json
 told = json.loads(sys.stdin.readline())
-store, places = Store(sys.argv[1]), Places(told["tasks"], told["model"])
-with claimed(store) as lock:
-    executor = LocalExecutor(store, places, 1, 1, lock)
+store, sources = Store(sys.argv[1]), StudySources(told["tasks"], told["model"])
+with lock_study(store) as lock:
+    executor = LocalExecutor(store, sources, 1, 1, lock)
     def watch(progress):
         print(json.dumps([len(progress.done), [worker.process.pid for worker in executor._workers]]), flush=True)
-    run_study(unpacked(told["units"]).values(), store, executor, watch)
+    run_study(units_from_json(told["units"]).values(), store, executor, watch)
 """
 
 
-def test_whatever_is_killed_the_results_are_the_same(undisturbed, places, units, tmp_path):
+def test_whatever_is_killed_the_results_are_the_same(undisturbed, sources, units, tmp_path):
     """A worker is killed in the middle of a unit, later their parent; then the study goes on elsewhere to its end."""
 
     out = tmp_path / "out"
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(out), str(TESTS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    told = {"tasks": dict(places.tasks), "model": places.model, "units": packed(units)}
+    told = {"tasks": dict(sources.tasks), "model": sources.model, "units": units_to_json(units)}
     parent.stdin.write(json.dumps(told) + "\n")
     parent.stdin.flush()
     killed = []
@@ -60,10 +60,10 @@ def test_whatever_is_killed_the_results_are_the_same(undisturbed, places, units,
     parent.wait()
     assert killed
     store = Store(out)
-    with claimed(store):  # which the worker held until it ended
+    with lock_study(store):  # which the worker held until it ended
         assert not Path(f"/proc/{workers[0]}/cmdline").exists() or not Path(f"/proc/{workers[0]}/cmdline").read_bytes()
         before = results_of(out)
-        progress = run_study(units, store, InThisProcess(store, places))
+        progress = run_study(units, store, InThisProcess(store, sources))
     assert 0 < len(before) < len(results_of(undisturbed.path))
     assert not progress.failed
     assert results_of(out) == results_of(undisturbed.path)
@@ -77,30 +77,30 @@ def stand_in(tmp_path, monkeypatch, script):
     monkeypatch.setattr(sys, "executable", str(file))
 
 
-def test_a_unit_whose_worker_always_dies_fails(places, tmp_path, monkeypatch):
+def test_a_unit_whose_worker_always_dies_fails(sources, tmp_path, monkeypatch):
     stand_in(
         tmp_path,
         monkeypatch,
-        'read a; echo "{\\"what\\": \\"ready\\"}"; read b; echo x >> "$0.count"; echo no room >&2; kill -9 $$',
+        'read a; echo "{\\"state\\": \\"ready\\"}"; read b; echo x >> "$0.count"; echo no room >&2; kill -9 $$',
     )
-    units, store = [make_score(places, None, task) for task in ("second", "third")], Store(tmp_path / "out")
-    progress = run_study(units, store, LocalExecutor(store, places, 2, 1))
-    said = "its worker was killed by SIGKILL, as happens where memory runs out, 3 times. The last said: no room"
+    units, store = [make_score(sources, None, task) for task in ("second", "third")], Store(tmp_path / "out")
+    progress = run_study(units, store, LocalExecutor(store, sources, 2, 1))
+    said = "worker was killed by SIGKILL, possibly for lack of memory, 3 times. Its last standard error: no room"
     assert progress.failed == {unit.key: said for unit in units}
     assert (tmp_path / "worker.count").read_text().count("x") == ATTEMPTS
 
 
-def test_a_worker_that_cannot_start_ends_the_study(places, tmp_path, monkeypatch):
+def test_a_worker_that_cannot_start_ends_the_study(sources, tmp_path, monkeypatch):
     stand_in(tmp_path, monkeypatch, "echo no such module >&2; exit 3")
     store = Store(tmp_path / "out")
-    with pytest.raises(WorkerFailed, match=r"could not start: ended with code 3\. It said: no such module"):
-        run_study([make_score(places, None, "third")], store, LocalExecutor(store, places, 1, 1))
+    with pytest.raises(WorkerFailed, match=r"could not start: it exited with code 3\. Its standard error: no such module"):
+        run_study([make_score(sources, None, "third")], store, LocalExecutor(store, sources, 1, 1))
 
 
-def test_workers_end_with_the_executor(places, tmp_path, monkeypatch):
-    stand_in(tmp_path, monkeypatch, 'read a; echo "{\\"what\\": \\"ready\\"}"; exec sleep 600')
+def test_workers_end_with_the_executor(sources, tmp_path, monkeypatch):
+    stand_in(tmp_path, monkeypatch, 'read a; echo "{\\"state\\": \\"ready\\"}"; exec sleep 600')
     store = Store(tmp_path / "out")
-    executor = LocalExecutor(store, places, 1, 1)
+    executor = LocalExecutor(store, sources, 1, 1)
 
     def interrupt(progress):
         if progress.running:
@@ -108,6 +108,6 @@ def test_workers_end_with_the_executor(places, tmp_path, monkeypatch):
 
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run_study([make_score(places, None, "third")], store, executor, interrupt)
+        run_study([make_score(sources, None, "third")], store, executor, interrupt)
     assert time.monotonic() - began < 60
     assert not executor._workers

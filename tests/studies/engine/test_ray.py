@@ -10,8 +10,8 @@ import pytest
 from helpers.units import TASKS, make_score, results_of
 
 from sparselet.errors import MissingExtra, WorkerFailed
+from sparselet.studies.engine.job_runner import StudySources
 from sparselet.studies.engine.on_ray import RayExecutor
-from sparselet.studies.engine.perform import Places
 from sparselet.studies.engine.run import run_study
 from sparselet.studies.engine.store import Store
 
@@ -24,12 +24,12 @@ def ray_workers(parent):
             command = (directory / "cmdline").read_bytes().decode()
         except (OSError, UnicodeDecodeError):
             continue
-        if command.startswith("ray::perform"):
+        if command.startswith("ray::run_job"):
             found.append(int(directory.name))
     return found
 
 
-def test_a_lost_worker_changes_nothing(undisturbed, places, units, tmp_path):
+def test_a_lost_worker_changes_nothing(undisturbed, sources, units, tmp_path):
     """A Ray worker is killed in the middle, its task done again by another; results go to a URL."""
     pytest.importorskip("ray", reason="Ray has no package for this platform")
     wanted = [unit for unit in units if "third" in unit.label][:2]
@@ -41,7 +41,7 @@ def test_a_lost_worker_changes_nothing(undisturbed, places, units, tmp_path):
                 os.kill(process, signal.SIGKILL)
                 killed.append(process)
 
-    executor = RayExecutor(store, places, workers=1)
+    executor = RayExecutor(store, sources, workers=1)
     progress = run_study(wanted, store, executor, watch)
     assert killed
     assert not progress.failed
@@ -54,7 +54,7 @@ def test_a_lost_worker_changes_nothing(undisturbed, places, units, tmp_path):
 def test_without_ray_the_error_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtra, match=r"the executor ray needs Ray: pip install 'sparselet\[ray\]'"):
-        RayExecutor(Store(tmp_path), Places({}, ""))
+        RayExecutor(Store(tmp_path), StudySources({}, ""))
 
 
 def test_a_cluster_that_is_not_there(monkeypatch, tmp_path):
@@ -63,10 +63,10 @@ def test_a_cluster_that_is_not_there(monkeypatch, tmp_path):
 
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=refused))
     with pytest.raises(WorkerFailed, match=r"Ray cannot be started at 10\.0\.0\.1:6379: nobody at 10\.0\.0\.1:6379"):
-        RayExecutor(Store(tmp_path), Places({}, ""), address="10.0.0.1:6379")
+        RayExecutor(Store(tmp_path), StudySources({}, ""), address="10.0.0.1:6379")
 
 
-def test_a_job_that_is_always_lost_fails(monkeypatch, tmp_path, places):
+def test_a_job_that_is_always_lost_fails(monkeypatch, tmp_path, sources):
     """With Ray's part played by a stand-in that loses every task."""
 
     class Lost(Exception):
@@ -87,9 +87,9 @@ def test_a_job_that_is_always_lost_fails(monkeypatch, tmp_path, places):
     )
     monkeypatch.setitem(sys.modules, "ray", stand_in)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    units, store = [make_score(places, None, task) for task in TASKS], Store(tmp_path)
-    executor = RayExecutor(store, places, threads=2, gpus=0.5)
+    units, store = [make_score(sources, None, task) for task in TASKS], Store(tmp_path)
+    executor = RayExecutor(store, sources, threads=2, gpus=0.5)
     assert (executor.slots, asked["address"], asked["num_cpus"], asked["num_gpus"]) == (4, "auto", 2, 0.5)
     progress = run_study(units, store, executor)
-    assert progress.failed == {unit.key: "its worker was lost, 3 times: the worker died" for unit in units}
+    assert progress.failed == {unit.key: "worker was lost, 3 times: the worker died" for unit in units}
     assert asked["down"]

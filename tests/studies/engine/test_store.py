@@ -7,10 +7,14 @@ import pytest
 from sparselet.errors import BadConfig, ConfigError, MissingExtra, WriteFailed
 from sparselet.io.json_files import write_json
 from sparselet.studies.engine.store import ANSWERS, EXPERT, Store
-from sparselet.studies.engine.unit import Unit
+from sparselet.studies.engine.unit import ModelSettings, TrainUnit
+from sparselet.studies.engine.unit_results import TrainUnitResult, UnitCost
+from sparselet.training.settings import TrainSettings
 
-UNIT = Unit("train", {"task": ["a"], "train": {}}, (), "an expert")
-COST = {"seconds": 1.0, "bytes": 3}
+UNIT = TrainUnit(ModelSettings("tiny", "base"), {"a": "rows"}, TrainSettings(task="a"), label="an expert")
+OTHER = TrainUnit(ModelSettings("tiny", "base"), {"b": "rows"}, TrainSettings(task="b"))
+RESULT = TrainUnitResult(12, 2, 0.5, 3)
+COST = UnitCost(1.0, bytes=3)
 
 
 @pytest.fixture(params=["directory", "URL"])
@@ -18,19 +22,19 @@ def out(request, tmp_path):
     return str(tmp_path / "out") if request.param == "directory" else f"file://{tmp_path}/out"
 
 
-def publish(store, result):
+def publish(store):
     directory = store.directory(UNIT)
     (directory / EXPERT / "deep").mkdir(parents=True)
     (directory / EXPERT / "deep" / "weights").write_bytes(b"\0\1" * 1000)
     (directory / ANSWERS).write_text("{}\n")
-    store.publish(UNIT, result, COST)
+    store.publish(UNIT, RESULT, COST)
 
 
 def test_what_one_process_published_another_reads(out, tmp_path):
-    publish(Store(out), {"steps": 3})
+    publish(Store(out))
     store = Store(out)
-    assert store.results([UNIT.key, "0" * 32]) == {UNIT.key: {"steps": 3}}
-    assert (store.result(UNIT.key), store.result("0" * 32)) == ({"steps": 3}, None)
+    assert store.results([UNIT, OTHER]) == {UNIT.key: RESULT}
+    assert (store.result(UNIT), store.result(OTHER)) == (RESULT, None)
     assert store.cost(UNIT.key) == COST
     assert (store.expert(UNIT.key) / "deep" / "weights").read_bytes() == b"\0\1" * 1000
     assert json.loads((tmp_path / "out" / "units" / UNIT.key / "unit.json").read_text())["label"] == "an expert"
@@ -49,7 +53,7 @@ def test_a_unit_is_done_only_when_all_its_files_are_there(tmp_path, monkeypatch)
     """Its result is the last file that is written."""
     store, written = Store(f"file://{tmp_path}/out"), []
     monkeypatch.setattr(Store, "_write", lambda self, name, content: written.append(name))
-    publish(store, {})
+    publish(store)
     assert [name.rpartition("/")[2] for name in written] == ["unit.json", "cost.json", ANSWERS, "weights", "result.json"]
 
 
@@ -57,16 +61,16 @@ def test_an_attempt_that_was_killed_leaves_no_result(out):
     store = Store(out)
     (store.directory(UNIT) / ".result.json.abc.tmp").write_text("{")
     (store.directory(UNIT) / ".expert.abc.tmp").mkdir()
-    assert store.results([UNIT.key]) == {}
+    assert store.results([UNIT]) == {}
     assert list(store.directory(UNIT).iterdir()) == []
 
 
-def test_failures_are_kept_and_forgiven(out):
+def test_failures_are_kept_and_cleared(out):
     store = Store(out)
     assert store.failures() == {}
     store.fail(UNIT, "no luck")
     assert Store(out).failures() == {UNIT.key: "no luck"}
-    store.forgive([UNIT.key, "0" * 32])
+    store.clear_failures([UNIT.key, "0" * 32])
     assert Store(out).failures() == {}
 
 
@@ -80,15 +84,15 @@ def test_top_level_files_are_uploaded(out, tmp_path):
     assert Store(out).read("results.json") == {"a": 1}
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "\xff"])
+@pytest.mark.parametrize("content", ["{", "[1]", "\xff", "{}", '{"steps": 1, "more": 2}'])
 def test_a_result_that_is_none_is_refused(out, content):
     store = Store(out)
-    publish(store, {})
+    publish(store)
     root = store.path if not store.is_remote else store.out.removeprefix("file://")
     with open(f"{root}/units/{UNIT.key}/result.json", "w", encoding="latin-1") as file:
         file.write(content)
     with pytest.raises(BadConfig, match=r"units/\w+/result\.json.*[Rr]emove it"):
-        Store(out).results([UNIT.key])
+        Store(out).results([UNIT])
 
 
 def test_a_place_that_cannot_be_written(tmp_path):

@@ -1,4 +1,4 @@
-"""What units take: measured while they are done, and estimated before, from those of their kind that are done."""
+"""The cost of units: measured while they run, and estimated from similar units that are done."""
 
 import contextlib
 import platform
@@ -6,114 +6,111 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sparselet.studies.engine.unit import Unit
+from sparselet.studies.engine.unit import EvalUnit, MergeUnit, TrainUnit, Unit
+from sparselet.studies.engine.unit_results import UnitCost
 
-# Where nothing is measured yet: seconds a training row and epoch, and an evaluated row, of a model of 135M parameters on one
-# core; rows where the settings take all of them.
+# Defaults without a measurement: seconds of a training row in an epoch, and of an evaluated row, for a model of 135M parameters
+# on one core; rows of a task whose settings take all of them.
 TRAIN_SECONDS, EVALUATE_SECONDS, ROWS = 0.25, 0.4, 1000
+DEFAULT_SECONDS = {"train": TRAIN_SECONDS, "merge": 1.0, "evaluate": EVALUATE_SECONDS}
 
 
-@contextlib.contextmanager
-def measured() -> Iterator[dict[str, Any]]:
-    """Yields a dictionary that is filled at the end: seconds, cpu_seconds, peak_bytes (of resident memory) and host."""
-    cost: dict[str, Any] = {}
-    _reset_peak()
-    started, cpu = time.monotonic(), time.process_time()
-    yield cost
-    cost |= {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - cpu}
-    cost |= {"peak_bytes": _peak(), "host": platform.node()}
+class CostMeter:
+    """Measures time and memory of this process from its creation on."""
+
+    def __init__(self) -> None:
+        _reset_peak()
+        self._wall, self._cpu = time.monotonic(), time.process_time()
+
+    def read(self, size: int = 0) -> UnitCost:
+        """The cost until now. size: bytes of the files that were written."""
+        seconds, cpu_seconds = time.monotonic() - self._wall, time.process_time() - self._cpu
+        return UnitCost(seconds, cpu_seconds, _peak(), platform.node(), size)
 
 
-def together(cost: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """A cost with what came before it for its sake: times added, the higher peak."""
-    seconds = {name: cost[name] + before.get(name, 0.0) for name in ("seconds", "cpu_seconds")}
-    return {**cost, **seconds, "peak_bytes": max(cost["peak_bytes"], before["peak_bytes"])}
-
-
-def total(costs: Iterable[tuple[Unit, Mapping[str, Any]]]) -> dict[str, Any]:
-    """What units took together: by kind their count, seconds and cpu_seconds; core_hours; peak_rss_bytes of a process."""
+def summarize_costs(costs: Iterable[tuple[Unit, UnitCost]]) -> dict[str, Any]:
+    """The sum of costs as JSON values: count, seconds and cpu_seconds of each kind; core_hours; the highest peak_rss_bytes."""
     kinds: dict[str, dict[str, float]] = {}
     peak = 0
     for unit, cost in costs:
-        own = kinds.setdefault(unit.kind, {"count": 0, "seconds": 0.0, "cpu_seconds": 0.0})
-        own["count"] += 1
-        own["seconds"] += cost["seconds"]
-        own["cpu_seconds"] += cost["cpu_seconds"]
-        peak = max(peak, cost["peak_bytes"])
-    core_hours = sum(own["cpu_seconds"] for own in kinds.values()) / 3600
+        row = kinds.setdefault(unit.kind, {"count": 0, "seconds": 0.0, "cpu_seconds": 0.0})
+        row["count"] += 1
+        row["seconds"] += cost.seconds
+        row["cpu_seconds"] += cost.cpu_seconds
+        peak = max(peak, cost.peak_bytes)
+    core_hours = sum(row["cpu_seconds"] for row in kinds.values()) / 3600
     return {"units": kinds, "core_hours": core_hours, "peak_rss_bytes": peak}
 
 
 class Estimates:
-    """Seconds and bytes of units, from those done: by row, of the nearest kind that was measured.
+    """Seconds and bytes of units, from those of similar units.
 
-    A unit's rate is the median rate of units alike in kind, method and tasks, else in kind and method, else in kind.
-    model_bytes: size of the base model's weights, for what full methods write.
+    The seconds of a row are the median of the units of the same kind, method and tasks; without one, of the same kind and
+    method; without one, of the same kind. model_bytes: size of the base model's weights, which full methods write.
     """
 
     def __init__(self, model_bytes: int = 0) -> None:
         self.model_bytes = model_bytes
         self._seconds: dict[tuple[str, ...], list[float]] = {}
         self._bytes: dict[tuple[str, ...], list[float]] = {}
-        self._rates: dict[tuple[str, ...], float] = {}
+        self._medians: dict[tuple[str, ...], float] = {}
 
-    def learn(self, unit: Unit, cost: Mapping[str, Any]) -> None:
-        """Add what a unit took."""
-        for alike in _alike(unit):
-            self._seconds.setdefault(alike, []).append(cost["seconds"] / _amount(unit))
-            self._rates.pop(alike, None)
-        for alike in _alike(unit)[:2]:
-            self._bytes.setdefault(alike, []).append(cost.get("bytes", 0))
+    def learn(self, unit: Unit, cost: UnitCost) -> None:
+        """Add the cost of a unit."""
+        for group in _groups(unit):
+            self._seconds.setdefault(group, []).append(cost.seconds / _rows(unit))
+            self._medians.pop(group, None)
+        for group in _groups(unit)[:2]:
+            self._bytes.setdefault(group, []).append(cost.bytes)
 
     def seconds(self, unit: Unit) -> float:
-        """How long a unit takes."""
-        for alike in _alike(unit):
-            if alike in self._seconds:
-                if alike not in self._rates:
-                    self._rates[alike] = statistics.median(self._seconds[alike])
-                return self._rates[alike] * _amount(unit)
-        return {"train": TRAIN_SECONDS, "merge": 1.0, "evaluate": EVALUATE_SECONDS}[unit.kind] * _amount(unit)
+        """The duration of a unit."""
+        for group in _groups(unit):
+            if group in self._seconds:
+                if group not in self._medians:
+                    self._medians[group] = statistics.median(self._seconds[group])
+                return self._medians[group] * _rows(unit)
+        return DEFAULT_SECONDS[unit.kind] * _rows(unit)
 
     def bytes(self, unit: Unit) -> float:
-        """What a unit leaves on the disk."""
-        for alike in _alike(unit)[:2]:
-            if alike in self._bytes:
-                return statistics.median(self._bytes[alike])
-        if unit.kind == "evaluate":
+        """The size of a unit's files."""
+        for group in _groups(unit)[:2]:
+            if group in self._bytes:
+                return statistics.median(self._bytes[group])
+        if isinstance(unit, EvalUnit):
             return 0.0
-        train = unit.settings.get("train", {})
-        if train.get("method") in ("full", "multitask"):
+        if isinstance(unit, TrainUnit) and unit.settings.method in ("full", "multitask"):
             return self.model_bytes
-        # The targets are about a fifth of a small model; an entry has an index beside its value.
-        return 0.2 * self.model_bytes * (2 * train.get("density", 0.1))
+        density = unit.settings.density if isinstance(unit, TrainUnit) else 0.1
+        return 0.2 * self.model_bytes * (2 * density)  # targets: about a fifth of a small model; each entry has an index
 
-    def known(self, unit: Unit) -> bool:
-        """Whether anything of its kind was measured."""
-        return any(alike in self._seconds for alike in _alike(unit))
-
-
-def _alike(unit: Unit) -> list[tuple[str, ...]]:
-    """Names of ever larger sets of units that take about as long, for each row."""
-    settings = unit.settings
-    method = str(settings.get("train", {}).get("method", "sparse")) if unit.kind == "train" else ""
-    tasks = settings.get("task", [])
-    return [(unit.kind, method, *([tasks] if isinstance(tasks, str) else tasks)), (unit.kind, method, "any"), (unit.kind,)]
+    def is_measured(self, unit: Unit) -> bool:
+        """Whether a unit of this kind was measured."""
+        return any(group in self._seconds for group in _groups(unit))
 
 
-def _amount(unit: Unit) -> float:
-    """Rows that a unit goes through."""
-    if unit.kind == "train":
-        train = unit.settings["train"]
-        return (train.get("train_rows") or ROWS) * len(unit.settings["task"]) * train.get("epochs", 5.0)
-    return (unit.settings["eval"].get("rows") or ROWS) if unit.kind == "evaluate" else max(1, len(unit.inputs))
+def _groups(unit: Unit) -> list[tuple[str, ...]]:
+    """Ever larger groups of units that take about as long for each row."""
+    method = unit.settings.method if isinstance(unit, TrainUnit) else ""
+    tasks = unit.settings.tasks if isinstance(unit, TrainUnit) else (unit.task,) if isinstance(unit, EvalUnit) else ()
+    return [(unit.kind, method, *tasks), (unit.kind, method, "any"), (unit.kind,)]
+
+
+def _rows(unit: Unit) -> float:
+    """Rows that a unit processes; experts of a merge."""
+    if isinstance(unit, MergeUnit):
+        return max(1, len(unit.experts))
+    if isinstance(unit, EvalUnit):
+        return unit.settings.rows or ROWS
+    return (unit.settings.train_rows or ROWS) * len(unit.settings.tasks) * unit.settings.epochs
 
 
 def _reset_peak() -> None:
-    """From here on the peak counts anew, where the system can do that."""
+    """Reset the peak of resident memory, where the system can do that."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

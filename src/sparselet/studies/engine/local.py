@@ -1,4 +1,4 @@
-"""Jobs done by worker processes on this machine."""
+"""Jobs in worker processes on this machine."""
 
 import contextlib
 import json
@@ -10,44 +10,31 @@ import sys
 import threading
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from sparselet.errors import WorkerFailed
 from sparselet.io.temporaries import remove_scratch
-from sparselet.studies.engine.jobs import Job
-from sparselet.studies.engine.perform import Places
+from sparselet.studies.engine.job_runner import StudySources
+from sparselet.studies.engine.jobs import Event, Job
 from sparselet.studies.engine.store import SCRATCH, Store
 
-ATTEMPTS = 3  # at a job whose worker dies
+ATTEMPTS = 3  # runs of a job whose worker dies
 TAIL = 20  # lines of a worker's standard error that are kept
 
 
-@dataclass(frozen=True)
-class Event:
-    """What an executor tells. key: of a unit, or, at the end, of the job as it was given.
-
-    fraction: of the unit that is done. text: why it failed.
-    """
-
-    what: Literal["started", "progress", "done", "failed", "end"]
-    key: str
-    fraction: float = 0.0
-    text: str = ""
-
-
 class Executor(Protocol):
-    """What does jobs. slots: how many at a time."""
+    """Runs jobs. slots: the number of jobs at a time."""
 
     slots: int
 
     def submit(self, job: Job) -> None:
-        """Begin a job; not more than `slots` are under way. Its units' ends are told, each once, and then its own."""
+        """Start a job; at most `slots` run at a time. Emits one "done" or "failed" for each unit, then one "end"."""
 
     def event(self, seconds: float) -> Event | None:
         """The next event; None if there is none within this time."""
 
     def close(self) -> None:
-        """Stop all that is under way."""
+        """Stop all running jobs."""
 
 
 @dataclass
@@ -56,40 +43,41 @@ class _Worker:
     stderr: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL))
     ready: bool = False
     job: Job | None = None
-    told: set[str] = field(default_factory=set)  # units of the job that are done or failed
+    ended: set[str] = field(default_factory=set)  # keys of the job's units that are done or failed
     attempts: int = 1
 
 
 class LocalExecutor:
-    """Worker processes, started when they are first needed, each with its share of the cores.
+    """Worker processes, each started when it is first needed.
 
-    threads: that a worker computes with. lock: an open file that workers hold too, until the last of them has ended.
-    A worker that dies is replaced, and its job done again, three times in all. `event` raises WorkerFailed where a worker
-    ends before it could be given a job.
+    threads: of each worker. lock: an open file that workers inherit, so that it stays locked until the last of them exits.
+    A worker that dies is replaced and its job run again, three times in all. `event` raises WorkerFailed for a worker that
+    exits before it can take a job.
     """
 
-    def __init__(self, store: Store, places: Places, workers: int, threads: int, lock: int | None = None) -> None:
+    def __init__(self, store: Store, sources: StudySources, workers: int, threads: int, lock: int | None = None) -> None:
         self.slots = workers
-        self._start = {"out": store.out, "tasks": dict(places.tasks), "model": places.model}
+        self._start = {"out": store.out, "tasks": dict(sources.tasks), "model": sources.model}
         self._threads, self._lock = threads, lock
         self._workers: list[_Worker] = []
-        self._told: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]] = queue.SimpleQueue()
         self._waiting: deque[Event] = deque()
 
     def submit(self, job: Job) -> None:
-        """Give a job to an idle worker, or a new one."""
-        self._give(job, next((worker for worker in self._workers if worker.job is None), None) or self._new(), 1, set())
+        """Assign a job to an idle worker, or to a new one."""
+        idle = next((worker for worker in self._workers if worker.job is None), None)
+        self._assign(job, idle or self._start_worker(), 1, set())
 
     def event(self, seconds: float) -> Event | None:
         """The next event; None if there is none within this time. Raises WorkerFailed."""
         if not self._waiting:
             with contextlib.suppress(queue.Empty):
-                worker, message = self._told.get(timeout=seconds)
-                self._hear(worker, message)
+                worker, message = self._messages.get(timeout=seconds)
+                self._handle(worker, message)
         return self._waiting.popleft() if self._waiting else None
 
     def close(self) -> None:
-        """End all workers at once."""
+        """Kill all workers."""
         for worker in self._workers:
             worker.process.kill()
         for worker in self._workers:
@@ -97,7 +85,7 @@ class LocalExecutor:
         self._workers.clear()
         remove_scratch(SCRATCH)
 
-    def _new(self) -> _Worker:
+    def _start_worker(self) -> _Worker:
         share = str(self._threads)
         process = subprocess.Popen(
             [sys.executable, "-m", "sparselet.studies.engine.worker"],
@@ -107,7 +95,7 @@ class LocalExecutor:
             text=True,
             encoding="utf-8",
             env={**os.environ, "OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share, "TOKENIZERS_PARALLELISM": "false"},
-            process_group=0,  # an interrupt from the terminal is its parent's to handle
+            process_group=0,  # an interrupt from the terminal goes to the parent only
             pass_fds=() if self._lock is None else (self._lock,),
         )
         worker = _Worker(process)
@@ -116,61 +104,61 @@ class LocalExecutor:
         self._send(worker, self._start)
         return worker
 
-    def _give(self, job: Job, worker: _Worker, attempts: int, told: set[str]) -> None:
-        worker.job, worker.attempts, worker.told = job, attempts, told
-        self._send(worker, job.without(told).to_json())
+    def _assign(self, job: Job, worker: _Worker, attempts: int, ended: set[str]) -> None:
+        worker.job, worker.attempts, worker.ended = job, attempts, ended
+        self._send(worker, job.without(ended).to_json())
 
     def _send(self, worker: _Worker, content: dict[str, Any]) -> None:
         assert worker.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # that it is dead is heard from its output
+        with contextlib.suppress(BrokenPipeError):  # `_listen` handles its exit
             worker.process.stdin.write(json.dumps(content) + "\n")
             worker.process.stdin.flush()
 
     def _listen(self, worker: _Worker) -> None:
-        """Pass on what a worker says, and at last None."""
+        """Queue a worker's messages, and None when it exits."""
         process = worker.process
         assert process.stdout is not None
         errors = threading.Thread(target=lambda: worker.stderr.extend(process.stderr or ()), daemon=True)
         errors.start()
         for line in process.stdout:
-            self._told.put((worker, json.loads(line)))
+            self._messages.put((worker, json.loads(line)))
         errors.join()
         process.wait()
-        self._told.put((worker, None))
+        self._messages.put((worker, None))
 
-    def _hear(self, worker: _Worker, message: dict[str, Any] | None) -> None:
+    def _handle(self, worker: _Worker, message: dict[str, Any] | None) -> None:
         if message is None:
             self._replace(worker)
-        elif message["what"] == "ready":
+        elif message["state"] == "ready":
             worker.ready = True
-        elif message["what"] == "end":
+        elif message["state"] == "end":
             assert worker.job is not None
             self._waiting.append(Event("end", worker.job.key))
             worker.job = None
         else:
-            if message["what"] in ("done", "failed"):
-                worker.told.add(message["key"])
-            self._waiting.append(Event(message["what"], message["key"], message["fraction"], message["error"]))
+            if message["state"] in ("done", "failed"):
+                worker.ended.add(message["key"])
+            self._waiting.append(Event(**message))
 
     def _replace(self, worker: _Worker) -> None:
-        """After a worker's death."""
+        """Replace a dead worker and run its job again; after the last attempt, fail the job's units."""
         self._workers.remove(worker)
-        how, tail = _how_it_ended(worker.process.returncode), " ".join("".join(worker.stderr).split())
+        end, tail = _describe_exit(worker.process.returncode), " ".join("".join(worker.stderr).split())
         if not worker.ready:
-            raise WorkerFailed(f"a worker process could not start: {how}. It said: {tail or 'nothing'}")
+            raise WorkerFailed(f"a worker process could not start: it {end}. Its standard error: {tail or 'empty'}")
         if worker.job is None:
             return
         if worker.attempts < ATTEMPTS:
-            self._give(worker.job, self._new(), worker.attempts + 1, worker.told)
+            self._assign(worker.job, self._start_worker(), worker.attempts + 1, worker.ended)
             return
-        text = f"its worker {how}, {ATTEMPTS} times." + (f" The last said: {tail}" if tail else "")
-        left = worker.job.without(worker.told).units
-        self._waiting.extend(Event("failed", unit.key, text=text) for unit in left)
+        error = f"worker {end}, {ATTEMPTS} times." + (f" Its last standard error: {tail}" if tail else "")
+        remaining = worker.job.without(worker.ended).units
+        self._waiting.extend(Event("failed", unit.key, error=error) for unit in remaining)
         self._waiting.append(Event("end", worker.job.key))
 
 
-def _how_it_ended(code: int) -> str:
+def _describe_exit(code: int) -> str:
     if code >= 0:
-        return f"ended with code {code}"
+        return f"exited with code {code}"
     name = signal.Signals(-code).name
-    return f"was killed by {name}" + (", as happens where memory runs out" if name == "SIGKILL" else "")
+    return f"was killed by {name}" + (", possibly for lack of memory" if name == "SIGKILL" else "")

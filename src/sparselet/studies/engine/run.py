@@ -1,52 +1,53 @@
-"""Running a study: what is left to do, in which order, and what came of it."""
+"""Running a study: jobs in order of priority, until all units are done, failed or blocked."""
 
 import contextlib
 import fcntl
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 from sparselet.errors import StudyRunning, WriteFailed
 from sparselet.io.write_errors import convert_write_errors
 from sparselet.studies.engine.cost import Estimates
-from sparselet.studies.engine.jobs import Job, make_jobs, priorities, seconds_left, stored
-from sparselet.studies.engine.local import Event, Executor
-from sparselet.studies.engine.plan import Progress, learn, plan
+from sparselet.studies.engine.jobs import Event, Job, make_jobs, priorities, seconds_left, stored
+from sparselet.studies.engine.local import Executor
+from sparselet.studies.engine.plan import Progress, learn_costs, plan
 from sparselet.studies.engine.store import Store
 from sparselet.studies.engine.unit import Unit, closure
 
-TICK = 0.5  # seconds between two looks at what goes on
-PATIENCE = 5.0  # seconds to wait for workers of a run that was killed
+TICK = 0.5  # seconds between two updates
+PATIENCE = 5.0  # seconds to wait for the lock, which workers of a killed run hold until they exit
+
+OnProgress = Callable[[Progress], None]
 
 
-Watch = Callable[[Progress], None]
+def run_study(
+    units: Iterable[Unit], store: Store, executor: Executor, on_progress: OnProgress = lambda progress: None
+) -> Progress:
+    """Do all units that are not done. A failed unit is recorded, and the units that do not depend on it are still done.
 
-
-def run_study(units: Iterable[Unit], store: Store, executor: Executor, watch: Watch = lambda progress: None) -> Progress:
-    """Do all units that are not done. A unit that fails is kept as such, and the rest go on.
-
-    watch: called when something changed, and twice a second.
-    Raises BadConfig (a result that cannot be read), WriteFailed (of the failures kept from before), WorkerFailed.
+    on_progress: called after each event, and twice a second.
+    Raises BadConfig (a damaged result), WriteFailed (when earlier failures are removed), WorkerFailed.
     """
     try:
         progress = plan(units, store)
-        store.forgive(progress.failed)
+        store.clear_failures(progress.failed)
         progress.failed.clear()
-        _Run(progress, store, executor, learn(progress, store)).loop(watch)
+        _Run(progress, store, executor, learn_costs(progress, store)).loop(on_progress)
     finally:
         executor.close()
     return progress
 
 
-def gather(units: Iterable[Unit], store: Store) -> dict[str, dict[str, Any]]:
-    """The results of all units that are done, by key. Raises BadConfig."""
-    return store.results(stored(closure(units).values()))
+def read_measures(units: Iterable[Unit], store: Store) -> dict[str, dict[str, float]]:
+    """The measured numbers of all units that are done, by key. Raises BadConfig."""
+    results = store.results(stored(closure(units).values()).values())
+    return {key: result.measures() for key, result in results.items()}
 
 
 @contextlib.contextmanager
-def claimed(store: Store) -> Iterator[int]:
-    """Within the block no other process runs this study. Yields the open lock, for workers to hold as well.
+def lock_study(store: Store) -> Iterator[int]:
+    """Holds the study's lock within the block. Yields the descriptor of the lock file, which workers inherit.
 
     Raises StudyRunning, WriteFailed.
     """
@@ -61,7 +62,7 @@ def claimed(store: Store) -> Iterator[int]:
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
-                    raise StudyRunning(f"another process runs the study in {store.out}. Wait for it.") from None
+                    raise StudyRunning(f"another process runs the study in {store.out}. Wait until it ends.") from None
                 time.sleep(0.1)
         yield descriptor
     finally:
@@ -69,7 +70,7 @@ def claimed(store: Store) -> Iterator[int]:
 
 
 class _Run:
-    """The jobs of a run: those that wait, and those under way."""
+    """The waiting and the running jobs of a run."""
 
     def __init__(self, progress: Progress, store: Store, executor: Executor, estimates: Estimates) -> None:
         self.progress, self.store, self.executor, self.estimates = progress, store, executor, estimates
@@ -78,69 +79,69 @@ class _Run:
         self.priorities = self._priorities()
         self.estimated = 0.0
 
-    def loop(self, watch: Watch) -> None:
-        """Until nothing waits and nothing runs."""
+    def loop(self, on_progress: OnProgress) -> None:
+        """Run until no job waits or runs."""
         while self.waiting or self.running:
             self._submit()
             if time.monotonic() - self.estimated > TICK:
                 self._estimate()
-            watch(self.progress)
+            on_progress(self.progress)
             if event := self.executor.event(TICK):
-                self._note(event)
+                self._handle(event)
         self._estimate()
-        watch(self.progress)
+        on_progress(self.progress)
 
     def _submit(self) -> None:
-        """Begin what can be begun, the longest chain first; give up what waits for something that failed."""
+        """Submit the jobs whose needs are done, longest chain first; drop jobs that depend on a failed unit."""
         while blocked := self._blocked():
             self.progress.blocked.update(blocked)
             self.waiting = {key: job for key, job in self.waiting.items() if key not in blocked}
-        ready = [job for job in self.waiting.values() if job.needs <= self.progress.done]
-        for job in sorted(ready, key=lambda job: -self.priorities[job.key])[: self.executor.slots - len(self.running)]:
+        startable = [job for job in self.waiting.values() if job.needs <= self.progress.done]
+        for job in sorted(startable, key=lambda job: -self.priorities[job.key])[: self.executor.slots - len(self.running)]:
             self.running[job.key] = self.waiting.pop(job.key)
             self.progress.running[job.key] = 0.0
             self.executor.submit(job)
 
     def _blocked(self) -> dict[str, str]:
-        """Units that wait for something that failed, or that waits for such itself; and what that is."""
-        lost = {key: key for key in self.progress.failed} | self.progress.blocked
-        found: dict[str, str] = {}
+        """Waiting units that depend on a failed unit, directly or not, with the key of the failed one."""
+        causes = {key: key for key in self.progress.failed} | self.progress.blocked
+        blocked: dict[str, str] = {}
         for job in self.waiting.values():
-            if missing := sorted(job.needs & lost.keys()):
-                found |= {unit.key: lost[missing[0]] for unit in job.units}
-        return found
+            if failed := sorted(job.needs & causes.keys()):
+                blocked |= {unit.key: causes[failed[0]] for unit in job.units}
+        return blocked
 
-    def _note(self, event: Event) -> None:
+    def _handle(self, event: Event) -> None:
         progress, key = self.progress, event.key
-        if event.what == "end":
+        if event.state == "end":
             for unit in self.running.pop(key).units:
                 progress.running.pop(unit.key, None)
                 if unit.key not in progress.done and unit.key not in progress.failed:
-                    # What waits for it must not wait for ever.
-                    progress.failed[unit.key] = "its worker ended the job without a word of it."
+                    # Without an entry, units that depend on it would wait for ever.
+                    progress.failed[unit.key] = "worker exited without reporting a result."
             self.priorities = self._priorities()
-        elif event.what in ("started", "progress"):
+        elif event.state in ("started", "progress"):
             progress.running[key] = event.fraction
-        elif event.what == "done":
+        elif event.state == "done":
             progress.running.pop(key, None)
             progress.done.add(key)
             if cost := self.store.cost(key):
                 self.estimates.learn(progress.units[key], cost)
         else:
             progress.running.pop(key, None)
-            progress.failed[key] = event.text
-            with contextlib.suppress(WriteFailed):  # it is told all the same
-                self.store.fail(progress.units[key], event.text)
+            progress.failed[key] = event.error
+            with contextlib.suppress(WriteFailed):  # the run's result has the error as well
+                self.store.fail(progress.units[key], event.error)
 
     def _priorities(self) -> dict[str, float]:
         return priorities(self.waiting.values(), self.estimates.seconds)
 
     def _estimate(self) -> None:
-        """How long it will take from here."""
-        over = self.progress.done | self.progress.failed.keys()
+        """Update the estimate of the seconds left."""
+        ended = self.progress.done | self.progress.failed.keys()
 
         def left(unit: Unit) -> float:
-            share = 0.0 if unit.key in over else 1 - self.progress.running.get(unit.key, 0.0)
+            share = 0.0 if unit.key in ended else 1 - self.progress.running.get(unit.key, 0.0)
             return share * self.estimates.seconds(unit)
 
         self.estimated = time.monotonic()

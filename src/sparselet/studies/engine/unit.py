@@ -1,71 +1,188 @@
-"""A unit of a study's work, and the key of all that determines it."""
+"""Units of a study's work: what is trained, merged or evaluated, each with a key of all that determines its result."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
-# Raised when the same settings would give another result: units done before are then done again.
+from sparselet.errors import ConfigError
+from sparselet.evaluation import EvalSettings
+from sparselet.training.settings import TrainSettings
+
+# Raised when the same settings give another result: units of earlier versions are then done again.
 ALGORITHM = 1
 
 Kind = Literal["train", "merge", "evaluate"]
+KINDS: tuple[Kind, ...] = ("train", "merge", "evaluate")
+Settings = TypeVar("Settings", TrainSettings, EvalSettings)
+
+# Fields of TrainSettings that depend on the machine. A unit has the names of its tasks and its initial merge instead.
+MACHINE_SETTINGS = ("model", "task", "init_from")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The base model of a unit: name, fingerprint of its files, dtype, and the number of threads that compute with it."""
+
+    model: str
+    base: str
+    dtype: str = "float32"
+    threads: int = 1
 
 
 @dataclass(frozen=True, eq=False)
-class Unit:
-    """Something to train, merge or evaluate.
+class TrainUnit:
+    """A training.
 
-    settings: JSON values; all that determines the result beside the inputs, and no path. Train and evaluate: `model`, `base`
-        (its fingerprint), `dtype`, `threads`. Train: `task` (names), `data` (name to fingerprint of its training and validation
-        rows), `train` (what differs from the defaults of `TrainSettings`, without model and task). Merge: `method`,
-        `parameters`. Evaluate: `task`, `data` (fingerprint of its test rows), `eval` (what differs from the defaults of
-        `EvalSettings`), and `mask`, true where only the entries in the second input's masks are left of the first.
-    inputs: what it reads. Train: nothing, or the merge that a second stage starts from. Merge: experts. Evaluate: nothing for
-        the base model, else an expert or a merge, and for `mask` the expert whose masks count.
-    label: what a person calls it; no part of the key.
+    data: fingerprint of the training and validation rows of each task. settings: `task` has the names of the tasks, and
+    `init_from` the key of `initial`; `model` is not used. initial: the merge that a second stage starts from. label: text for
+    people, no part of the key.
     """
 
-    kind: Kind
-    settings: Mapping[str, Any]
-    inputs: tuple["Unit", ...] = ()
-    label: str = field(default="", compare=False)
+    kind: ClassVar[Kind] = "train"
+    model: ModelSettings
+    data: Mapping[str, str]
+    settings: TrainSettings
+    initial: "MergeUnit | None" = None
+    label: str = ""
+
+    @property
+    def inputs(self) -> "tuple[Unit, ...]":
+        """The units whose results it reads."""
+        return () if self.initial is None else (self.initial,)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values: of `TrainSettings` what differs from its defaults."""
+        changed = {name: value for name, value in _changed(self.settings).items() if name not in MACHINE_SETTINGS}
+        model = {**vars(self.model)}
+        return {**model, "task": list(self.settings.tasks), "data": dict(self.data), "train": changed}
 
     @cached_property
     def key(self) -> str:
         """SHA-256 of the settings and the inputs' keys, 32 hex digits."""
-        told = [ALGORITHM, self.kind, self.settings, [unit.key for unit in self.inputs]]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+        return _key(self)
+
+
+@dataclass(frozen=True, eq=False)
+class MergeUnit:
+    """A merge of experts by a method of METHODS. parameters: all of the method's, defaults included."""
+
+    kind: ClassVar[Kind] = "merge"
+    method: str
+    parameters: Mapping[str, Any]
+    experts: tuple[TrainUnit, ...]
+    label: str = ""
+
+    @property
+    def inputs(self) -> "tuple[Unit, ...]":
+        """The units whose results it reads."""
+        return self.experts
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return {"method": self.method, "parameters": dict(self.parameters)}
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of the settings and the inputs' keys, 32 hex digits."""
+        return _key(self)
+
+
+@dataclass(frozen=True, eq=False)
+class EvalUnit:
+    """An evaluation of one subject on one task.
+
+    data: fingerprint of the task's test rows. subject: an expert or a merge; None is the base model. mask: of the subject only
+    the entries in this expert's masks are kept.
+    """
+
+    kind: ClassVar[Kind] = "evaluate"
+    model: ModelSettings
+    task: str
+    data: str
+    settings: EvalSettings
+    subject: TrainUnit | MergeUnit | None = None
+    mask: TrainUnit | None = None
+    label: str = ""
+
+    @property
+    def inputs(self) -> "tuple[Unit, ...]":
+        """The units whose results it reads."""
+        return tuple(unit for unit in (self.subject, self.mask) if unit is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values: of `EvalSettings` what differs from its defaults."""
+        settings = {"task": self.task, "data": self.data, "eval": _changed(self.settings), "mask": self.mask is not None}
+        return {**vars(self.model), **settings}
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of the settings and the inputs' keys, 32 hex digits."""
+        return _key(self)
+
+
+Unit = TrainUnit | MergeUnit | EvalUnit
 
 
 def closure(units: Iterable[Unit]) -> dict[str, Unit]:
-    """The units and all that they read, by key, each after its inputs."""
-    found: dict[str, Unit] = {}
-
-    def visit(unit: Unit) -> Iterator[Unit]:
-        for one in unit.inputs:
-            yield from visit(one)
-        yield unit
-
+    """The units and all their inputs, by key, each after its inputs."""
+    result: dict[str, Unit] = {}
     for unit in units:
-        for one in visit(unit):
-            found.setdefault(one.key, one)
-    return found
+        if unit.key not in result:
+            result |= closure(unit.inputs) | {unit.key: unit}
+    return result
 
 
-def packed(units: Iterable[Unit]) -> list[dict[str, Any]]:
-    """The units and all that they read as JSON values, each after its inputs, which it names by key."""
+def units_to_json(units: Iterable[Unit]) -> list[dict[str, Any]]:
+    """The units and all their inputs as JSON values, each after its inputs, which it names by key."""
     return [
-        {"kind": u.kind, "settings": dict(u.settings), "inputs": [i.key for i in u.inputs], "label": u.label}
+        {"kind": u.kind, "settings": u.to_json(), "inputs": [i.key for i in u.inputs], "label": u.label}
         for u in closure(units).values()
     ]
 
 
-def unpacked(content: Iterable[Mapping[str, Any]]) -> dict[str, Unit]:
-    """What `packed` was given, by key, from its JSON."""
-    units: dict[str, Unit] = {}
-    for one in content:
-        unit = Unit(one["kind"], one["settings"], tuple(units[key] for key in one["inputs"]), one["label"])
+def units_from_json(content: Iterable[Mapping[str, Any]]) -> dict[str, Unit]:
+    """The units of `units_to_json`, by key. Raises ConfigError for an unknown setting."""
+    units: dict[str, Any] = {}
+    for entry in content:
+        settings, label = entry["settings"], entry["label"]
+        inputs: list[Any] = [units[key] for key in entry["inputs"]]
+        if entry["kind"] == "merge":
+            unit = MergeUnit(settings["method"], settings["parameters"], tuple(inputs), label)
+        else:
+            model = ModelSettings(settings["model"], settings["base"], settings["dtype"], settings["threads"])
+            if entry["kind"] == "train":
+                initial = inputs[0] if inputs else None
+                names = {"task": settings["task"], "init_from": initial.key if initial else None}
+                train = _from_json(TrainSettings, "train", {**settings["train"], **names})
+                unit = TrainUnit(model, settings["data"], train, initial, label)
+            else:
+                eval_settings = _from_json(EvalSettings, "eval", settings["eval"])
+                subject, mask = [*inputs, None, None][:2]
+                unit = EvalUnit(model, settings["task"], settings["data"], eval_settings, subject, mask, label)
         units[unit.key] = unit
     return units
+
+
+def _key(unit: Unit) -> str:
+    content = [ALGORITHM, unit.kind, unit.to_json(), [u.key for u in unit.inputs]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _changed(settings: TrainSettings | EvalSettings) -> dict[str, Any]:
+    """The fields that differ from their defaults, tuples as lists."""
+    defaults = {f.name: None if f.default is MISSING else f.default for f in fields(settings)}
+    changed = {name: value for name, value in vars(settings).items() if value != defaults[name]}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+
+
+def _from_json(settings: type[Settings], name: str, values: Mapping[str, Any]) -> Settings:
+    """Settings from JSON values, lists as tuples. Raises ConfigError."""
+    names = {field.name for field in fields(settings)}
+    for key in values:
+        if key not in names:
+            raise ConfigError(f"{name} has no setting {key!r}; it has {', '.join(sorted(names))}.")
+    fitted: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return settings(**fitted)

@@ -1,6 +1,6 @@
-"""A worker process: jobs come as JSON lines on standard input, reports go as JSON lines to standard output.
+"""A worker process: reads jobs as JSON lines from standard input, writes events as JSON lines to standard output.
 
-It ends, in the middle of a job too, when standard input does: its parent is gone or has no more work.
+It exits, also in the middle of a job, when standard input is closed: its parent is gone or has no more work.
 """
 
 import json
@@ -9,56 +9,56 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, TextIO
 
 from transformers.utils import logging as transformers_logging
 
-from sparselet.studies.engine.jobs import Job
-from sparselet.studies.engine.perform import Performer, Places, Report
+from sparselet.studies.engine.job_runner import JobRunner, StudySources
+from sparselet.studies.engine.jobs import EmitEvent, Event, Job
 from sparselet.studies.engine.store import Store
 
 SECOND = 1.0
 
 
 def main() -> None:
-    """Work until standard input ends. The first line tells where: `out`, `tasks` and `model`."""
-    out = _own_stdout()
+    """Run jobs until standard input is closed. The first line has `out`, `tasks` and `model`."""
+    out = _redirect_stdout()
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(lines,), daemon=True).start()
-    quiet()
+    silence_libraries()
     start = json.loads(lines.get())
-    performer = Performer(Store(start["out"]), Places(start["tasks"], start["model"]))
-    _say(out, {"what": "ready"})
+    runner = JobRunner(Store(start["out"]), StudySources(start["tasks"], start["model"]))
+    _write_line(out, {"state": "ready"})
     while True:
         job = Job.from_json(json.loads(lines.get()))
-        performer.perform(job, seldom(lambda report: _say(out, asdict(report))))
-        _say(out, {"what": "end", "key": job.key})
+        runner.run(job, throttle(lambda event: _write_line(out, asdict(event))))
+        _write_line(out, asdict(Event("end", job.key)))
 
 
-def quiet() -> None:
-    """No progress bars or advice of libraries."""
+def silence_libraries() -> None:
+    """Turn off progress bars and warnings of transformers."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
 
-def seldom(tell: Callable[[Report], None]) -> Callable[[Report], None]:
-    """`tell`, with progress at most once a second."""
+def throttle(emit: EmitEvent) -> EmitEvent:
+    """`emit`, with progress at most once a second."""
     last = -SECOND
 
-    def telling(report: Report) -> None:
+    def emit_if_due(event: Event) -> None:
         nonlocal last
-        if report.what == "progress" and time.monotonic() - last < SECOND:
+        if event.state == "progress" and time.monotonic() - last < SECOND:
             return
         last = time.monotonic()
-        tell(report)
+        emit(event)
 
-    return telling
+    return emit_if_due
 
 
-def _own_stdout() -> TextIO:
-    """What was standard output; whatever else is printed goes to standard error."""
+def _redirect_stdout() -> TextIO:
+    """The original standard output; all other prints go to standard error from now on."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return out
@@ -70,7 +70,7 @@ def _read(lines: "queue.SimpleQueue[str]") -> None:
     os._exit(0)
 
 
-def _say(out: TextIO, content: Mapping[str, Any]) -> None:
+def _write_line(out: TextIO, content: Mapping[str, Any]) -> None:
     out.write(json.dumps(content) + "\n")
     out.flush()
 

@@ -1,6 +1,6 @@
 """Tables about merged experts: methods, a second stage, interference, the number of experts."""
 
-from sparselet.studies.arms import Study, Subject
+from sparselet.studies.study import Study, Subject
 from sparselet.studies.table import Cell, Chart, Table
 
 HELD = ("held-in", "held-out")

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from sparselet.errors import ConfigError
-from sparselet.studies.arms import Study
 from sparselet.studies.paper.merging_tables import interference, merging, number_of_experts, second_stage
 from sparselet.studies.paper.training_tables import block_sizes, density, layer_drop, learning_rates, scores, selection, targets
+from sparselet.studies.study import Study
 from sparselet.studies.table import Table
 
 TABLES: dict[str, Callable[[Study], Table]] = {

@@ -1,6 +1,6 @@
 """Tables about how experts are trained: density, score, layers, targets, selection, learning rate, block size."""
 
-from sparselet.studies.arms import BASE, Experts, Study
+from sparselet.studies.study import BASE, Experts, Study
 from sparselet.studies.table import Cell, Chart, Table
 
 # The paper's figures by name: individual, merged held-in, held-out.

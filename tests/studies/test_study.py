@@ -8,9 +8,9 @@ from helpers.plans import SETTINGS, made
 
 from sparselet.errors import ConfigError, UnknownMethod, UnknownScore
 from sparselet.evaluation import EvalSettings
-from sparselet.studies.arms import BASE
 from sparselet.studies.engine.unit import closure
 from sparselet.studies.paper.tables import TABLES, make_tables
+from sparselet.studies.study import BASE
 from sparselet.training.settings import TrainSettings
 
 
@@ -47,21 +47,21 @@ def test_what_does_not_change_an_expert_is_not_in_its_key():
         tasks_directory="/somewhere", name="other", tables=("scores",), budget_hours=1.0, test_rows=3, held_out=("five",)
     )
     assert keys(made().experts()) == keys(places.experts())
-    assert "/somewhere" not in json.dumps([dict(unit.settings) for unit in places.experts()[0].values()])
+    assert "/somewhere" not in json.dumps([unit.to_json() for unit in places.experts()[0].values()])
 
 
 def test_the_settings_of_a_training_are_those_of_the_study():
     study = made(patience=2, gradient_accumulation=2)
-    told = {name: study.experts(**changes)[0]["one"].settings["train"] for name, changes in METHODS.items()}
+    told = {name: study.experts(**changes)[0]["one"].to_json()["train"] for name, changes in METHODS.items()}
     common = {"epochs": 2.0, "train_rows": 10, "patience": 2, "gradient_accumulation": 2}
     assert told["sparse"] == {**common, "learning_rate": 1e-3}
     assert told["block"] == {**common, "learning_rate": 2e-3, "block_size": 16}
     assert told["lora"] == {**common, "learning_rate": 3e-4, "method": "lora", "lora_rank": 21}
     assert told["full"] == {**common, "learning_rate": 1e-5, "method": "full"}
-    assert study.dense()[0]["one"].settings["train"] == {**common, "learning_rate": 1e-3, "method": "full-qkv"}
-    assert study.multitask()[0].settings["train"] == {**common, "learning_rate": 2e-5, "method": "multitask"}
-    assert study.multitask()[0].settings["task"] == list(SETTINGS.held_in)
-    other = made(density=0.3, score="gm").experts()[0]["one"].settings["train"]
+    assert study.dense()[0]["one"].to_json()["train"] == {**common, "learning_rate": 1e-3, "method": "full-qkv"}
+    assert study.multitask()[0].to_json()["train"] == {**common, "learning_rate": 2e-5, "method": "multitask"}
+    assert study.multitask()[0].to_json()["task"] == list(SETTINGS.held_in)
+    other = made(density=0.3, score="gm").experts()[0]["one"].to_json()["train"]
     assert (other["density"], other["score"]) == (0.3, "gm")
 
 
@@ -71,17 +71,18 @@ METHODS = {"sparse": {}, "block": {"block_size": 16}, "lora": {"method": "lora"}
 def test_every_unit_holds_settings_that_can_be_run():
     known = {f.name for f in fields(TrainSettings)}
     for unit in closure(unit for table in make_tables(made()).values() for unit in table.units()).values():
-        assert json.loads(json.dumps(dict(unit.settings))) == unit.settings
+        content = unit.to_json()
+        assert json.loads(json.dumps(content)) == content
         if unit.kind == "train":
-            start = "a merge" if unit.inputs else None
-            settings = TrainSettings(task=tuple(unit.settings["task"]), init_from=start, **unit.settings["train"])
-            for name, value in unit.settings["train"].items():
+            initial = unit.initial.key if unit.initial else None
+            settings = TrainSettings(task=tuple(content["task"]), init_from=initial, **content["train"])
+            for name, value in content["train"].items():
                 assert name in known - {"model", "task", "init_from"}
                 assert value != getattr(TrainSettings(task="x"), name)
-            assert len(settings.tasks) == len(unit.settings["data"])
+            assert len(settings.tasks) == len(content["data"])
         elif unit.kind == "evaluate":
-            assert EvalSettings(**unit.settings["eval"]).rows == 5
-            assert len(unit.inputs) == (2 if unit.settings["mask"] else unit.label.count("base") == 0)
+            assert EvalSettings(**content["eval"]).rows == 5
+            assert len(unit.inputs) == (2 if content["mask"] else unit.label.count("base") == 0)
 
 
 def test_a_wrong_change_is_refused_when_it_is_planned():
@@ -115,22 +116,18 @@ def test_a_second_stage_starts_from_the_merge():
     merged = study.merge(study.experts(), "overlap")
     sparse, full = (study.second_stage(merged, 5, all_weights=every)[0] for every in (False, True))
     assert sparse.inputs == full.inputs == merged
-    assert sparse.settings["train"] == {"learning_rate": 1e-3, "train_rows": 3}
-    assert full.settings["train"] == {"learning_rate": 2e-5, "train_rows": 3, "method": "multitask"}
+    assert sparse.to_json()["train"] == {"learning_rate": 1e-3, "train_rows": 3}
+    assert full.to_json()["train"] == {"learning_rate": 2e-5, "train_rows": 3, "method": "multitask"}
     own = made(first_stage_epochs=1.0, tables=("second_stage",))
-    first = {unit.settings["train"]["epochs"] for unit in own.experts(epochs=1.0)[0].values()}
+    first = {unit.settings.epochs for unit in own.experts(epochs=1.0)[0].values()}
     planned = closure(make_tables(own)["second_stage"].units()).values()
-    assert {
-        unit.settings["train"].get("epochs", 5.0)
-        for unit in planned
-        if unit.kind == "train" and len(unit.settings["task"]) == 1
-    } == first
+    assert {unit.settings.epochs for unit in planned if unit.kind == "train" and len(unit.settings.tasks) == 1} == first
 
 
 def test_every_seed_is_a_draw():
     study = made(seeds=(0, 3))
     experts = study.experts()
-    assert [unit.settings["train"].get("seed", 0) for own in experts for unit in own.values()] == [0] * 4 + [3] * 4
+    assert [unit.settings.seed for own in experts for unit in own.values()] == [0] * 4 + [3] * 4
     merged = study.merge(experts, "overlap")
     for cell in (study.individual(experts), study.held_in(merged), study.own_masks(merged, experts), study.parameters(experts)):
         assert [len(draw) for draw in cell.draws] == [4, 4]
@@ -144,13 +141,13 @@ def test_an_evaluation_is_of_one_model_on_one_task():
     experts = study.experts()
     merged = study.merge(experts, "overlap")
     (alone,) = study.individual(experts).draws
-    assert [unit.settings["task"] for unit in alone] == list(SETTINGS.held_in)
+    assert [unit.task for unit in alone] == list(SETTINGS.held_in)
     assert [unit.inputs for unit in alone] == [(unit,) for unit in experts[0].values()]
     (own,) = study.own_masks(merged, experts).draws
     assert [unit.inputs for unit in own] == [(merged[0], unit) for unit in experts[0].values()]
-    assert {unit.settings["mask"] for unit in own} == {True}
+    assert {unit.to_json()["mask"] for unit in own} == {True}
     (outside,) = study.held_out(merged).draws
-    assert [unit.settings["data"] for unit in outside] == ["test five", "test six", "test seven"]
+    assert [unit.data for unit in outside] == ["test five", "test six", "test seven"]
     (base,) = study.held_in(BASE).draws
     assert {unit.inputs for unit in base} == {()}
 
