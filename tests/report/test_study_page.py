@@ -176,7 +176,7 @@ def test_all_charts_of_a_measure_have_one_scale():
 
 def test_a_name_looks_alike_in_all_charts():
     tables = results()["tables"]
-    shared = charts.styles([(table, chart) for table in tables.values() for chart in table["charts"]])
+    shared = charts.shared_styles([(table, chart) for table in tables.values() for chart in table["charts"]])
     assert {"individual", "held-in", "held-out"} <= set(shared)
     assert len({style.colour for style in shared.values()}) == len(shared)
 

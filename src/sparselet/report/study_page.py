@@ -10,12 +10,12 @@ from markupsafe import Markup
 
 from sparselet.io.atomic import atomic_write, write_text
 from sparselet.io.paths import check_inside
-from sparselet.report import charts, sheet
+from sparselet.report import charts, figures
 from sparselet.report.quantities import clock, size, told
 
 VERDICTS = {"holds": "✓", "does not hold": "✗", "not tested here": "–"}
 _HERE = Path(__file__).parent
-_STRIP = sheet.Axis(0.0, 1.0, 6.0, 154.0)  # pixels of a claim's interval
+_STRIP = (6.0, 154.0)  # pixels between which a claim's interval is drawn
 
 
 def write_report(out: Path, results: Mapping[str, Any], cost: Mapping[str, Any]) -> Path:
@@ -24,10 +24,10 @@ def write_report(out: Path, results: Mapping[str, Any], cost: Mapping[str, Any])
     results: a study's results.json. cost: its cost.json; what it does not have is not told. The same input gives the same
     bytes with the same version of matplotlib. Raises UnsafePath (a table's name is no file name), WriteFailed.
     """
-    figures = out / "figures"
+    directory = out / "figures"
     tables = results["tables"]
     ranges = charts.scales(tables.values())
-    shared = charts.styles([(table, chart) for table in tables.values() for chart in table["charts"]])
+    shared = charts.shared_styles([(table, chart) for table in tables.values() for chart in table["charts"]])
     drawn: dict[str, list[dict[str, Any]]] = {name: [] for name in tables}
     for name, table in tables.items():
         for k, chart in enumerate(table["charts"], 1):
@@ -35,11 +35,11 @@ def write_report(out: Path, results: Mapping[str, Any], cost: Mapping[str, Any])
             wide, narrow = (charts.draw(table, chart, ranges, shared, width) for width in (charts.WIDE, charts.NARROW))
             if wide is None or narrow is None:
                 continue
-            picture = sheet.svg(wide)
-            write_text(check_inside(figures, f"{file}.svg"), picture)
-            with atomic_write(check_inside(figures, f"{file}.png")) as png:
-                png.write(sheet.png(wide))
-            both = _both(file, {"wide": picture, "narrow": sheet.svg(narrow)}, _told_aloud(table, chart))
+            picture = figures.to_svg(wide)
+            write_text(check_inside(directory, f"{file}.svg"), picture)
+            with atomic_write(check_inside(directory, f"{file}.png")) as png:
+                png.write(figures.to_png(wide))
+            both = _both(file, {"wide": picture, "narrow": figures.to_svg(narrow)}, _told_aloud(table, chart))
             drawn[name].append({"svg": both, "has_paper": charts.has_paper(table, chart)})
     page = out / "report.html"
     write_text(page, _page(results, cost, drawn))
@@ -53,7 +53,7 @@ def _page(results: Mapping[str, Any], cost: Mapping[str, Any], drawn: Mapping[st
     template = settings.from_string((_HERE / "study_page.html.j2").read_text(encoding="utf-8"))
     return template.render(
         css=Markup((_HERE / "study_page.css").read_text(encoding="utf-8")),
-        colours=sheet.COLOURS,
+        colours=figures.PALETTE,
         results=results,
         cost=cost,
         claims=_claims(results.get("claims", [])),
@@ -71,7 +71,7 @@ def _both(name: str, files: Mapping[str, str], label: str) -> Markup:
     """A chart at both widths, of which the page shows one."""
     found = []
     for kind, file in files.items():
-        element = sheet.inline(file, f"{name}-{kind}")
+        element = figures.to_inline_svg(file, f"{name}-{kind}")
         opening = Markup('<svg class="{}" role="img" aria-label="{}"').format(kind, label)
         found.append(opening + Markup(element.removeprefix("<svg")))
     return Markup("\n").join(found)
@@ -132,10 +132,10 @@ def _by_task(table: Mapping[str, Any], column: int) -> dict[str, Any] | None:
 def _claims(claims: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Claims with their verdict's symbol and with their interval in pixels, all on one scale with 0 in it."""
     ends = [0.0] + [c[key] for c in claims for key in ("low", "high", "difference") if c.get(key) is not None]
-    axis = sheet.Axis(min(ends), max(ends), _STRIP.start, _STRIP.end)
-    found = []
+    scale = (_STRIP[1] - _STRIP[0]) / ((max(ends) - min(ends)) or 1.0)
+    rows = []
     for claim in claims:
-        known = {key: claim[key] for key in ("difference", "low", "high") if claim.get(key) is not None}
-        strip = {key: round(axis.at(number), 1) for key, number in {**known, "zero": 0.0}.items()} if len(known) == 3 else None
-        found.append({**claim, "symbol": VERDICTS.get(claim["verdict"], "–"), "strip": strip})
-    return found
+        values = {key: claim[key] for key in ("difference", "low", "high") if claim.get(key) is not None} | {"zero": 0.0}
+        strip = {key: round(_STRIP[0] + scale * (value - min(ends)), 1) for key, value in values.items()}
+        rows.append({**claim, "symbol": VERDICTS.get(claim["verdict"], "–"), "strip": strip if len(strip) == 4 else None})
+    return rows
