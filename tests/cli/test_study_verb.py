@@ -39,10 +39,10 @@ epochs = 2
 
 
 @pytest.fixture
-def study(tmp_path, places):
+def study(tmp_path, sources):
     file = tmp_path / "study.toml"
-    file.write_text(STUDY.format(model=places.model))
-    tasks = next(iter(places.tasks.values())).rpartition("/")[0]
+    file.write_text(STUDY.format(model=sources.model))
+    tasks = next(iter(sources.tasks.values())).rpartition("/")[0]
     return [file, "--tasks", tasks, "--out", tmp_path / "out"]
 
 
@@ -51,13 +51,13 @@ def made(monkeypatch):
     """The verb's work is done in this process; what executors were made with is kept."""
     given = []
 
-    def local(store, places, workers, threads, lock):
+    def local(store, sources, workers, threads, lock):
         given.append(("local", workers, threads))
-        return InThisProcess(store, places)
+        return InThisProcess(store, sources)
 
-    def by_ray(store, places, workers, threads, address, gpus):
+    def by_ray(store, sources, workers, threads, address, gpus):
         given.append(("ray", workers, threads, address, gpus))
-        return InThisProcess(store, places)
+        return InThisProcess(store, sources)
 
     monkeypatch.setattr("sparselet.api.studying.LocalExecutor", local)
     monkeypatch.setattr("sparselet.api.studying.RayExecutor", by_ray)

@@ -209,7 +209,7 @@ def test_one_evaluation_fails_and_the_others_of_its_subject_are_made(sources, tm
     assert {r.key: r.state for r in told if r.state in ("done", "failed")} == {
         unit.key: "failed" if unit.task == "second" else "done" for unit in scores
     }
-    assert set(store.results(unit.key for unit in scores)) == {scores[0].key, scores[2].key}
+    assert set(store.results(scores)) == {scores[0].key, scores[2].key}
 
 
 # What was interrupted
@@ -239,9 +239,7 @@ def interrupted(sources, tmp_path):
 def same_as(undisturbed, store, unit):
     weights = "expert/adapter_model.safetensors"
     here, there = (one.path / "units" / unit.key for one in (store, undisturbed))
-    return (here / weights).read_bytes() == (there / weights).read_bytes() and store.result(unit) == undisturbed.result(
-        unit.key
-    )
+    return (here / weights).read_bytes() == (there / weights).read_bytes() and store.result(unit) == undisturbed.result(unit)
 
 
 def test_a_training_goes_on_from_its_checkpoint(interrupted, undisturbed, sources):
