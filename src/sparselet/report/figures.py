@@ -27,7 +27,7 @@ PALETTE = {
 INK, MUTED, LINE, PAGE = (PALETTE[name][0] for name in ("ink", "muted", "line", "page"))
 MARKS = tuple(light for name, (light, _) in PALETTE.items() if name.startswith("mark-"))
 
-_RC: dict[str, Any] = {
+_RC: dict[Any, Any] = {
     "figure.dpi": 72,  # one point is one pixel
     "figure.constrained_layout.use": True,
     "svg.fonttype": "none",
