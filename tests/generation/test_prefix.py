@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 import sparselet
 from sparselet import SparseletConfig
-from sparselet.generation.prefix import PREFIX, batch_loss, can_share_prefix, model_inputs
+from sparselet.generation.prefix import PREFIX_KEY, batch_loss, can_share_prefix, model_inputs
 from sparselet.generation.prompts import prompt_format
 from sparselet.training import collate
 
@@ -60,8 +60,8 @@ def test_loss_and_gradients_are_those_of_the_whole_rows(make, kind):
         model = get_peft_model(base, LoraConfig(init_lora_weights=False, target_modules=targets))
     share, whole = (collator(base, make_tokenizer(), share) for share in (True, False))
     batch = share(rows())
-    assert batch[PREFIX].tolist() == [BEGINNING]
-    assert PREFIX not in whole(rows())
+    assert batch[PREFIX_KEY].tolist() == [BEGINNING]
+    assert PREFIX_KEY not in whole(rows())
     assert batch["input_ids"].shape[1] + len(BEGINNING) == whole(rows())["input_ids"].shape[1]
     model.train()
     expected_loss = model(**whole(rows())).loss
@@ -83,7 +83,7 @@ def test_selection_scores_whole_rows():
     for share in (True, False):
         model = get_peft_model(make_model(), SparseletConfig(initial_mask="gradient", density=0.3, score="gm"))
         batch = collator(model.get_base_model(), make_tokenizer(), share)(rows())
-        assert (PREFIX in batch) == share
+        assert (PREFIX_KEY in batch) == share
         sparselet.reselect(model, [batch], loss=batch_loss)
         masks.append({name: t.clone() for name, t in model.named_buffers() if "sparse_indices" in name})
     assert masks[0]
@@ -95,7 +95,7 @@ def test_a_batch_without_a_shared_beginning_is_as_before():
     model, tokenizer = make_model(), make_tokenizer()
     apart = [*rows(), *rows([99])]
     batch = collator(model, tokenizer, share=True)(apart)
-    assert PREFIX not in batch
+    assert PREFIX_KEY not in batch
     whole = collator(model, tokenizer)(apart)
     assert batch.keys() == whole.keys()
     assert all(torch.equal(torch.as_tensor(batch[key]), torch.as_tensor(whole[key])) for key in whole)
@@ -106,11 +106,11 @@ def test_little_is_not_shared(monkeypatch):
     share = collator(make_model(), make_tokenizer(), share=True)
     saved = len(BEGINNING) * 4
     monkeypatch.setattr(collate, "LEAST_SAVED", saved)
-    assert PREFIX in share(rows())
+    assert PREFIX_KEY in share(rows())
     monkeypatch.setattr(collate, "LEAST_SAVED", saved + 1)
-    assert PREFIX not in share(rows())
+    assert PREFIX_KEY not in share(rows())
     monkeypatch.setattr(collate, "LEAST_SAVED", 1)
-    assert PREFIX not in share(rows()[:1])
+    assert PREFIX_KEY not in share(rows()[:1])
 
 
 def test_models_that_cannot_share_do_not():

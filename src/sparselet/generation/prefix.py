@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from sparselet.generation.padding import supports_prefix_cache
 from sparselet.models import prefill
 
-PREFIX = "shared_prefix"  # key of a batch: the prefix's token ids [1, length]
+PREFIX_KEY = "shared_prefix"  # key of a batch: the prefix's token ids [1, length]
 
 
 def shared_prefix(prompts: Sequence[list[int]]) -> list[int]:
@@ -35,10 +35,10 @@ def can_share_prefix(model: Any) -> bool:
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the model for a batch; a shared prefix becomes a cache of keys and values."""
-    inputs = {key: value for key, value in batch.items() if key != PREFIX}
-    if PREFIX not in batch:
+    inputs = {key: value for key, value in batch.items() if key != PREFIX_KEY}
+    if PREFIX_KEY not in batch:
         return inputs
-    cache = prefill(model, batch[PREFIX])
+    cache = prefill(model, batch[PREFIX_KEY])
     cache.batch_repeat_interleave(len(batch["input_ids"]))
     return {**inputs, "past_key_values": cache, "use_cache": True}
 

@@ -10,7 +10,7 @@ from sparselet.errors import AbsurdShape, BadConfig, MissingFile, NonFiniteValue
 from sparselet.io.atomic import atomic_write
 from sparselet.io.printable import reason
 
-_MAX_BYTES = 64 * 2**20
+_MAX_JSON_BYTES = 64 * 2**20
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -39,8 +39,8 @@ def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises MissingFile, AbsurdShape, BadConfig."""
     if not file.is_file():
         raise MissingFile(f"{file} is missing.")
-    if file.stat().st_size > _MAX_BYTES:
-        raise AbsurdShape(f"{file} has {file.stat().st_size} bytes; the limit is {_MAX_BYTES}.")
+    if file.stat().st_size > _MAX_JSON_BYTES:
+        raise AbsurdShape(f"{file} has {file.stat().st_size} bytes; the limit is {_MAX_JSON_BYTES}.")
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -17,7 +17,7 @@ from sparselet.generation.padding import (
     position_ids,
     without_router_loss,
 )
-from sparselet.generation.prefix import PREFIX, can_share_prefix, shared_prefix
+from sparselet.generation.prefix import PREFIX_KEY, can_share_prefix, shared_prefix
 from sparselet.generation.prompts import PromptFormat, longest_prompt, padding_token, prompt_tokens, target_tokens
 from sparselet.models import decoder_start
 from sparselet.tasks.rows import ASSISTANT, Message, Row
@@ -135,7 +135,7 @@ class CompletionCollator:
         batch |= without_router_loss(self.accepts)
         if prefix:
             batch["attention_mask"] = torch.cat([mask.new_ones(len(rows), len(prefix)), mask], dim=1)
-            batch[PREFIX] = torch.tensor([prefix])
+            batch[PREFIX_KEY] = torch.tensor([prefix])
         return batch
 
 
