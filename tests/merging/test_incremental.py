@@ -295,7 +295,7 @@ def foreign(path):
 
 
 WRONG = {
-    "missing": (lambda p: (p / COUNTS_FILE).unlink(), MissingFile, "merge with --keep-counts"),
+    "missing": (lambda p: (p / COUNTS_FILE).unlink(), MissingFile, "merge with `keep_counts=True`"),
     "truncated": (lambda p: (p / COUNTS_FILE).write_bytes((p / COUNTS_FILE).read_bytes()[:-4]), BadContainer, "not a whole"),
     "empty": (lambda p: (p / COUNTS_FILE).write_bytes(b""), BadContainer, "not a whole safetensors file"),
     "text": (lambda p: (p / COUNTS_FILE).write_text("counts"), BadContainer, "not a whole safetensors file"),
