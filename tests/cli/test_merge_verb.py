@@ -357,10 +357,10 @@ def test_no_expert_and_one_twice_are_refused(refused, tmp_path, experts):
 def test_changes_that_make_no_sense_are_refused(refused, tmp_path, experts, third, counted):
     before = contents(tmp_path)
     for arguments, reason in (
-        ((counted, "--add", third), f"{third} is in the merge already"),
-        ((counted, "--remove", experts[1]), "is not in the merge; it holds"),
-        ((counted, "--remove", experts[0], third), "no expert would be left in the merge"),
-        ((counted, "--add", experts[1]), "counts are kept for masks of one kind"),
+        ((counted, "--add", third), f"{third} is already in the merge"),
+        ((counted, "--remove", experts[1]), "is not in the merge; remaining experts:"),
+        ((counted, "--remove", experts[0], third), "no expert would remain in the merge"),
+        ((counted, "--add", experts[1]), "sums and counts need one block size"),
         ((counted, "--add"), "nothing to change; give experts to add or to remove"),
         ((counted, "--remove", third, "--weights", 2), "0 experts need as many weights, got 1"),
         ((experts[0], "--add", third), "so experts cannot be added or removed"),
@@ -432,7 +432,7 @@ def test_ctrl_c_elsewhere_leaves_nothing(cli, tmp_path, base_dir, task_dir, expe
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparselet.merging.incremental.total", interrupt)
+    monkeypatch.setattr("sparselet.merging.incremental.overlap_sums", interrupt)
     monkeypatch.setattr(searching, "evaluate", interrupt)
     monkeypatch.setitem(METHODS, "emr", replace(METHODS["emr"], per_expert=interrupt))
     flags = {"merge": ["--keep-counts"], "split": [], "search": ["--validation", task_dir, "--model", base_dir]}

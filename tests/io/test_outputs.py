@@ -16,7 +16,7 @@ from sparselet.io.json_files import read_object, write_json
 from sparselet.io.paths import check_output
 from sparselet.io.temporaries import held, scratch_directory, temporary_directory, temporary_file
 from sparselet.io.write_errors import convert_write_errors
-from sparselet.merging import MergeRecipe, merge_per_task, read_recipe, recipe_text
+from sparselet.merging import MergeRecipe, merge_per_expert, read_recipe, recipe_text
 from sparselet.training.run_directory import work_directory
 
 ODD = os.fsdecode(b"not \xff UTF-8")
@@ -211,7 +211,7 @@ def test_a_recipe_names_experts_whose_paths_are_not_utf8(tmp_path):
 @pytest.mark.parametrize("task", ["n" * 300, "a/../b", "a\0b", "..", "\x1b[2J", "é" * 200])
 def test_adapters_of_one_expert_each_are_called_by_names_that_can_be(task, tmp_path):
     experts = [make_adapter(make_model(), seed=seed, task=task) for seed in (1, 2)]
-    parts = merge_per_task(tmp_path / "parts", experts, "emr")
+    parts = merge_per_expert(tmp_path / "parts", experts, "emr")
     assert len(set(parts)) == 2
     assert sorted(part.name for part in parts) == names(tmp_path / "parts")
 

@@ -32,8 +32,8 @@ from sparselet.errors import (
     UnknownTensor,
     WrongBase,
 )
-from sparselet.merging import change_merge, merge_with_counts
-from sparselet.merging.incremental import COUNTS_FILE, GRID, LIMIT
+from sparselet.merging import merge_with_counts, update_merge
+from sparselet.merging.incremental import COUNTS_FILE, MAX_SUM, STEP
 
 FILES = [CONFIG_FILE, WEIGHTS_FILE, COUNTS_FILE]
 
@@ -74,7 +74,7 @@ def test_whoever_came_and_went_in_whatever_order_the_bytes_are_those_of_a_new_me
             out, into = [i for i in inside if i not in after], [i for i in after if i not in inside]
             changes = {"add": [experts[i] for i in into], "remove": [experts[i] for i in out]}
             inside, new = after, Path(directory) / str(step)
-            path = change_merge(new, path, **changes, weights=[factors[i] for i in into])
+            path = update_merge(new, path, **changes, weights=[factors[i] for i in into])
         new = merge_with_counts(Path(directory) / "new", [experts[i] for i in inside], [factors[i] for i in inside])
         assert contents(path) == contents(new)
         assert names_in(path) == sorted(FILES)
@@ -110,7 +110,7 @@ def test_sums_are_exact_and_counts_are_those_of_the_masks(experts, factors):
             dense = spelt_out(part)[0].tolist()
             for row in range(6):
                 for column in range(12):
-                    exact[row][column] += round(Fraction(dense[row][column] * factor) / Fraction(GRID))
+                    exact[row][column] += round(Fraction(dense[row][column] * factor) / Fraction(STEP))
         pairs = tensors[name + ".sums"].to(torch.int64)
         sums = (pairs[..., 1] << 32) + (pairs[..., 0] & 0xFFFFFFFF)
         found = SparseDelta(delta.shape, delta.indices, sums.double(), delta.block_size)  # below 2⁵³, so exact
@@ -135,7 +135,7 @@ def test_any_number_of_workers_gives_the_same_bytes(merged, tmp_path):
     for workers in (1, 2, 3, None):
         out, written = tmp_path / f"{workers}", []
         merge_with_counts(out / "new", [*merged[1:], third], workers=workers, progress=written.append)
-        change_merge(out / "changed", merged[0], add=[third], remove=[merged[1]], workers=workers, progress=written.append)
+        update_merge(out / "changed", merged[0], add=[third], remove=[merged[1]], workers=workers, progress=written.append)
         assert written == sorted([Q, V, OTHER]) * 2
         assert torch.get_num_threads() == 3
         found.append(contents(out))
@@ -146,21 +146,21 @@ def test_any_number_of_workers_gives_the_same_bytes(merged, tmp_path):
 def test_an_expert_that_names_a_target_without_entries_adds_nothing_there(tmp_path):
     dropped = SparseAdapter({**expert(5), OTHER: SparseDelta.empty((6, 12))})
     path = merge_with_counts(tmp_path / "one", [expert(1)])
-    changed = change_merge(tmp_path / "both", path, add=[dropped])
+    changed = update_merge(tmp_path / "both", path, add=[dropped])
     assert contents(changed) == contents(merge_with_counts(tmp_path / "new", [dropped, expert(1)]))
     assert sorted(SparseAdapter.load(changed)) == [Q, V]
 
 
 def test_the_weight_of_an_expert_is_changed_by_taking_it_out_and_adding_it(merged, tmp_path):
     path, first, second = merged
-    changed = change_merge(tmp_path / "changed", path, add=[second], remove=[second], weights=[2.0])
+    changed = update_merge(tmp_path / "changed", path, add=[second], remove=[second], weights=[2.0])
     assert contents(changed) == contents(merge_with_counts(tmp_path / "new", [first, second], [1 / 3, 2.0]))
 
 
 def test_what_an_expert_taken_out_told_of_the_base_model_is_kept(tmp_path):
     known, unknown = expert(1, base=torch.ones(6, 12)), expert(5)
     path = merge_with_counts(tmp_path / "both", [known, unknown])
-    left = SparseAdapter.load(change_merge(tmp_path / "left", path, remove=[known]))
+    left = SparseAdapter.load(update_merge(tmp_path / "left", path, remove=[known]))
     assert left.fingerprints == known.fingerprints
     new = SparseAdapter.load(merge_with_counts(tmp_path / "new", [unknown]))
     assert new.fingerprints == {Q: None, V: None}
@@ -170,7 +170,7 @@ def test_what_an_expert_taken_out_told_of_the_base_model_is_kept(tmp_path):
 def test_a_merge_fetched_from_the_hub_can_be_changed(merged, tmp_path, monkeypatch):
     path, first, _ = merged
     monkeypatch.setattr("sparselet.hub.sources.fetch", lambda name: {"org/merged": path, "org/first": first}[name])
-    changed = change_merge(tmp_path / "changed", "org/merged", remove=["org/first"])
+    changed = update_merge(tmp_path / "changed", "org/merged", remove=["org/first"])
     assert [record["task"] for record in SparseAdapter.load(changed).metadata.merge["experts"]] == ["task 5"]
 
 
@@ -193,22 +193,26 @@ def test_changes_that_make_no_sense_are_refused(merged, tmp_path):
         (ArgumentError, "0 experts need as many weights, got 1", {"remove": [first], "weights": [1.0]}),
         (ArgumentError, "weight 1 must be a finite number", {"add": [stranger], "weights": [float("nan")]}),
         (ArgumentError, "weight 1: no target matches", {"add": [stranger], "weights": [{"*.value": 1.0}]}),
-        (ArgumentError, "expert 1 is not in the merge; it holds task 1, task 5|task 5, task 1", {"remove": [stranger]}),
-        (ArgumentError, "expert0 is not in the merge; it holds task 5", {"remove": [first, first]}),
-        (ArgumentError, "no expert would be left in the merge", {"remove": [first, second]}),
-        (ArgumentError, "expert0 is in the merge already; to change its weight, remove it in the same step", {"add": [first]}),
-        (ArgumentError, "expert 1 is in the merge already", {"add": [again]}),
-        (ArgumentError, "expert 2 is in the merge already", {"add": [stranger, stranger]}),
+        (
+            ArgumentError,
+            "expert 1 is not in the merge; remaining experts: (task 1, task 5|task 5, task 1)",
+            {"remove": [stranger]},
+        ),
+        (ArgumentError, "expert0 is not in the merge; remaining experts: task 5", {"remove": [first, first]}),
+        (ArgumentError, "no expert would remain in the merge", {"remove": [first, second]}),
+        (ArgumentError, "expert0 is already in the merge; to change its weight, remove it in the same step", {"add": [first]}),
+        (ArgumentError, "expert 1 is already in the merge", {"add": [again]}),
+        (ArgumentError, "expert 2 is already in the merge", {"add": [stranger, stranger]}),
         (ArgumentError, "workers must be at least 1", {"add": [stranger], "workers": 0}),
         (MissingFile, "nothing is not a directory", {"add": [tmp_path / "nothing"]}),
         (WrongBase, "the base weights differ", {"add": [expert(9, base=torch.full((6, 12), 2.0))]}),
         (NonFiniteValue, f"expert 1: {Q}", {"add": [{Q: SparseDelta((6, 12), torch.tensor([0]), torch.tensor([torch.nan]))}]}),
     ):
-        assert_refused(error, message, tmp_path, lambda out, c=changes: change_merge(out, path, **c))
+        assert_refused(error, message, tmp_path, lambda out, c=changes: update_merge(out, path, **c))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(OutputExists):
-        change_merge(tmp_path / "out", path, add=[stranger])
+        update_merge(tmp_path / "out", path, add=[stranger])
     with pytest.raises(OutputExists):
         merge_with_counts(tmp_path / "out", [stranger])
     assert names_in(tmp_path / "out") == ["mine"]
@@ -216,11 +220,11 @@ def test_changes_that_make_no_sense_are_refused(merged, tmp_path):
 
 def test_masks_of_several_kinds_are_refused(tmp_path):
     tiles, entries = expert(1, 3), expert(5)
-    message = f"{Q}: counts are kept for masks of one kind; these experts have single entries and tiles of 3×3"
+    message = f"{Q}: sums and counts need one block size; these experts have single entries and tiles of 3×3"
     assert_refused(ArgumentError, message, tmp_path, lambda out: merge_with_counts(out, [tiles, entries]))
     for first, second in ((tiles, entries), (entries, tiles)):
         path = merge_with_counts(tmp_path / f"merged {first is tiles}", [first])
-        assert_refused(ArgumentError, message, tmp_path, lambda out, p=path, s=second: change_merge(out, p, add=[s]))
+        assert_refused(ArgumentError, message, tmp_path, lambda out, p=path, s=second: update_merge(out, p, add=[s]))
     message = "tiles of 2×2 and tiles of 3×3"
     assert_refused(ArgumentError, message, tmp_path, lambda out: merge_with_counts(out, [tiles, expert(5, 2)]))
 
@@ -230,33 +234,33 @@ def single(value):
 
 
 def test_changes_beyond_what_the_sums_hold_are_refused(tmp_path):
-    largest = SparseAdapter.load(merge_with_counts(tmp_path / "largest", [single(LIMIT)]))
-    assert largest[Q].values.tolist() == [LIMIT]
-    message = f"{Q}: counts are kept for changes of at most 4096 in all, got"
+    largest = SparseAdapter.load(merge_with_counts(tmp_path / "largest", [single(MAX_SUM)]))
+    assert largest[Q].values.tolist() == [MAX_SUM]
+    message = f"{Q}: sums can be stored up to 4096, got"
     halves = [single(3000.0), single(-3000.5)]
-    assert_refused(ArgumentError, f"{message} 4097", tmp_path, lambda out: merge_with_counts(out, [single(LIMIT + 1)]))
+    assert_refused(ArgumentError, f"{message} 4097", tmp_path, lambda out: merge_with_counts(out, [single(MAX_SUM + 1)]))
     assert_refused(ArgumentError, f"{message} 8192", tmp_path, lambda out: merge_with_counts(out, [single(1.0)], [8192]))
     assert_refused(ArgumentError, f"{message} 6000.5", tmp_path, lambda out: merge_with_counts(out, halves))
     path = tmp_path / "largest"
-    assert_refused(ArgumentError, f"{message} 4097", tmp_path, lambda out: change_merge(out, path, add=[single(1.0)]))
-    changed = change_merge(tmp_path / "changed", path, add=[single(0.0)])
-    assert SparseAdapter.load(change_merge(tmp_path / "back", changed, remove=[single(LIMIT)]))[Q].values.tolist() == [0.0]
+    assert_refused(ArgumentError, f"{message} 4097", tmp_path, lambda out: update_merge(out, path, add=[single(1.0)]))
+    changed = update_merge(tmp_path / "changed", path, add=[single(0.0)])
+    assert SparseAdapter.load(update_merge(tmp_path / "back", changed, remove=[single(MAX_SUM)]))[Q].values.tolist() == [0.0]
 
 
 def test_an_expert_that_was_changed_since_is_not_taken_out(tmp_path):
     values = torch.randn(600, generator=torch.Generator().manual_seed(0))
     wide = {Q: SparseDelta((30, 30), torch.arange(600), values)}
     path = merge_with_counts(tmp_path / "wide", [wide])
-    path = change_merge(tmp_path / "wider", path, add=[{Q: SparseDelta((30, 30), torch.tensor([0]), torch.tensor([1.0]))}])
+    path = update_merge(tmp_path / "wider", path, add=[{Q: SparseDelta((30, 30), torch.tensor([0]), torch.tensor([1.0]))}])
     values = values.clone()
     values[7] += 1  # which the digest does not look at
     edited = {Q: SparseDelta((30, 30), torch.arange(600), values)}
-    message = f"{Q}: an expert to remove is not as it was when it was merged"
-    assert_refused(ArgumentError, message, tmp_path, lambda out: change_merge(out, path, remove=[edited]))
+    message = f"{Q}: an expert to remove differs from the one that was merged"
+    assert_refused(ArgumentError, message, tmp_path, lambda out: update_merge(out, path, remove=[edited]))
     moved = torch.arange(600)
     moved[599] = 700
     edited = {Q: SparseDelta((30, 30), moved, wide[Q].values)}
-    assert_refused(ArgumentError, message, tmp_path, lambda out: change_merge(out, path, remove=[edited]))
+    assert_refused(ArgumentError, message, tmp_path, lambda out: update_merge(out, path, remove=[edited]))
 
 
 # Files
@@ -333,20 +337,20 @@ def test_a_wrong_counts_file_is_refused_by_name_and_nothing_is_written(merged, t
     path, first, _ = merged
     spoil(path)
     for changes in ({"add": [expert(9)]}, {"remove": [first]}):
-        assert_refused(error, message, tmp_path, lambda out, c=changes: change_merge(out, path, **c))
+        assert_refused(error, message, tmp_path, lambda out, c=changes: update_merge(out, path, **c))
 
 
 def test_counts_beyond_the_number_of_experts_are_refused_where_the_values_do_not_tell(tmp_path):
     path = merge_with_counts(tmp_path / "merged", [single(0.0)])
     rewrite(path, lambda tensors: tensors[f"{Q}.counts"].fill_(2))
-    assert_refused(BadCounts, f"{Q}: sums and counts", tmp_path, lambda out: change_merge(out, path, add=[single(1.0)]))
+    assert_refused(BadCounts, f"{Q}: sums and counts", tmp_path, lambda out: update_merge(out, path, add=[single(1.0)]))
 
 
 def test_a_link_out_of_the_directory_is_not_followed(merged, tmp_path):
     path, _, _ = merged
     shutil.move(path / COUNTS_FILE, tmp_path / "elsewhere")
     (path / COUNTS_FILE).symlink_to(tmp_path / "elsewhere")
-    assert_refused(SparseletError, "symbolic link", tmp_path, lambda out: change_merge(out, path, add=[expert(9)]))
+    assert_refused(SparseletError, "symbolic link", tmp_path, lambda out: update_merge(out, path, add=[expert(9)]))
 
 
 def test_what_is_no_sparse_adapter_cannot_be_changed(tmp_path, base_dir):
@@ -354,7 +358,7 @@ def test_what_is_no_sparse_adapter_cannot_be_changed(tmp_path, base_dir):
         MissingFile,
         "nothing is not a directory",
         tmp_path,
-        lambda out: change_merge(out, tmp_path / "nothing", add=[expert(9)]),
+        lambda out: update_merge(out, tmp_path / "nothing", add=[expert(9)]),
     )
     other = tmp_path / "lora"
     other.mkdir()
@@ -362,8 +366,8 @@ def test_what_is_no_sparse_adapter_cannot_be_changed(tmp_path, base_dir):
     factors = {f"base_model.model.{Q}.lora_{x}.weight": torch.ones(s) for x, s in (("A", (2, 12)), ("B", (6, 2)))}
     (other / WEIGHTS_FILE).write_bytes(safetensors.torch.save(factors))
     message = "lora is not a sparse adapter, so experts cannot be added or removed"
-    assert_refused(ArgumentError, message, tmp_path, lambda out: change_merge(out, other, add=[expert(9)]))
+    assert_refused(ArgumentError, message, tmp_path, lambda out: update_merge(out, other, add=[expert(9)]))
     dense = SparseAdapter({Q: random_delta((6, 12), 1, 1.0)})
     both = merge_with_counts(tmp_path / "both", [other, dense])  # every expert can be in it
-    changed = SparseAdapter.load(change_merge(tmp_path / "changed", both, remove=[other]))
+    changed = SparseAdapter.load(update_merge(tmp_path / "changed", both, remove=[other]))
     assert torch.equal(changed[Q].values, dense[Q].values)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sparselet import SparseAdapter, SparseDelta, merge
 from sparselet.adapter import AdapterFile
 from sparselet.merging import merge_to
-from sparselet.merging.record import SAMPLE, delta_digest, expert_digest
+from sparselet.merging.record import SAMPLED_ENTRIES, delta_digest, expert_digest
 
 
 def records(adapter):
@@ -85,7 +85,7 @@ def test_a_digest_changes_with_every_kind_of_content(side, seed, what):
 
 
 def test_of_a_large_delta_evenly_spread_entries_are_looked_at():
-    count = 10 * SAMPLE
+    count = 10 * SAMPLED_ENTRIES
     values = torch.arange(float(count))
     delta = SparseDelta((32, 32), torch.arange(count), values)
     changed = []

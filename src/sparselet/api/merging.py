@@ -16,12 +16,12 @@ from sparselet.io.json_files import write_json
 from sparselet.io.paths import check_output
 from sparselet.merging import (
     MergeRecipe,
-    change_merge,
-    merge_per_task,
+    merge_per_expert,
     merge_to,
     merge_with_counts,
     read_recipe,
     recipe_text,
+    update_merge,
 )
 from sparselet.merging import merge as merge_in_memory
 from sparselet.merging.engine.plan import ExpertSource, Weight
@@ -170,7 +170,7 @@ def update(
     _refuse_inside(out, [before, *opened])
     counter = StepCounter(_target_count([before, *opened]), progress)
     added, removed = opened[: len(add)], opened[len(add) :]
-    change_merge(out, merged, add=added, remove=removed, weights=weights, workers=workers, progress=counter.step)
+    update_merge(out, merged, add=added, remove=removed, weights=weights, workers=workers, progress=counter.step)
     return AdapterFile(out)
 
 
@@ -216,7 +216,7 @@ def split(
     _refuse_inside(out, opened)
     counter = StepCounter(_target_count(opened), progress)
     chosen = {**(parameters or {}), **values}
-    paths = merge_per_task(out, opened, method, weights, chosen, workers=workers, progress=counter.step)
+    paths = merge_per_expert(out, opened, method, weights, chosen, workers=workers, progress=counter.step)
     return SplitResult(method, tuple(paths))
 
 

@@ -1,8 +1,8 @@
-"""Merging experts into one. A method is a function of deltas and weights, and a line in `METHODS`."""
+"""Merge experts into one. `METHODS` holds the merge methods by name."""
 
-from sparselet.merging.engine.per_task import is_per_task, merge_per_task
+from sparselet.merging.engine.per_expert import merge_per_expert
 from sparselet.merging.engine.stream import merge, merge_to
-from sparselet.merging.incremental import change_merge, merge_with_counts
+from sparselet.merging.incremental import merge_with_counts, update_merge
 from sparselet.merging.methods import METHODS, per_expert_methods
 from sparselet.merging.methods.average import overlap, uniform
 from sparselet.merging.recipe import MergeRecipe, read_recipe, recipe_text
@@ -10,10 +10,8 @@ from sparselet.merging.recipe import MergeRecipe, read_recipe, recipe_text
 __all__ = [
     "METHODS",
     "MergeRecipe",
-    "change_merge",
-    "is_per_task",
     "merge",
-    "merge_per_task",
+    "merge_per_expert",
     "merge_to",
     "merge_with_counts",
     "overlap",
@@ -21,4 +19,5 @@ __all__ = [
     "read_recipe",
     "recipe_text",
     "uniform",
+    "update_merge",
 ]

@@ -1,4 +1,4 @@
-"""What a merged adapter remembers of its merge: the method, its parameters, and every expert with a digest of its deltas."""
+"""The record of a merge in the merged adapter: method, parameters, and each expert with a digest of its deltas."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,52 +9,52 @@ import torch
 from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.delta import SparseDelta
 from sparselet.expert import Expert
-from sparselet.merging.engine.plan import Plan
+from sparselet.merging.engine.plan import MergePlan
 
-SAMPLE = 64
+SAMPLED_ENTRIES = 64
 
 
 class Digests:
-    """A digest of each expert's deltas, taken while they are read: equal deltas, equal digest, whatever their file."""
+    """A digest of each expert's deltas, computed while they are read. Equal deltas give equal digests in any file format."""
 
     def __init__(self, experts: int) -> None:
         self._parts: list[dict[str, bytes]] = [{} for _ in range(experts)]
 
     def add(self, name: str, deltas: Sequence[SparseDelta]) -> None:
-        """Note one target's deltas, one an expert. Threads may call it at the same time."""
+        """Add one target's deltas, one per expert. Thread-safe."""
         for parts, delta in zip(self._parts, deltas, strict=True):
             if delta.nnz:
                 parts[name] = delta_digest(delta)
 
     def hex(self) -> list[str]:
-        """The digests of what was added, 16 hex digits each."""
-        return [_join(parts) for parts in self._parts]
+        """The digests of the added deltas, 16 hex digits each."""
+        return [_combine(parts) for parts in self._parts]
 
 
 def delta_digest(delta: SparseDelta) -> bytes:
-    """SHA-256 of a delta's shape, block size, count of blocks, and some 64 of its indices and values, evenly spread."""
-    step = max(1, len(delta.indices) // SAMPLE)
+    """SHA-256 of a delta's shape, block size, number of blocks, and about 64 evenly spaced indices and values."""
+    step = max(1, len(delta.indices) // SAMPLED_ENTRIES)
     indices = delta.indices[::step].cpu().to(torch.int64).numpy().astype("<i8").tobytes()
     values = delta.values[::step].detach().cpu().to(torch.float64).numpy().astype("<f8").tobytes()
     return hashlib.sha256(f"{delta.shape} {delta.block_size} {len(delta.indices)} ".encode() + indices + values).digest()
 
 
 def expert_digest(expert: Expert) -> str:
-    """The digest of a whole expert, as a merge records it."""
-    return _join({name: delta_digest(delta) for name in expert if (delta := expert[name]).nnz})
+    """The digest of an expert, as a merge records it."""
+    return _combine({name: delta_digest(delta) for name in expert if (delta := expert[name]).nnz})
 
 
-def merged_metadata(plan: Plan, digests: Digests) -> AdapterMetadata:
-    """The merged adapter's metadata: the base model, and the recipe of the merge."""
+def metadata_from_plan(plan: MergePlan, digests: Digests) -> AdapterMetadata:
+    """The merged adapter's metadata, after all targets were added to `digests`."""
     records = [
         expert_record(expert.metadata, digest, weight)
         for expert, digest, weight in zip(plan.experts, digests.hex(), plan.weights, strict=True)
     ]
-    return metadata_of_merge(records, plan.method.name, plan.parameters)
+    return metadata_from_records(records, plan.method.name, plan.parameters)
 
 
 def expert_record(metadata: AdapterMetadata, digest: str, weight: Any) -> dict[str, Any]:
-    """What is recorded of one expert; of one that was merged itself, also of what."""
+    """The record of one expert, with its own merge record if it was merged itself."""
     merged = {"merge": metadata.merge} if metadata.merge else {}
     return {
         **merged,
@@ -68,25 +68,25 @@ def expert_record(metadata: AdapterMetadata, digest: str, weight: Any) -> dict[s
     }
 
 
-def metadata_of_merge(records: Sequence[Mapping[str, Any]], method: str, parameters: Mapping[str, Any]) -> AdapterMetadata:
-    """The metadata of a merge of the experts recorded."""
+def metadata_from_records(records: Sequence[Mapping[str, Any]], method: str, parameters: Mapping[str, Any]) -> AdapterMetadata:
+    """The metadata of a merge of experts with these records."""
     names = {record["base"] for record in records if record["base"]}
     return AdapterMetadata.from_json(
         {
             "base_model_name_or_path": min(names) if names else None,
-            "task_type": _agreed(record["task_type"] for record in records),
-            "chat_template": _agreed(record["chat_template"] for record in records),
+            "task_type": _common_value(record["task_type"] for record in records),
+            "chat_template": _common_value(record["chat_template"] for record in records),
             "merge": {"method": method, "parameters": dict(parameters), "experts": list(records)},
         }
     )
 
 
-def _join(parts: Mapping[str, bytes]) -> str:
+def _combine(parts: Mapping[str, bytes]) -> str:
     joined = b"".join(name.encode() + parts[name] for name in sorted(parts))
     return hashlib.sha256(joined).hexdigest()[:16]
 
 
-def _agreed(values: Iterable[Any]) -> Any:
-    """The one value of all that are known, or None where they differ or none is."""
-    different = list(dict.fromkeys(value for value in values if value is not None))
-    return different[0] if len(different) == 1 else None
+def _common_value(values: Iterable[Any]) -> Any:
+    """The value on which all that are not None agree, else None."""
+    distinct = list(dict.fromkeys(value for value in values if value is not None))
+    return distinct[0] if len(distinct) == 1 else None

@@ -29,7 +29,7 @@ def experts(blocks):
 def small_bands(monkeypatch):
     """All targets are large, and a band is one row of entries or tiles."""
     monkeypatch.setattr(bands, "BAND", 1)
-    monkeypatch.setattr(plan, "MEMORY", 0)
+    monkeypatch.setattr(plan, "MAX_MEMORY", 0)
 
 
 @pytest.mark.parametrize("blocks", [(1, 1, 1), (3, 3, 3), (1, 3, 2)])
@@ -39,9 +39,9 @@ def test_bands_give_the_bytes_of_the_whole(tmp_path, monkeypatch, method, parame
     weights = [1.0, -0.5, 2.0]
     expected = merge(experts(blocks), method, weights, parameters, workers=1)
     monkeypatch.setattr(bands, "BAND", 1)
-    monkeypatch.setattr(plan, "MEMORY", 0)
+    monkeypatch.setattr(plan, "MAX_MEMORY", 0)
     seen = []
-    monkeypatch.setattr(plan, "join", lambda parts: (seen.append(len(parts)), bands.join(parts))[1])
+    monkeypatch.setattr(plan, "join_bands", lambda parts: (seen.append(len(parts)), bands.join_bands(parts))[1])
     paths = saved(tmp_path, experts(blocks))
     found = merge(paths, method, weights, parameters, workers=workers)
     assert set(seen) == ({4 if blocks == (3, 3, 3) else 12} if METHODS[method].elementwise else set())
@@ -62,12 +62,12 @@ def test_what_is_cut_and_joined_is_what_it_was(block, density, height, seed):
     deltas = [random_delta(SHAPE, block, density, seed), random_delta(SHAPE, block, 0.4, seed + 1)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bands, "BAND", height)
-        parts = list(bands.cut(deltas))
+        parts = list(bands.split_into_bands(deltas))
     assert len(parts) == -(-12 // (max(1, height // (12 * block)) * block))
     for i, delta in enumerate(deltas):
         dense = delta.to_dense()
         assert torch.equal(torch.cat([part[i].to_dense() for part in parts]), dense)
-        assert_is(bands.join([part[i] for part in parts]), *spelt_out(delta))
+        assert_is(bands.join_bands([part[i] for part in parts]), *spelt_out(delta))
 
 
 def test_an_error_in_a_band_names_the_target(small_bands):
@@ -86,7 +86,7 @@ def test_small_targets_between_large_ones_keep_the_order(monkeypatch):
     ]
     expected = merge(mixed)
     monkeypatch.setattr(bands, "BAND", 24)
-    monkeypatch.setattr(plan, "MEMORY", 40_000)
+    monkeypatch.setattr(plan, "MAX_MEMORY", 40_000)
     found = merge(mixed, workers=2)
     assert list(found) == list(expected) == ["a", "b", OTHER, "z"]
     for name, delta in expected.items():

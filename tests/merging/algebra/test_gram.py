@@ -8,7 +8,7 @@ from hypothesis import given
 from sparselet import SparseDelta
 from sparselet.errors import ShapeMismatch
 from sparselet.merging.algebra.gram import cosines, gram
-from sparselet.merging.algebra.sums import sum_in_double, total
+from sparselet.merging.algebra.sums import fixed_order_sum, sum_in_double
 
 
 @few
@@ -42,11 +42,11 @@ def test_total_is_the_same_with_any_number_of_threads():
     threads, found = torch.get_num_threads(), []
     for count in (1, 2, 3, 8):
         torch.set_num_threads(count)
-        found.append(total(numbers))
+        found.append(fixed_order_sum(numbers))
     torch.set_num_threads(threads)
     assert len(set(found)) == 1
     assert found[0] == pytest.approx(numbers.sum().item(), rel=1e-12)
-    assert total(torch.empty(0, dtype=torch.float64)) == 0
+    assert fixed_order_sum(torch.empty(0, dtype=torch.float64)) == 0
 
 
 def test_sums_that_cancel_are_zero_in_any_order():

@@ -11,7 +11,7 @@ from sparselet import METHODS, SparseAdapter, SparseDelta, merge
 from sparselet.adapter import AdapterFile
 from sparselet.delta import MAX_ENTRIES, MAX_SIDE
 from sparselet.errors import BadDtype
-from sparselet.merging import change_merge, merge_per_task, merge_to, merge_with_counts
+from sparselet.merging import merge_per_expert, merge_to, merge_with_counts, update_merge
 from sparselet.merging.algebra import entries
 from sparselet.merging.methods import complete_parameters, per_expert_methods
 
@@ -39,8 +39,8 @@ def spelt_out(monkeypatch):
     """Switches between the two ways of merging."""
 
     def switch(wanted):
-        monkeypatch.setattr(entries, "WHOLE", 2**60 if wanted else 0)
-        monkeypatch.setattr(entries, "CROWD", 0)
+        monkeypatch.setattr(entries, "SMALL_TARGET", 2**60 if wanted else 0)
+        monkeypatch.setattr(entries, "MAX_BLOCKS_PER_SELECTED", 0)
 
     return switch
 
@@ -114,8 +114,8 @@ def test_parts_and_counts_of_large_targets_take_the_memory_of_their_entries(tmp_
         SparseAdapter({"q": delta(shape, 3, seed), "r": delta(shape, 3, seed, 4)}).save(tmp_path / f"e{seed}")
     paths, before = [tmp_path / "e0", tmp_path / "e1"], memory()
     for method in per_expert_methods():
-        merge_per_task(tmp_path / f"{method}-each", paths, method)
+        merge_per_expert(tmp_path / f"{method}-each", paths, method)
     merge_with_counts(tmp_path / "counted", paths)
-    change_merge(tmp_path / "one", tmp_path / "counted", remove=paths[1:])
+    update_merge(tmp_path / "one", tmp_path / "counted", remove=paths[1:])
     assert equal(AdapterFile(tmp_path / "one")["q"], AdapterFile(paths[0])["q"])
     assert memory() - before < 300

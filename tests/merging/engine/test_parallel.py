@@ -7,7 +7,7 @@ import torch
 
 from sparselet.errors import ArgumentError
 from sparselet.merging.engine import parallel
-from sparselet.merging.engine.parallel import in_order
+from sparselet.merging.engine.parallel import map_in_order
 
 
 @pytest.fixture(autouse=True)
@@ -49,14 +49,14 @@ def test_results_come_in_the_order_of_the_items(workers):
             finished.set()
         return item * 10
 
-    assert list(in_order(work, range(20), free, workers)) == [item * 10 for item in range(20)]
-    assert list(in_order(work, [], free, workers)) == []
+    assert list(map_in_order(work, range(20), free, workers)) == [item * 10 for item in range(20)]
+    assert list(map_in_order(work, [], free, workers)) == []
 
 
 @pytest.mark.parametrize(("workers", "inside"), [(1, 3), (2, 1), (None, 1)])
 def test_each_works_with_one_thread_and_the_setting_comes_back(workers, inside):
     work = Watched()
-    assert len(list(in_order(work, range(5), free, workers))) == 5
+    assert len(list(map_in_order(work, range(5), free, workers))) == 5
     assert work.threads == {inside}
     assert torch.get_num_threads() == 3
 
@@ -71,7 +71,7 @@ def test_an_error_comes_in_its_turn_and_what_was_not_started_is_not(workers):
             raise ArgumentError("item 3 is wrong")
         return item
 
-    results = in_order(work, range(1000), free, workers)
+    results = map_in_order(work, range(1000), free, workers)
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ArgumentError, match="item 3 is wrong"):
         next(results)
@@ -81,7 +81,7 @@ def test_an_error_comes_in_its_turn_and_what_was_not_started_is_not(workers):
 
 def test_what_is_pending_is_cancelled_when_the_consumer_gives_up():
     work = Watched(waiting=1)
-    results = in_order(work, range(100), free, 2)
+    results = map_in_order(work, range(100), free, 2)
     assert next(results) == 0
     threading.Timer(0.2, work.gate.set).start()
     results.close()
@@ -90,7 +90,7 @@ def test_what_is_pending_is_cancelled_when_the_consumer_gives_up():
 
 
 def test_no_more_are_under_way_than_memory_and_workers_allow(monkeypatch):
-    monkeypatch.setattr(parallel, "MEMORY", 10)
+    monkeypatch.setattr(parallel, "MAX_MEMORY", 10)
     sizes = {0: 4, 1: 4, 2: 4, 3: 25, 4: 1, 5: 9, 6: 1}
     taken, asked, most = [], [], []
 
@@ -110,7 +110,7 @@ def test_no_more_are_under_way_than_memory_and_workers_allow(monkeypatch):
             running.discard(item)
         return item
 
-    for item in in_order(work, sizes, bytes_of, 3):
+    for item in map_in_order(work, sizes, bytes_of, 3):
         taken.append(item)
     assert taken == asked == list(sizes)
     assert max(most) == 25  # the one that is too large for the bound, alone
@@ -119,7 +119,7 @@ def test_no_more_are_under_way_than_memory_and_workers_allow(monkeypatch):
 
 def test_results_that_nobody_takes_do_not_pile_up():
     work = Watched()
-    results = in_order(work, range(100), free, 3)
+    results = map_in_order(work, range(100), free, 3)
     next(results)
     threading.Event().wait(0.2)
     assert len(work.started) <= 6  # two a worker, the one that was taken among them
@@ -129,4 +129,4 @@ def test_results_that_nobody_takes_do_not_pile_up():
 @pytest.mark.parametrize("workers", [0, -1])
 def test_no_workers_are_refused_at_once(workers):
     with pytest.raises(ArgumentError, match=f"workers must be at least 1, got {workers}"):
-        in_order(free, [1], free, workers)
+        map_in_order(free, [1], free, workers)

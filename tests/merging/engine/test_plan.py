@@ -14,7 +14,7 @@ from sparselet.adapter import WEIGHTS_FILE
 from sparselet.errors import ArgumentError, MissingFile, NonFiniteValue, ShapeMismatch, UnknownMethod, WrongBase
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.merging import METHODS, merge_to, merge_with_counts
-from sparselet.merging.engine.plan import Plan, weight_of
+from sparselet.merging.engine.plan import MergePlan, weight_for
 from sparselet.merging.method import MergeMethod
 
 
@@ -37,16 +37,16 @@ def assert_refused(error, message, experts, tmp_path, method="overlap", weights=
 
 def test_of_patterns_the_longest_that_matches_counts():
     weight = {"*": 0.5, "*.v": 2.0, "layers.0.*": 3.0, "layers.1.v": 4.0}
-    assert [weight_of(weight, name) for name in (Q, V, "layers.1.v", OTHER)] == [3.0, 3.0, 4.0, 0.5]
-    assert weight_of({"*.v": 2.0}, Q) == 1.0
-    assert weight_of({}, Q) == 1.0
-    assert weight_of(0.25, Q) == 0.25
+    assert [weight_for(weight, name) for name in (Q, V, "layers.1.v", OTHER)] == [3.0, 3.0, 4.0, 0.5]
+    assert weight_for({"*.v": 2.0}, Q) == 1.0
+    assert weight_for({}, Q) == 1.0
+    assert weight_for(0.25, Q) == 0.25
 
 
 def test_patterns_heed_case_and_know_sets():
-    assert weight_of({"*.Q": 2.0}, Q) == 1.0
-    assert weight_of({"*.[qk]": 2.0}, Q) == 2.0
-    assert weight_of({"layers.?.q": 2.0}, Q) == 2.0
+    assert weight_for({"*.Q": 2.0}, Q) == 1.0
+    assert weight_for({"*.[qk]": 2.0}, Q) == 2.0
+    assert weight_for({"layers.?.q": 2.0}, Q) == 2.0
 
 
 @few
@@ -57,7 +57,7 @@ def test_patterns_heed_case_and_know_sets():
 def test_the_order_of_patterns_does_not_matter(pattern, random):
     shuffled = dict(random.sample(list(pattern.items()), len(pattern)))
     for name in (Q, V, OTHER):
-        assert weight_of(shuffled, name) == weight_of(pattern, name)
+        assert weight_for(shuffled, name) == weight_for(pattern, name)
 
 
 def test_weights_by_pattern_are_weights_of_each_target():
@@ -83,7 +83,7 @@ def test_a_weight_that_is_no_finite_number_is_refused(tmp_path, weight):
 
 
 def test_a_pattern_that_matches_no_target_is_refused(tmp_path):
-    message = rf"weight 2: no target matches '\*\.value'; one is called {Q}"
+    message = rf"weight 2: no target matches '\*\.value'; the first target is {Q}"
     assert_refused(ArgumentError, message, [expert(1), expert(2)], tmp_path, weights=[1.0, {"*": 1.0, "*.value": 2.0}])
     assert len(merge([expert(1, names=(Q,)), expert(2)], weights=[{"*.v": 2.0}, 1.0])) == 2  # of some expert's targets
     assert len(merge([SparseAdapter({})], weights=[{"*.v": 2.0}])) == 0
@@ -121,7 +121,7 @@ def test_a_parameter_out_of_range_is_refused_before_an_expert_is_opened(tmp_path
 
 
 def test_experts_of_different_shapes_are_refused(tmp_path):
-    message = rf"{Q}: expert 2 has shape \[12, 6\], an earlier one \[6, 12\]"
+    message = rf"{Q}: expert 2 has shape \[12, 6\], a previous expert \[6, 12\]"
     assert_refused(ShapeMismatch, message, [expert(1), expert(2, shape=(12, 6))], tmp_path)
 
 
@@ -155,7 +155,7 @@ def spoil_last_value(path, value):
 def test_nan_in_an_expert_is_found_before_any_target_is_merged(tmp_path, monkeypatch, method, value):
     paths = saved(tmp_path, [expert(1), expert(2)])
     spoil_last_value(paths[1], value)
-    monkeypatch.setattr(Plan, "survey", lambda plan: pytest.fail("surveyed"))
+    monkeypatch.setattr(MergePlan, "survey", lambda plan: pytest.fail("surveyed"))
     message = rf"expert1.*{V}: .*1 of \d+ values are NaN or infinite"
     assert_refused(NonFiniteValue, message, paths, tmp_path, method)
     assert names_in(tmp_path) == ["expert0", "expert1"]
@@ -233,8 +233,8 @@ def test_every_survey_finds_what_its_method_takes(method, parameters):
 
 
 def test_how_much_memory_a_target_takes_grows_with_the_experts():
-    sparse = Plan([expert(1, density=0.1)] * 2, "overlap", None, None)
-    dense = Plan([expert(1, density=1.0)] * 5, "overlap", None, None)
+    sparse = MergePlan([expert(1, density=0.1)] * 2, "overlap", None, None)
+    dense = MergePlan([expert(1, density=1.0)] * 5, "overlap", None, None)
     crowding = 2 * expert(1, density=0.1).density
     assert sparse.bytes_of(Q) >= 72 * (12 + 16 * crowding) - 1  # at least three sums, and the deltas twice
     assert dense.bytes_of(Q) - sparse.bytes_of(Q) == pytest.approx(72 * 16 * (5 - crowding), abs=2)

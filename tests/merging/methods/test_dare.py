@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sparselet import SparseDelta
 from sparselet.errors import ArgumentError, DensityOutOfRange, ShapeMismatch
-from sparselet.merging.algebra.sampling import content_generator, sampled
+from sparselet.merging.algebra.sampling import content_generator, drop_randomly
 from sparselet.merging.methods import complete_parameters
 from sparselet.merging.methods.dare import dare
 
@@ -138,7 +138,7 @@ def test_rescaling_to_the_norm_keeps_the_norm_and_no_rescaling_keeps_the_values(
 @pytest.mark.parametrize("rescale", ["density", "norm", "none"])
 def test_a_draw_that_keeps_nothing_is_empty(rescale):
     delta = SparseDelta((1, 1), torch.tensor([0]), torch.tensor([1.0]))
-    assert sampled(delta, 0.0, seed=0, rescale=rescale).nnz == 0
+    assert drop_randomly(delta, 0.0, seed=0, rescale=rescale).nnz == 0
     assert dare([SparseDelta.empty((2, 3))] * 2, [1.0, 1.0], rescale=rescale).nnz == 0
 
 

@@ -1,1 +1,1 @@
-"""What merge methods are made of: sums, votes, trims and draws over several deltas of one target."""
+"""Operations that merge methods share: sums, votes, trims and random drops over several deltas of one target."""

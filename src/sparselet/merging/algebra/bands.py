@@ -1,4 +1,4 @@
-"""Large targets in bands of rows: what is worked on at a time stays in the processor's cache, and every core has its band."""
+"""Large targets in bands of rows, so that each core works on a band that fits in its cache."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,36 +6,36 @@ import torch
 
 from sparselet.delta import SparseDelta, index_dtype
 
-BAND = 2**19  # entries, about: a dozen bytes each while they are merged
+BAND = 2**19  # entries per band, about; each takes a dozen bytes during a merge
 
 
-def cut(deltas: Sequence[SparseDelta]) -> Iterator[list[SparseDelta]]:
-    """The deltas of one target in bands of whole rows (of tiles), from the first to the last. deltas: on common blocks."""
+def split_into_bands(deltas: Sequence[SparseDelta]) -> Iterator[list[SparseDelta]]:
+    """The deltas of one target in bands of complete rows (of tiles), top to bottom. deltas: of one block size."""
     (rows, columns), side = deltas[0].shape, deltas[0].block_size
     height = max(1, BAND // (columns * side)) * side
     firsts = list(range(0, rows, height))
     blocks = [first // side * (columns // side) for first in firsts]
-    firsts_of = [torch.searchsorted(d.indices, torch.tensor(blocks, dtype=d.indices.dtype)).tolist() for d in deltas]
-    places = [[*at, len(d.indices)] for at, d in zip(firsts_of, deltas, strict=True)]
+    starts = [torch.searchsorted(d.indices, torch.tensor(blocks, dtype=d.indices.dtype)).tolist() for d in deltas]
+    bounds = [[*start, len(d.indices)] for start, d in zip(starts, deltas, strict=True)]
     for i, (first, block) in enumerate(zip(firsts, blocks, strict=True)):
         shape = (min(height, rows - first), columns)
         yield [
-            SparseDelta(shape, d.indices[at[i] : at[i + 1]] - block, d.values[at[i] : at[i + 1]], side)
-            for d, at in zip(deltas, places, strict=True)
+            SparseDelta(shape, d.indices[bound[i] : bound[i + 1]] - block, d.values[bound[i] : bound[i + 1]], side)
+            for d, bound in zip(deltas, bounds, strict=True)
         ]
 
 
-def join(bands: Sequence[SparseDelta]) -> SparseDelta:
-    """One delta of the bands below each other; those with entries have one block size."""
+def join_bands(bands: Sequence[SparseDelta]) -> SparseDelta:
+    """The bands below each other as one delta. bands: those with entries have one block size."""
     shape = (sum(band.shape[0] for band in bands), bands[0].shape[1])
     filled = [band for band in bands if band.nnz]
     if not filled:
         return SparseDelta.empty(shape)
     side = filled[0].block_size
-    kind = index_dtype(shape[0] * shape[1] // side**2)
+    dtype = index_dtype(shape[0] * shape[1] // side**2)
     indices, row = [], 0
     for band in bands:
         if band.nnz:
-            indices.append(band.indices.to(kind) + row // side * (shape[1] // side))
+            indices.append(band.indices.to(dtype) + row // side * (shape[1] // side))
         row += band.shape[0]
     return SparseDelta(shape, torch.cat(indices), torch.cat([band.values for band in filled]), side)

@@ -1,6 +1,6 @@
-"""Several deltas of one target, entry by entry: the sums that merge methods are made of.
+"""Sums over several deltas of one target, entry by entry.
 
-All sums are float32 whatever the deltas' dtype, and are added in the order given.
+All sums are float32 for deltas of any dtype, and are added in the order of the deltas.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from torch import Tensor
 from sparselet.delta import SparseDelta
 from sparselet.errors import ShapeMismatch
 
-WHOLE = 2**20  # blocks of a target that are never too many to be spelt out
-CROWD = 16  # blocks of a target for each that is selected, up to which they are spelt out
-LINE = 2**20  # blocks of a row of a compact target
+SMALL_TARGET = 2**20  # blocks; targets up to this size are always summed densely
+MAX_BLOCKS_PER_SELECTED = 16  # blocks of a target per selected block, up to which it is summed densely
+COMPACT_COLUMNS = 2**20  # blocks in a row of a compact target
 
 
 def common_blocks(deltas: Sequence[SparseDelta]) -> list[SparseDelta]:
-    """The deltas with one kind of mask: as they are if all have the same block size, else spelt out as entries.
+    """The deltas with one block size: unchanged if they share it, else expanded to single entries.
 
-    A delta without entries fits any kind. Raises ShapeMismatch.
+    A delta without entries has any block size. Raises ShapeMismatch.
     """
     shapes = {delta.shape for delta in deltas}
     if len(shapes) != 1:
@@ -33,45 +33,45 @@ def common_blocks(deltas: Sequence[SparseDelta]) -> list[SparseDelta]:
     return [d if d.block_size == side else SparseDelta(d.shape, d.indices, d.values.new_empty(0, *tile), side) for d in deltas]
 
 
-def is_thin(deltas: Sequence[SparseDelta]) -> bool:
-    """Whether the target has so many more blocks than the deltas select that sums over all of them would be for nothing."""
-    return deltas[0].blocks > max(WHOLE, CROWD * sum(len(delta.indices) for delta in deltas))
+def is_very_sparse(deltas: Sequence[SparseDelta]) -> bool:
+    """Whether the deltas select so few of the target's blocks that dense sums over the target would waste memory."""
+    return deltas[0].blocks > max(SMALL_TARGET, MAX_BLOCKS_PER_SELECTED * sum(len(delta.indices) for delta in deltas))
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where the blocks of compact deltas lie in their target: block i is block `blocks`[i] there, or i without them."""
+class BlockPositions:
+    """The positions of compact deltas' blocks in the target: block i is the target's block `blocks`[i], or i if None."""
 
     shape: tuple[int, int]
     block_size: int
     blocks: Tensor | None
 
-    def of(self, chosen: Tensor) -> Tensor:
-        """The places [n] of the chosen blocks, int64 [n]."""
+    def in_target(self, chosen: Tensor) -> Tensor:
+        """The target's ids of the chosen blocks, int64 [n]. chosen: int64 [n]."""
         return chosen if self.blocks is None else self.blocks.index_select(0, chosen).long()
 
     def delta(self, chosen: Tensor, values: Tensor) -> SparseDelta:
-        """The target's delta on the chosen blocks, int64 [n] ascending. values: [n], or [n, B, B]."""
-        return SparseDelta(self.shape, self.of(chosen), values, self.block_size)
+        """The target's delta on the chosen blocks. chosen: int64 [n], ascending. values: [n], or [n, B, B]."""
+        return SparseDelta(self.shape, self.in_target(chosen), values, self.block_size)
 
 
-def compact(deltas: Sequence[SparseDelta]) -> tuple[list[SparseDelta], Places]:
-    """The deltas as if their target had no more blocks than they select together, where it has many more; else as they are.
+def compact(deltas: Sequence[SparseDelta]) -> tuple[list[SparseDelta], BlockPositions]:
+    """The deltas renumbered over the blocks that any of them selects, if these are few; else unchanged.
 
-    Sums over all blocks then take the memory of the entries, whatever size the target is said to have. The compact deltas' own
-    shape means nothing. deltas: on common blocks.
+    Dense sums then take memory in proportion to the selected entries, not to the target. The shape of compact deltas has no
+    meaning. deltas: of one block size (`common_blocks`).
     """
     (shape, side), blocks = (deltas[0].shape, deltas[0].block_size), None
-    if is_thin(deltas):
+    if is_very_sparse(deltas):
         blocks = torch.unique(torch.cat([delta.indices for delta in deltas]))
-        columns = max(1, min(len(blocks), LINE))
+        columns = max(1, min(len(blocks), COMPACT_COLUMNS))
         small = (-(-max(1, len(blocks)) // columns) * side, columns * side)
         deltas = [SparseDelta(small, torch.searchsorted(blocks, d.indices), d.values, side) for d in deltas]
-    return list(deltas), Places(shape, side, blocks)
+    return list(deltas), BlockPositions(shape, side, blocks)
 
 
 def weighted_sum(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> Tensor:
-    """Σ wᵢ·ΔWᵢ over all blocks of the target, float32 [blocks], or [blocks, B, B] for tiles. deltas: on common blocks."""
+    """Σ wᵢ·ΔWᵢ over all blocks of the target, float32 [blocks], or [blocks, B, B] for tiles. deltas: of one block size."""
     first = deltas[0]
     total = torch.zeros(first.blocks, *first.values.shape[1:], device=first.values.device)
     for delta, weight in zip(deltas, weights, strict=True):
@@ -84,16 +84,16 @@ def weighted_sum(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> Ten
 
 
 def mask_count(deltas: Sequence[SparseDelta]) -> Tensor:
-    """Σ Mᵢ, how many masks select each block, uint8 [blocks] (int32 for more than 255 deltas). deltas: on common blocks."""
+    """Σ Mᵢ, how many masks select each block, uint8 [blocks] (int32 for more than 255 deltas). deltas: of one block size."""
     first = deltas[0]
     dtype = torch.uint8 if len(deltas) <= 255 else torch.int32
     count = torch.zeros(first.blocks, dtype=dtype, device=first.values.device)
-    one = torch.ones(max(len(delta.indices) for delta in deltas), dtype=dtype, device=count.device)
+    ones = torch.ones(max(len(delta.indices) for delta in deltas), dtype=dtype, device=count.device)
     for delta in deltas:
         if len(delta.indices) == delta.blocks:
             count.add_(1)
         else:
-            count.index_add_(0, delta.indices, one[: len(delta.indices)])
+            count.index_add_(0, delta.indices, ones[: len(delta.indices)])
     return count
 
 

@@ -1,4 +1,4 @@
-"""Refusing a method's parameter that is out of range, by name."""
+"""Checks of a merge method's parameters; errors name the parameter."""
 
 import math
 import sys
@@ -13,11 +13,11 @@ def require_finite_number(name: str, value: float) -> None:
         raise ArgumentError(f"{name} must be a finite number, got {value!r}.")
 
 
-def require_fraction(name: str, value: float, *, zero: bool = False, one: bool = True) -> None:
-    """Raise ArgumentError unless `value` lies between 0 and 1; `zero` and `one` say whether the ends are allowed."""
+def require_fraction(name: str, value: float, *, allow_zero: bool = False, allow_one: bool = True) -> None:
+    """Raise ArgumentError unless `value` lies between 0 and 1. allow_zero, allow_one: whether the ends are allowed."""
     require_finite_number(name, value)
-    if not (0 < value < 1 or (zero and value == 0) or (one and value == 1)):
-        raise ArgumentError(f"{name} must be in {'[' if zero else '('}0, 1{']' if one else ')'}, got {value!r}.")
+    if not (0 < value < 1 or (allow_zero and value == 0) or (allow_one and value == 1)):
+        raise ArgumentError(f"{name} must be in {'[' if allow_zero else '('}0, 1{']' if allow_one else ')'}, got {value!r}.")
 
 
 def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -27,11 +27,11 @@ def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def require_sum(method: str, weights: Sequence[float]) -> float:
-    """The sum of the weights. Raises ArgumentError if it is 0, but for rounding."""
-    whole = math.fsum(weights)
-    if abs(whole) <= 1e-9 * max(map(abs, weights)):
-        raise ArgumentError(f"{method} divides by the sum of the weights, which is 0. Give other weights.")
-    return whole
+    """The sum of the weights. Raises ArgumentError if it is 0 up to rounding."""
+    total = math.fsum(weights)
+    if abs(total) <= 1e-9 * max(map(abs, weights)):
+        raise ArgumentError(f"{method} divides by the sum of the weights, which is 0.")
+    return total
 
 
 def require_seed(name: str, value: int) -> None:

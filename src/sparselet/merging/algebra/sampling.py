@@ -1,4 +1,4 @@
-"""Random drops that depend on nothing but a seed and a delta's content."""
+"""Random drops that depend only on a seed and a delta's content."""
 
 import hashlib
 import struct
@@ -9,14 +9,14 @@ from torch import Tensor
 from sparselet.delta import SparseDelta
 from sparselet.kernels import selected
 
-RESCALE = ("density", "norm", "none")
+RESCALE_CHOICES = ("density", "norm", "none")
 
 
 def content_generator(seed: int, delta: SparseDelta) -> torch.Generator:
     """A generator seeded by SHA-256 of the seed, the shape, and the entries as flat indices and float32 values.
 
-    Neither the order of the experts nor the process, the thread or the layout (tiles or entries, dtype of the values) matters;
-    equal deltas draw alike, so that with weights 1 and −1 they still cancel. seed: in [0, 2⁶³).
+    The order of the experts, the process, the thread and the layout (tiles or entries, dtype of the values) have no effect.
+    Equal deltas get equal draws, so that with weights 1 and −1 they still cancel. seed: in [0, 2⁶³).
     """
     delta = delta.expand()
     digest = hashlib.sha256(struct.pack("<qqq", seed, *delta.shape))
@@ -25,12 +25,12 @@ def content_generator(seed: int, delta: SparseDelta) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest.digest()[:8], "little"))
 
 
-def sampled(delta: SparseDelta, probability: float | Tensor, *, seed: int, rescale: str) -> SparseDelta:
+def drop_randomly(delta: SparseDelta, probability: float | Tensor, *, seed: int, rescale: str) -> SparseDelta:
     """Keep each entry of `delta` with its probability, independently, and rescale those kept.
 
     delta: an element mask. probability: one for all entries, or float [n], one each; in [0, 1].
     rescale: "density" divides an entry by its probability, so that its expectation stays; "norm" multiplies all by one factor
-        that brings the ℓ1 norm back to what it was (a delta of which nothing is kept stays empty); "none".
+        that restores the ℓ1 norm (a delta without kept entries stays empty); "none" changes nothing.
     Returns an element mask of the entries kept, values float32.
     """
     drawn = torch.rand(delta.nnz, generator=content_generator(seed, delta)).to(delta.values.device)

@@ -1,4 +1,4 @@
-"""Sums in float64, where the order of what is added must not show."""
+"""Sums in float64 that do not depend on the order of the terms or the number of threads."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,18 @@ from sparselet.delta import SparseDelta
 _ROW = 4096
 
 
-def total(numbers: Tensor) -> float:
+def fixed_order_sum(numbers: Tensor) -> float:
     """Σ of a float64 tensor of any shape. Rows of a fixed length are summed first, so that no thread splits a sum."""
     flat = numbers.reshape(-1)
-    whole = len(flat) // _ROW * _ROW
-    return (flat[:whole].view(-1, _ROW).sum(dim=1).sum() + flat[whole:].sum()).item()
+    end = len(flat) // _ROW * _ROW  # of the last full row
+    return (flat[:end].view(-1, _ROW).sum(dim=1).sum() + flat[end:].sum()).item()
 
 
 def sum_in_double(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> Tensor:
-    """Σ τᵢ over all blocks, τᵢ = wᵢ·ΔWᵢ rounded to float32; float64 [blocks], or [blocks, B, B]. deltas: on common blocks.
+    """Σ τᵢ over all blocks, τᵢ = wᵢ·ΔWᵢ rounded to float32; float64 [blocks], or [blocks, B, B]. deltas: of one block size.
 
-    For signs and comparisons: float64 adds a few float32 numbers of like size exactly, so that what cancels is 0 in any order.
+    For signs and comparisons: float64 adds a few float32 numbers of similar size exactly, so that
+    opposite terms cancel to 0 in any order.
     """
     first = deltas[0].values
     result = torch.zeros(deltas[0].blocks, *first.shape[1:], dtype=torch.float64, device=first.device)

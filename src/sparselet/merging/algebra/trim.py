@@ -1,4 +1,4 @@
-"""Keeping the entries whose magnitude |ΔW| lies within bounds, and finding the bounds by rank."""
+"""Trimming: the entries whose magnitude |ΔW| lies within bounds, and bounds by rank."""
 
 import math
 from collections import defaultdict
@@ -27,12 +27,12 @@ def require_trim(density_of: str, trim: str = "target") -> None:
 
 
 def entries_of(delta: SparseDelta, density_of: str) -> int:
-    """How many entries a density is a fraction of: the target's ("size"), or those that are not 0 ("nonzeros")."""
+    """The number of entries that a density is a fraction of: all of the target ("size"), or the non-zero ones ("nonzeros")."""
     return delta.size if density_of == "size" else int(delta.values.count_nonzero())
 
 
 def within(delta: SparseDelta, low: float, high: float = math.inf) -> SparseDelta:
-    """The entries with low ≤ |ΔW| ≤ high that are not 0, as an element mask. Magnitudes are compared in float32."""
+    """The non-zero entries with low ≤ |ΔW| ≤ high, as an element mask. Magnitudes are compared in float32."""
     delta = delta.expand()
     magnitudes = delta.values.float().abs()
     inside = magnitudes >= low if low > 0 else magnitudes > 0

@@ -1,1 +1,1 @@
-"""Running a merge: checked, target by target, several at once."""
+"""Running a merge: checks, then target by target, several at once."""

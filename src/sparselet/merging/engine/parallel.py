@@ -1,4 +1,4 @@
-"""Working on several targets at once, within a bound on memory."""
+"""Work on several targets at once, within a bound on memory."""
 
 import contextlib
 from collections import deque
@@ -11,22 +11,23 @@ import torch
 from sparselet.errors import ArgumentError
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+WorkResult = TypeVar("WorkResult")
 
-MEMORY = 160 * 2**20
+MAX_MEMORY = 160 * 2**20
 
 
-def in_order(
-    work: Callable[[Item], Result], items: Iterable[Item], bytes_of: Callable[[Item], int], workers: int | None = None
-) -> Generator[Result]:
+def map_in_order(
+    work: Callable[[Item], WorkResult], items: Iterable[Item], bytes_of: Callable[[Item], int], workers: int | None = None
+) -> Generator[WorkResult]:
     """`work` on each item, by several threads; results come in the order of the items.
 
-    bytes_of: what an item takes while it is worked on. Items are started ahead of the results only while all that are under
-        way take less than 160 MiB together, and are no more than two a worker; one alone may take more.
-    workers: threads; by default as many as torch would use. With one, torch's own threads work within each item; with more,
-        each works with one thread, and torch's setting is restored at the end, which is when the generator is closed.
+    bytes_of: the memory that work on an item takes. Items are started ahead of the results while all running ones take less
+        than 160 MiB together and are at most two per worker; a single item may take more.
+    workers: threads; by default as many as torch uses. With one worker, torch's own threads work within each item; with more,
+        each uses one thread, and torch's setting is restored when the generator is closed.
 
-    Raises ArgumentError for no workers, at once; and what `work` raises, in the item's turn: later items are not started then.
+    Raises ArgumentError at once for less than one worker; and what `work` raises, in the item's turn: later items are then not
+    started.
     """
     if workers is not None and workers < 1:
         raise ArgumentError(f"workers must be at least 1, got {workers}.")
@@ -35,14 +36,14 @@ def in_order(
 
 
 def _by_threads(
-    work: Callable[[Item], Result], items: Iterable[Item], bytes_of: Callable[[Item], int], workers: int
-) -> Generator[Result]:
-    pending: deque[tuple[Future[Result], int]] = deque()
-    with _one_thread_each(), ThreadPoolExecutor(workers) as pool:
+    work: Callable[[Item], WorkResult], items: Iterable[Item], bytes_of: Callable[[Item], int], workers: int
+) -> Generator[WorkResult]:
+    pending: deque[tuple[Future[WorkResult], int]] = deque()
+    with _single_threaded_torch(), ThreadPoolExecutor(workers) as pool:
         try:
             for item in items:
                 size = bytes_of(item)
-                while pending and (len(pending) >= 2 * workers or sum(s for _, s in pending) + size > MEMORY):
+                while pending and (len(pending) >= 2 * workers or sum(s for _, s in pending) + size > MAX_MEMORY):
                     yield pending.popleft()[0].result()
                 pending.append((pool.submit(work, item), size))
             while pending:
@@ -53,10 +54,10 @@ def _by_threads(
 
 
 @contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    before = torch.get_num_threads()
+def _single_threaded_torch() -> Iterator[None]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)

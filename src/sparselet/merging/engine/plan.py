@@ -1,4 +1,4 @@
-"""A checked merge: everything that can be refused is refused before the first target is merged."""
+"""`MergePlan`: a checked merge. All input is checked before the first target is merged."""
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -11,10 +11,10 @@ from sparselet.errors import ArgumentError, NonFiniteValue, ShapeMismatch
 from sparselet.expert import Expert, ExpertOrDeltas
 from sparselet.fingerprint import require_same_base
 from sparselet.formats import BaseModel, open_expert
-from sparselet.merging.algebra.bands import cut, join
-from sparselet.merging.algebra.entries import common_blocks, is_thin
+from sparselet.merging.algebra.bands import join_bands, split_into_bands
+from sparselet.merging.algebra.entries import common_blocks, is_very_sparse
 from sparselet.merging.algebra.ranges import require_finite_number
-from sparselet.merging.engine.parallel import MEMORY, in_order
+from sparselet.merging.engine.parallel import MAX_MEMORY, map_in_order
 from sparselet.merging.method import STATS, GlobalStats
 from sparselet.merging.methods import get_method
 
@@ -22,11 +22,12 @@ ExpertSource = ExpertOrDeltas | str | Path
 Weight = float | Mapping[str, float]
 
 
-class Plan:
-    """Experts of one base model, and how they are to be merged.
+class MergePlan:
+    """Experts of one base model, and the method, weights and parameters to merge them with.
 
-    Raises ArgumentError (no expert, weights of the wrong count, not finite or for no target, a parameter out of range),
-    UnknownMethod, ShapeMismatch, WrongBase, and what opening an expert raises. `check_values` and `survey` read the experts.
+    Raises ArgumentError (no expert; a wrong number of weights, a weight that is not finite, a pattern that matches no target;
+    a parameter out of range), UnknownMethod, ShapeMismatch, WrongBase, and what opening an expert raises. `check_values` and
+    `survey` read the experts.
     """
 
     def __init__(
@@ -46,13 +47,14 @@ class Plan:
         self.experts = [open_expert(e, model) if isinstance(e, (str, Path)) else as_expert(e) for e in experts]
         for i, expert in enumerate(self.experts):
             if expert.trained_modules:
-                raise ArgumentError(f"{label(expert, i)} trained modules in full (modules_to_save), which cannot be merged.")
+                raise ArgumentError(
+                    f"{expert_label(expert, i)} trained modules in full (modules_to_save), which cannot be merged."
+                )
         self.shapes = _common_shapes(self.experts)
         check_patterns(self.weights, self.shapes)
         self.fingerprints = _common_fingerprints(self.experts)
         self._stats: dict[str, Any] = {}
-        # Entries of all experts for each entry of a target, on average.
-        self._crowding = sum(expert.nnz / max(1, _size(expert)) for expert in self.experts)
+        self._total_density = sum(expert.nnz / max(1, _size(expert)) for expert in self.experts)
 
     def check_values(self) -> None:
         """Read every expert once for NaN and infinity. Raises NonFiniteValue."""
@@ -60,7 +62,7 @@ class Plan:
             try:
                 expert.check_values()
             except NonFiniteValue as error:
-                raise error if expert.path else NonFiniteValue(f"{label(expert, i)}: {error}") from error
+                raise error if expert.path else NonFiniteValue(f"{expert_label(expert, i)}: {error}") from error
 
     def survey(self) -> None:
         """Read every target, if the method needs statistics over all of them."""
@@ -72,12 +74,12 @@ class Plan:
         return stats(lambda: ((self.deltas(name), self.weights_of(name)) for name in self.shapes), self.parameters)
 
     def deltas(self, name: str) -> list[SparseDelta]:
-        """One target's deltas, one an expert; empty where an expert has no such target."""
+        """One target's deltas, one per expert; empty for an expert without that target."""
         return [e[name] if name in e else SparseDelta.empty(self.shapes[name]) for e in self.experts]
 
     def weights_of(self, name: str) -> list[float]:
         """The experts' weights for one target."""
-        return [weight_of(weight, name) for weight in self.weights]
+        return [weight_for(weight, name) for weight in self.weights]
 
     def merge(self, name: str, deltas: Sequence[SparseDelta]) -> SparseDelta:
         """Merge one target's deltas."""
@@ -88,7 +90,7 @@ class Plan:
         if not self.method.elementwise:
             return self.merge(name, deltas)
         deltas, weights = common_blocks(deltas), self.weights_of(name)
-        if is_thin(deltas):
+        if is_very_sparse(deltas):
             return self.merge(name, deltas)
         stats = self._stats
         if self.method.global_stats and not stats:
@@ -97,22 +99,22 @@ class Plan:
         def work(band: Sequence[SparseDelta]) -> SparseDelta:
             return self.method.function(band, weights, **self.parameters, **stats)
 
-        return join(list(in_order(work, cut(deltas), lambda band: self._bytes(band[0].size), workers)))
+        return join_bands(list(map_in_order(work, split_into_bands(deltas), lambda band: self._bytes(band[0].size), workers)))
 
     def is_large(self, name: str) -> bool:
-        """Whether two targets like this one are too much to be merged at the same time."""
-        return 2 * self.bytes_of(name) > MEMORY
+        """Whether two targets of this size take too much memory to be merged at the same time."""
+        return 2 * self.bytes_of(name) > MAX_MEMORY
 
     def bytes_of(self, name: str) -> int:
-        """About how much memory merging this target takes: its deltas twice, and half a dozen sums of its size."""
+        """The estimated memory for merging a target: its deltas twice, and half a dozen sums of its size."""
         return self._bytes(self.shapes[name][0] * self.shapes[name][1])
 
     def _bytes(self, entries: int) -> int:
-        return int(entries * (28 + 16 * self._crowding))
+        return int(entries * (28 + 16 * self._total_density))
 
 
-def weight_of(weight: Weight, name: str) -> float:
-    """The weight for the target `name`: a number is for all; of patterns (`*.v_proj`) the longest that matches, else 1."""
+def weight_for(weight: Weight, name: str) -> float:
+    """The weight for the target `name`: a number applies to all; of patterns (`*.v_proj`) the longest match, else 1."""
     if not isinstance(weight, Mapping):
         return float(weight)
     matching = [pattern for pattern in weight if fnmatchcase(name, pattern)]
@@ -120,7 +122,7 @@ def weight_of(weight: Weight, name: str) -> float:
 
 
 def check_weights(weights: Sequence[Weight] | None, count: int) -> list[Weight]:
-    """One weight an expert, 1 each by default. Raises ArgumentError."""
+    """One weight per expert, 1 by default. Raises ArgumentError."""
     if weights is None:
         return [1.0] * count
     if len(weights) != count:
@@ -138,15 +140,15 @@ def check_weights(weights: Sequence[Weight] | None, count: int) -> list[Weight]:
 
 
 def check_patterns(weights: Sequence[Weight], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raise ArgumentError for a pattern that matches none of the targets, which would be for nothing."""
+    """Raise ArgumentError for a pattern that matches no target."""
     for i, weight in enumerate(weights, 1):
         for pattern in weight if isinstance(weight, Mapping) and shapes else ():
             if not any(fnmatchcase(name, pattern) for name in shapes):
-                raise ArgumentError(f"weight {i}: no target matches {pattern!r}; one is called {next(iter(shapes))}.")
+                raise ArgumentError(f"weight {i}: no target matches {pattern!r}; the first target is {next(iter(shapes))}.")
 
 
-def label(expert: Expert, position: int) -> str:
-    """An expert's path, or its place in the list."""
+def expert_label(expert: Expert, position: int) -> str:
+    """An expert's path, or its position in the list."""
     return str(expert.path) if expert.path is not None else f"expert {position + 1}"
 
 
@@ -155,38 +157,40 @@ def _common_shapes(experts: Sequence[Expert]) -> dict[str, tuple[int, int]]:
     for i, expert in enumerate(experts):
         for name, shape in expert.shapes.items():
             if shapes.setdefault(name, shape) != shape:
-                raise ShapeMismatch(f"{name}: {label(expert, i)} has shape {list(shape)}, an earlier one {list(shapes[name])}.")
-    _refuse_other_names(experts)
+                raise ShapeMismatch(
+                    f"{name}: {expert_label(expert, i)} has shape {list(shape)}, a previous expert {list(shapes[name])}."
+                )
+    _refuse_prefixed_names(experts)
     return dict(sorted(shapes.items()))
 
 
-def _refuse_other_names(experts: Sequence[Expert]) -> None:
-    """Raise ArgumentError where a target of one expert seems to be another's under a longer name, as of a model with its head
-    and one without; what a base model that was given does not have was refused before."""
+def _refuse_prefixed_names(experts: Sequence[Expert]) -> None:
+    """Raise ArgumentError if a target seems to have different names in two experts, one made with and one without the model's
+    head. (Names that a given base model does not have were refused before.)"""
     names = [set(expert.shapes) for expert in experts]
     for i, own in enumerate(names):
         for name in sorted(set().union(*names) - own):
             shorter = name
             while shorter := shorter.partition(".")[2]:
-                if shorter in own and not any({name, shorter} <= other for other in names):
+                if shorter in own and not any({name, shorter} <= targets for targets in names):
                     raise ArgumentError(
-                        f"{label(experts[i], i)} changes {shorter}, another expert {name}. If they are one weight, made over a "
-                        "model without and with its head, set `base` to the base model, which decides."
+                        f"{expert_label(experts[i], i)} changes {shorter}, another expert {name}. If both are the "
+                        "same weight, of a model without and with its head, set `base` to the base model, which has its name."
                     )
 
 
 def _common_fingerprints(experts: Sequence[Expert]) -> dict[str, Mapping[str, str] | None]:
-    """Each target's base fingerprint; of several, which then differ in dtype, the widest float's, whatever the order.
+    """The base fingerprint of each target; of those that differ in dtype, the one of the widest float.
 
-    Raises WrongBase if two disagree.
+    Raises WrongBase if two fingerprints disagree.
     """
-    found: dict[str, Mapping[str, str] | None] = {}
+    fingerprints: dict[str, Mapping[str, str] | None] = {}
     for i, expert in enumerate(experts):
         own = {name: fp for name, fp in expert.fingerprints.items() if fp}
-        require_same_base(own, found, f"{label(expert, i)} and the experts before it")
-        for name, fp in own.items():
-            found[name] = max(fp, found.get(name) or fp, key=lambda one: one["dtype"])  # float64, float32, float16, bfloat16
-    return found
+        require_same_base(own, fingerprints, f"{expert_label(expert, i)} and the experts before it")
+        for name, fp in own.items():  # dtypes in descending order of text: float64, float32, float16, bfloat16
+            fingerprints[name] = max(fp, fingerprints.get(name) or fp, key=lambda fingerprint: fingerprint["dtype"])
+    return fingerprints
 
 
 def _size(expert: Expert) -> int:

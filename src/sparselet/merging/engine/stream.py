@@ -1,4 +1,4 @@
-"""Merging target by target: `merge` in memory, `merge_to` from files to a file."""
+"""Merge target by target: `merge` in memory, `merge_to` into a directory."""
 
 import contextlib
 import itertools
@@ -12,11 +12,11 @@ from sparselet.delta import SparseDelta
 from sparselet.errors import prefix_errors
 from sparselet.io.atomic import atomic_directory
 from sparselet.io.paths import check_output
-from sparselet.merging.engine.parallel import in_order
-from sparselet.merging.engine.plan import ExpertSource, Plan, Weight
-from sparselet.merging.record import Digests, merged_metadata
+from sparselet.merging.engine.parallel import map_in_order
+from sparselet.merging.engine.plan import ExpertSource, MergePlan, Weight
+from sparselet.merging.record import Digests, metadata_from_plan
 
-Target = tuple[str, SparseDelta]
+NamedDelta = tuple[str, SparseDelta]
 
 
 def merge(
@@ -30,24 +30,24 @@ def merge(
 ) -> SparseAdapter:
     """Merge experts of one base model into one adapter.
 
-    experts: `SparseAdapter`s, other mappings of deltas, or names of experts on the disk or the hub: sparse adapters, PEFT
-        adapters (LoRA, SHiRA, Super-Tuning), full checkpoints. Their masks, densities, block sizes and targets may differ;
-        where an expert has no such target its change there is 0.
-    method: a name in `sparselet.METHODS`. parameters: what that method takes beside deltas and weights.
-    weights: one an expert, 1 each by default: a number, or `{pattern of target names: number}`, of which the longest that
-        matches counts (`{"*": 0.5, "*.v_proj": 1}`).
-    base: the base model, a directory or hub name, against which full checkpoints are taken.
-    workers: threads; the result does not depend on it.
+    experts: `Expert`s, other mappings of deltas, or paths or hub names of experts: sparse adapters, PEFT adapters (LoRA, SHiRA,
+        Super-Tuning), full checkpoints. Their masks, densities, block sizes and targets may differ; an expert without a target
+        changes nothing there.
+    method: a name in `sparselet.METHODS`. parameters: that method's own, by name.
+    weights: one per expert, 1 by default: a number, or `{pattern of target names: number}`, of which the longest matching
+        pattern applies (`{"*": 0.5, "*.v_proj": 1}`).
+    base: the base model, a directory or hub name; needed for full checkpoints.
+    workers: threads; they do not change the result.
 
-    Raises, before any target is merged, ArgumentError (no expert, weights of the wrong count, a parameter out of range),
-    UnknownMethod, ShapeMismatch, WrongBase, NonFiniteValue, and what opening an expert raises; and, with the target's name,
+    Raises, before the first target is merged, ArgumentError (no expert, a wrong number of weights, a parameter out of range),
+    UnknownMethod, ShapeMismatch, WrongBase, NonFiniteValue, and what opening an expert raises; later, with the target's name,
     NonFiniteValue for a merged value beyond float32 and what the method raises.
     """
-    plan = Plan(experts, method, weights, parameters, base)
+    plan = MergePlan(experts, method, weights, parameters, base)
     digests = Digests(len(plan.experts))
     with contextlib.closing(_merged(plan, digests, workers)) as targets:
         deltas = dict(targets)
-    return SparseAdapter(deltas, merged_metadata(plan, digests), plan.fingerprints)
+    return SparseAdapter(deltas, metadata_from_plan(plan, digests), plan.fingerprints)
 
 
 def merge_to(
@@ -61,13 +61,13 @@ def merge_to(
     workers: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
-    """Merge as `merge` does, straight into the directory `output`: few targets are in memory at a time.
+    """`merge`, streamed into the directory `output` with few targets in memory at a time.
 
-    progress: called with each target's name when it is written.
-    Raises what `merge` raises, OutputExists and WriteFailed; nothing half-written is left.
+    progress: called with each target's name after it is written.
+    Raises what `merge` raises, OutputExists and WriteFailed; no partial output is left.
     """
     check_output(output)
-    plan = Plan(experts, method, weights, parameters, base)
+    plan = MergePlan(experts, method, weights, parameters, base)
     digests = Digests(len(plan.experts))
     with contextlib.closing(_merged(plan, digests, workers)) as targets, atomic_directory(output) as directory:
         with adapter_stream(directory, plan.shapes) as stream:
@@ -75,16 +75,16 @@ def merge_to(
                 stream.add(name, delta)
                 if progress is not None:
                     progress(name)
-        stream.describe(merged_metadata(plan, digests), plan.fingerprints)
+        stream.describe(metadata_from_plan(plan, digests), plan.fingerprints)
     return Path(output)
 
 
-def _merged(plan: Plan, digests: Digests, workers: int | None) -> Generator[Target]:
-    """The merged targets, in the order of their names, once all experts were read for what cannot be merged."""
+def _merged(plan: MergePlan, digests: Digests, workers: int | None) -> Generator[NamedDelta]:
+    """The merged targets in the order of their names, after all experts were checked."""
     plan.check_values()
     plan.survey()
 
-    def work(name: str) -> Target:
+    def work(name: str) -> NamedDelta:
         deltas = plan.deltas(name)
         digests.add(name, deltas)
         with prefix_errors(name):
@@ -92,11 +92,11 @@ def _merged(plan: Plan, digests: Digests, workers: int | None) -> Generator[Targ
         require_finite(merged.values, name)
         return name, merged
 
-    return _in_turn(work, plan, workers)
+    return _map_targets(work, plan, workers)
 
 
-def _in_turn(work: Callable[[str], Target], plan: Plan, workers: int | None) -> Generator[Target]:
-    """`work` on each target: on small ones several at a time, on a large one by itself."""
+def _map_targets(work: Callable[[str], NamedDelta], plan: MergePlan, workers: int | None) -> Generator[NamedDelta]:
+    """`work` on each target: several small ones at a time, a large one alone."""
     for large, names in itertools.groupby(plan.shapes, plan.is_large):
         group = list(names)
-        yield from map(work, group) if large else in_order(work, group, plan.bytes_of, workers)
+        yield from map(work, group) if large else map_in_order(work, group, plan.bytes_of, workers)

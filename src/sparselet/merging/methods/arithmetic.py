@@ -20,9 +20,9 @@ def arithmetic(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale
     Returns a delta on the union of the masks, of tiles when all have the same. Raises ShapeMismatch, ArgumentError.
     """
     require_finite_number("scale", scale)
-    deltas, places = compact(common_blocks(deltas))
+    deltas, positions = compact(common_blocks(deltas))
     total, blocks = weighted_sum(deltas, weights), selected(mask_count(deltas))
-    return places.delta(blocks, total.index_select(0, blocks) * scale)
+    return positions.delta(blocks, total.index_select(0, blocks) * scale)
 
 
 def magmax(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale: float = 1.0) -> SparseDelta:
@@ -34,7 +34,7 @@ def magmax(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale: fl
     Returns a delta on the union of the masks, of tiles when all have the same. Raises ShapeMismatch, ArgumentError.
     """
     require_finite_number("scale", scale)
-    deltas, places = compact(common_blocks(deltas))
+    deltas, positions = compact(common_blocks(deltas))
     first = deltas[0].values
     largest, smallest = (torch.zeros(deltas[0].blocks, *first.shape[1:], device=first.device) for _ in range(2))
     for delta, weight in zip(deltas, weights, strict=True):
@@ -43,7 +43,7 @@ def magmax(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale: fl
         smallest.index_copy_(0, at, torch.minimum(smallest.index_select(0, at), values))
     blocks = selected(mask_count(deltas))
     high, low = largest.index_select(0, blocks), smallest.index_select(0, blocks)
-    return places.delta(blocks, torch.where(high >= -low, high, low) * scale)
+    return positions.delta(blocks, torch.where(high >= -low, high, low) * scale)
 
 
 ARITHMETIC = MergeMethod("arithmetic", arithmetic, "λ · Σ wᵢ·ΔWᵢ", "Ilharco et al. 2023", elementwise=True)

@@ -19,12 +19,12 @@ def overlap(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDe
     deltas: N of one target, shape (rows, columns) each. weights: N. Sums are float32, in the order given.
     Returns a delta on the union of the masks, of tiles when all have the same. Raises ShapeMismatch.
     """
-    deltas, places = compact(common_blocks(deltas))
+    deltas, positions = compact(common_blocks(deltas))
     total, count = weighted_sum(deltas, weights), mask_count(deltas)
     blocks = selected(count)
     values = total.index_select(0, blocks)
     values /= per_block(count.index_select(0, blocks), values)
-    return places.delta(blocks, values)
+    return positions.delta(blocks, values)
 
 
 def uniform(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDelta:
@@ -35,9 +35,9 @@ def uniform(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDe
     Raises ShapeMismatch, ArgumentError if the weights sum to 0.
     """
     whole = require_sum("uniform", weights)
-    deltas, places = compact(common_blocks(deltas))
+    deltas, positions = compact(common_blocks(deltas))
     total, blocks = weighted_sum(deltas, weights), selected(mask_count(deltas))
-    return places.delta(blocks, total.index_select(0, blocks) / whole)
+    return positions.delta(blocks, total.index_select(0, blocks) / whole)
 
 
 OVERLAP = MergeMethod("overlap", overlap, "Σ wᵢ·ΔWᵢ / max(Σ Mᵢ, 1), Mᵢ the masks", "Arnob et al. 2025, Eq. 4", elementwise=True)

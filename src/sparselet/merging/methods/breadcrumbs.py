@@ -42,7 +42,7 @@ def breadcrumbs(
     Returns an element mask, the union of what is kept. Raises ShapeMismatch, DensityOutOfRange, ArgumentError.
     """
     check_density(density)
-    require_fraction("gamma", gamma, zero=True, one=False)
+    require_fraction("gamma", gamma, allow_zero=True, allow_one=False)
     if density + gamma > 1:
         raise ArgumentError(f"density and gamma must be at most 1 together, got {density!r} and {gamma!r}. Lower one of them.")
     require_finite_number("scale", scale)

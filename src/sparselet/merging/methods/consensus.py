@@ -36,13 +36,13 @@ def consensus(
     experts).
     """
     factors = _factors(deltas, k, mask_lambda, scale)
-    deltas, places = compact([delta.expand() for delta in common_blocks(deltas)])
+    deltas, positions = compact([delta.expand() for delta in common_blocks(deltas)])
     together = sum_in_double(deltas, weights)
     count = torch.zeros(len(together), dtype=torch.int32, device=together.device)
     for delta, weight, factor in zip(deltas, weights, factors, strict=True):
         count.index_add_(0, delta.indices, _tall(delta, weight, factor, together).int())
     blocks = selected(count >= k)
-    return places.delta(blocks, (together.index_select(0, blocks) * scale).float())
+    return positions.delta(blocks, (together.index_select(0, blocks) * scale).float())
 
 
 def consensus_experts(

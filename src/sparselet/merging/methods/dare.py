@@ -6,7 +6,7 @@ from sparselet.delta import SparseDelta
 from sparselet.masks import check_density
 from sparselet.merging.algebra.election import disjoint_mean
 from sparselet.merging.algebra.ranges import require_choice, require_finite_number, require_seed
-from sparselet.merging.algebra.sampling import RESCALE, sampled
+from sparselet.merging.algebra.sampling import RESCALE_CHOICES, drop_randomly
 from sparselet.merging.algebra.trim import within
 from sparselet.merging.method import MergeMethod
 from sparselet.merging.methods.arithmetic import arithmetic
@@ -37,9 +37,9 @@ def dare(
     check_density(density)
     require_finite_number("scale", scale)
     require_choice("merge", merge, ("linear", "ties"))
-    require_choice("rescale", rescale, RESCALE)
+    require_choice("rescale", rescale, RESCALE_CHOICES)
     require_seed("seed", seed)
-    kept = [sampled(within(delta, 0.0), density, seed=seed, rescale=rescale) for delta in deltas]
+    kept = [drop_randomly(within(delta, 0.0), density, seed=seed, rescale=rescale) for delta in deltas]
     return disjoint_mean(kept, weights, scale=scale) if merge == "ties" else arithmetic(kept, weights, scale=scale)
 
 

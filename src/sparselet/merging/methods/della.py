@@ -10,7 +10,7 @@ from sparselet.errors import ArgumentError
 from sparselet.masks import check_density
 from sparselet.merging.algebra.election import disjoint_mean, require_election
 from sparselet.merging.algebra.ranges import require_choice, require_finite_number, require_fraction, require_seed
-from sparselet.merging.algebra.sampling import RESCALE, sampled
+from sparselet.merging.algebra.sampling import RESCALE_CHOICES, drop_randomly
 from sparselet.merging.algebra.trim import require_trim, within
 from sparselet.merging.method import MergeMethod
 
@@ -44,19 +44,19 @@ def della(
     Returns an element mask, the union of what is kept. Raises ShapeMismatch, DensityOutOfRange, ArgumentError.
     """
     check_density(density)
-    require_fraction("epsilon", epsilon, zero=True, one=False)
+    require_fraction("epsilon", epsilon, allow_zero=True, allow_one=False)
     if density - epsilon < 0 or density + epsilon > 1:
         raise ArgumentError(f"density ± epsilon must lie in [0, 1], got {density!r} ± {epsilon!r}. Lower epsilon.")
     require_finite_number("scale", scale)
     require_trim(density_of)
-    require_choice("rescale", rescale, RESCALE)
+    require_choice("rescale", rescale, RESCALE_CHOICES)
     require_election(elect, mean)
     require_seed("seed", seed)
     kept = []
     for delta in deltas:
         nonzeros = within(delta, 0.0)
         probabilities = keep_probabilities(nonzeros, density, epsilon, density_of)
-        kept.append(sampled(nonzeros, probabilities, seed=seed, rescale=rescale))
+        kept.append(drop_randomly(nonzeros, probabilities, seed=seed, rescale=rescale))
     return disjoint_mean(kept, weights, elect=elect, mean=mean, scale=scale)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from sparselet.delta import SparseDelta
 from sparselet.kernels import selected
 from sparselet.merging.algebra.entries import common_blocks, compact, mask_count
-from sparselet.merging.algebra.sums import sum_in_double, total
+from sparselet.merging.algebra.sums import fixed_order_sum, sum_in_double
 from sparselet.merging.method import AllTargets, MergeMethod
 
 
@@ -23,9 +23,9 @@ def emr(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDelta:
     deltas: N of one target. weights: N.
     Returns a delta on the union of the masks, of tiles when all have the same. Raises ShapeMismatch.
     """
-    deltas, places = compact(common_blocks(deltas))
+    deltas, positions = compact(common_blocks(deltas))
     blocks = selected(mask_count(deltas))
-    return places.delta(blocks, _unified(deltas, weights).index_select(0, blocks))
+    return positions.delta(blocks, _unified(deltas, weights).index_select(0, blocks))
 
 
 def emr_experts(
@@ -79,7 +79,7 @@ def _masked(delta: SparseDelta, weight: float, unified: Tensor) -> Tensor:
 def _magnitudes(delta: SparseDelta, weight: float, unified: Tensor) -> tuple[float, float]:
     """Σ|τᵢ| and Σ|Mᵢ ⊙ τ_uni|."""
     own = (delta.values.float() * weight).double().abs_()
-    return total(own), total(_masked(delta, weight, unified).double().abs_())
+    return fixed_order_sum(own), fixed_order_sum(_masked(delta, weight, unified).double().abs_())
 
 
 def _rescaler(own: float, kept: float) -> float:

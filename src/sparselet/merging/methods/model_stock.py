@@ -26,10 +26,10 @@ def model_stock(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> Spar
     """
     deltas = common_blocks(deltas)
     step = _step(deltas, weights)
-    deltas, places = compact(deltas)
+    deltas, positions = compact(deltas)
     blocks = selected(mask_count(deltas))
     values = weighted_sum(deltas, [step * weight / len(deltas) for weight in weights]).index_select(0, blocks)
-    return places.delta(blocks, values)
+    return positions.delta(blocks, values)
 
 
 def _step(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> float:

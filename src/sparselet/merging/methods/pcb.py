@@ -46,10 +46,10 @@ def pcb(
     """
     check_density(density)
     require_trim(density_of)
-    require_fraction("clip", clip, zero=True, one=False)
+    require_fraction("clip", clip, allow_zero=True, allow_one=False)
     require_finite_number("scale", scale)
     whole = [delta.expand() for delta in common_blocks(deltas)]
-    deltas, places = compact(whole)
+    deltas, positions = compact(whole)
     together = sum_in_double(deltas, [1.0] * len(deltas))
     above, below = torch.zeros_like(together), torch.zeros_like(together)
     for own, delta, weight in zip(whole, deltas, weights, strict=True):
@@ -63,7 +63,7 @@ def pcb(
         below.index_add_(0, delta.indices, share)
     blocks = selected(below > 0)
     values = (above.index_select(0, blocks) / below.index_select(0, blocks) * scale).float()
-    return places.delta(blocks, values)
+    return positions.delta(blocks, values)
 
 
 def _clip(values: Tensor, count: int) -> Tensor:

@@ -10,7 +10,7 @@ from sparselet.kernels import selected
 from sparselet.masks import blocks_to_keep, check_density
 from sparselet.merging.algebra.entries import common_blocks, compact, mask_count
 from sparselet.merging.algebra.ranges import require_choice
-from sparselet.merging.algebra.sums import sum_in_double, total
+from sparselet.merging.algebra.sums import fixed_order_sum, sum_in_double
 from sparselet.merging.algebra.trim import value_at_rank
 from sparselet.merging.method import MergeMethod
 
@@ -46,11 +46,11 @@ def sce(
     if density < 1:
         deltas = [delta.expand() for delta in deltas]
     size = deltas[0].size
-    deltas, places = compact(deltas)
+    deltas, positions = compact(deltas)
     votes = sum_in_double(deltas, weights)
     varied = _most_varied(deltas, weights, votes, density, size if density_of == "size" else None) if density < 1 else deltas
     shares = _shares(varied, weights)
-    return places.delta(*_majority(varied if select == "entries" else deltas, weights, shares, votes.sign().float()))
+    return positions.delta(*_majority(varied if select == "entries" else deltas, weights, shares, votes.sign().float()))
 
 
 def _most_varied(
@@ -76,7 +76,9 @@ def _most_varied(
 
 def _shares(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> list[float]:
     """ηᵢ; 0 if all deltas are zero."""
-    squares = [total((d.values.float() * weight).double().square_()) for d, weight in zip(deltas, weights, strict=True)]
+    squares = [
+        fixed_order_sum((d.values.float() * weight).double().square_()) for d, weight in zip(deltas, weights, strict=True)
+    ]
     return [square / sum(squares) if square else 0.0 for square in squares]
 
 

@@ -117,10 +117,10 @@ def _along(deltas: Sequence[SparseDelta], products: Tensor, alphas: Tensor, dire
     norms = products.diagonal().sqrt()
     scaled = alphas if direction is None else (alphas @ norms) * direction / norms
     coefficients = torch.where(norms > 0, scaled, torch.zeros_like(scaled)).tolist()
-    deltas, places = compact(deltas)
+    deltas, positions = compact(deltas)
     blocks = selected(mask_count(deltas))
     values = weighted_sum(deltas, coefficients).index_select(0, blocks)
-    return places.delta(blocks, values)
+    return positions.delta(blocks, values)
 
 
 MULTISLERP = MergeMethod("multislerp", multislerp, "mean direction, at the mean length", "Goddard, mergekit")
