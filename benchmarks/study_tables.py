@@ -4,8 +4,6 @@ from typing import Any
 
 from sparselet.report.quantities import clock, size, told
 
-MARKS = {"holds": "holds", "does not hold": "**does not hold**", "not tested here": "not tested here"}
-
 
 def study_tables(results: dict[str, Any], cost: dict[str, Any]) -> str:
     """How it was run, every claim with its verdict, and every table with the paper's figures in italics."""
@@ -42,7 +40,13 @@ def _claims(claims: list[dict[str, Any]]) -> list[str]:
         if claim["difference"] is not None:
             difference, low, high = (told(claim[key], sign=True) for key in ("difference", "low", "high"))
             found = f"{difference} ({low} to {high})"
-        texts = (claim["text"], claim["source"], MARKS[claim["verdict"]], found, claim["where"])
+        texts = (
+            claim["text"],
+            claim["source"],
+            f"**{claim['verdict']}**" if claim["verdict"] == "reversed" else claim["verdict"],
+            found,
+            claim["where"],
+        )
         lines.append(f"| {' | '.join(map(_cell, texts))} |")
     return lines
 

@@ -257,7 +257,7 @@ def _claims() -> list[dict[str, Any]]:
         {
             "text": "Multitask training is better on held-out tasks than any merged model.",
             "source": "Section 4.2",
-            "verdict": "does not hold",
+            "verdict": "undecided",
             "difference": -2.8,
             "low": -9.0,
             "high": 3.1,
@@ -267,7 +267,7 @@ def _claims() -> list[dict[str, Any]]:
         {
             "text": "Sparse experts of density 0.01 are better than full fine-tuning.",
             "source": "Section 4.1, Figure 3",
-            "verdict": "not tested here",
+            "verdict": "not tested",
             "difference": None,
             "low": None,
             "high": None,

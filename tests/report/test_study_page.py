@@ -122,13 +122,13 @@ def test_every_task_of_every_cell_is_told(page):
 
 def test_claims_are_told_with_a_word_and_an_interval(page):
     text = " ".join(page.text.split())
-    assert "1 holds, 1 does not hold, 1 not tested here." in text
+    assert "1 holds, 1 undecided, 1 not tested." in text
     for claim in results()["claims"]:
         assert claim["text"] in text
         assert f"{claim['source']} · {claim['where']} · {claim['why']}" in text
     assert "✓ holds +6.1 (+1.9 to +10.4)" in text
-    assert "✗ does not hold −2.8 (−9.0 to +3.1)" in text
-    assert "– not tested here Sparse experts" in text
+    assert "? undecided −2.8 (−9.0 to +3.1)" in text
+    assert "– not tested Sparse experts" in text
 
 
 def test_what_was_run_is_told(page):

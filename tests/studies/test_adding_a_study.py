@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter, deque
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from sparselet.studies.engine.store import Store
 from sparselet.studies.engine.unit import closure
 from sparselet.studies.paper.tables import TABLES, make_tables
 from sparselet.studies.results import make_results
-from sparselet.studies.settings import describe_tasks, read_study, task_places
+from sparselet.studies.settings import fingerprint_tasks, read_study, task_sources
 from sparselet.studies.study import Study
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ def test_the_new_table_is_one_function_and_one_line(named, tmp_path, preset, row
     (toml,) = blocks("toml")
     (tmp_path / "my_study.toml").write_text(toml)
     settings = read_study(tmp_path / "my_study.toml", preset)
-    study = Study(settings, describe_tasks(settings, {"tasks": task_places(settings)}), "base")
+    study = Study(settings, fingerprint_tasks(settings, task_sources(settings)), "base")
     tables = make_tables(study)
     assert list(tables) == ["sparse_merges"]
     plan = closure(tables["sparse_merges"].units())
@@ -55,7 +55,7 @@ def test_the_new_table_is_one_function_and_one_line(named, tmp_path, preset, row
     told = make_results(study, tables, measured(tables, by_hash), [named["claim"]])
     assert [row["label"] for row in told["tables"]["sparse_merges"]["rows"]] == ["overlap", "uniform", "ties"]
     assert all(cell["mean"] > 0 for row in told["tables"]["sparse_merges"]["rows"] for cell in row["cells"])
-    assert told["claims"][0]["verdict"] == "not tested here"  # two tasks
+    assert told["claims"][0]["verdict"] == "not tested"  # two tasks
     assert told["claims"][0]["why"].startswith("fewer than 3 tasks")
     json_bytes(told)
 
@@ -85,8 +85,8 @@ def test_the_study_is_run_to_its_end(named, base_dir, tmp_path):
     settings = replace(
         read_study(tmp_path / "my_study.toml", "quick"), model="tiny", train_rows=8, test_rows=2, max_new_tokens=4
     )
-    sources, store = StudySources(task_places(settings), base_dir), Store(str(tmp_path / "out"))
-    study = Study(settings, describe_tasks(settings, asdict(sources)), model_fingerprint(base_dir))
+    sources, store = StudySources(task_sources(settings), base_dir), Store(str(tmp_path / "out"))
+    study = Study(settings, fingerprint_tasks(settings, sources.tasks), model_fingerprint(base_dir))
     tables = make_tables(study)
     units = tables["sparse_merges"].units()
     progress = run_study(units, store, Here(store, sources))

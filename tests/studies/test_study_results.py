@@ -74,10 +74,10 @@ def test_what_is_missing_is_told():
     cells = [row["cells"][0] for row in told["tables"]["scores"]["rows"]]
     assert [cell["missing"] for cell in cells] == [1] + [0] * (len(cells) - 1)
     verdicts = {claim["text"]: claim for claim in told["claims"]}
-    assert verdicts["MCS makes the best single experts of all scores."]["verdict"] == "not tested here"
-    assert verdicts["MCS makes the experts that merge best, on held-in tasks."]["verdict"] != "not tested here"
+    assert verdicts["MCS makes the best single experts of all scores."]["verdict"] == "not tested"
+    assert verdicts["MCS makes the experts that merge best, on held-in tasks."]["verdict"] != "not tested"
     nothing = make_results(STUDY, TABLES, {})
-    assert {claim["verdict"] for claim in nothing["claims"]} == {"not tested here"}
+    assert {claim["verdict"] for claim in nothing["claims"]} == {"not tested"}
     assert nothing["units"]["missing"] == len(FOUND)
     json_bytes(nothing)
 
@@ -85,7 +85,7 @@ def test_what_is_missing_is_told():
 def test_a_study_of_few_tables_tests_few_claims():
     tables = make_tables(made(tables=("scores",)))
     told = make_results(made(tables=("scores",)), tables, measured(tables, by_hash))
-    tested = [claim["source"] for claim in told["claims"] if claim["verdict"] != "not tested here"]
+    tested = [claim["source"] for claim in told["claims"] if claim["verdict"] != "not tested"]
     assert tested
     assert all("Table 2" in source for source in tested)
 

@@ -9,7 +9,7 @@ from helpers.plans import SETTINGS
 from helpers.tiny import save_task
 
 from sparselet.errors import ConfigError, DensityOutOfRange, SparseletError, TaskError, UnknownMethod, UnknownScore
-from sparselet.studies.settings import describe_tasks, read_study, task_places
+from sparselet.studies.settings import fingerprint_tasks, read_study, task_sources
 from sparselet.tasks.task import load_task
 
 STUDY = Path(__file__).parents[2] / "studies/sparse_adapters.toml"
@@ -58,7 +58,7 @@ def test_the_parameters_of_merges_are_filled_in(toml):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (LEAST + "epoch = 1\n", "unknown key 'epoch'; a study has held_in,"),
+        (LEAST + "epoch = 1\n", "unknown key 'epoch'; the keys are held_in,"),
         (LEAST + 'preset = "x"\n', "unknown key 'preset'"),
         (LEAST + "[other]\n", "unknown table 'other'; a study has"),
         (LEAST + "[preset]\nless = 1\n", "preset.less must be a table, got 1"),
@@ -94,8 +94,8 @@ def test_a_preset_or_file_that_is_not_there_is_refused(toml, tmp_path):
     ("changes", "kind", "message"),
     [
         ({"held_in": ("one",)}, ConfigError, "held_in needs at least two tasks to merge experts of, got 1"),
-        ({"held_out": ("one",)}, ConfigError, "task one is there twice in held_in and held_out"),
-        ({"sweep_tasks": ("five",)}, ConfigError, "sweep_tasks names five, which is no held_in task; take some of one,"),
+        ({"held_out": ("one",)}, ConfigError, "task one is twice in held_in and held_out"),
+        ({"sweep_tasks": ("five",)}, ConfigError, "sweep_tasks names five, which is not a held_in task; use some of one,"),
         ({"epochs": 0.0}, ConfigError, "epochs must be above 0, got 0"),
         ({"train_rows": 0}, ConfigError, "train_rows must be above 0, got 0"),
         ({"threads": 0}, ConfigError, "threads must be above 0"),
@@ -154,17 +154,17 @@ def test_tasks_are_found_in_the_directory_or_built_in(tmp_path):
     for name in ("one", "two", "animal_class"):
         save_task(tmp_path / name)
     settings = replace(SETTINGS, held_in=("one", "animal_class"), held_out=("number_words",), sweep_tasks=(), n_experts=(2,))
-    places = task_places(settings, tmp_path)
-    assert places == {
+    sources = task_sources(settings, tmp_path)
+    assert sources == {
         "one": str(tmp_path / "one"),
         "animal_class": str(tmp_path / "animal_class"),
         "number_words": "builtin:number_words",
     }
-    assert task_places(replace(settings, tasks_directory=str(tmp_path))) == places
+    assert task_sources(replace(settings, tasks_directory=str(tmp_path))) == sources
     with pytest.raises(ConfigError, match=r"task three is not a directory in .*; set `tasks`"):
-        task_places(replace(settings, held_out=("three",)), tmp_path)
+        task_sources(replace(settings, held_out=("three",)), tmp_path)
     with pytest.raises(ConfigError, match="task one is not a directory in any place"):
-        task_places(settings)
+        task_sources(settings)
 
 
 def test_tasks_are_described_by_their_rows_alone(tmp_path):
@@ -172,19 +172,19 @@ def test_tasks_are_described_by_their_rows_alone(tmp_path):
     for name in ("one", "two", "three"):
         save_task(tmp_path / name)
     (tmp_path / "three/train.jsonl").unlink()  # nothing is trained on it
-    found = describe_tasks(settings, {"tasks": task_places(settings, tmp_path)})
+    found = fingerprint_tasks(settings, task_sources(settings, tmp_path))
     assert found["one"]["train"] == load_task(tmp_path / "one", ("train", "validation")).fingerprint()
     assert set(found["three"]) == {"test"}
     (tmp_path / "moved").mkdir()
     for name in ("one", "two", "three"):
         (tmp_path / name).rename(tmp_path / "moved" / name)
-    assert describe_tasks(settings, {"tasks": task_places(settings, tmp_path / "moved")}) == found
+    assert fingerprint_tasks(settings, task_sources(settings, tmp_path / "moved")) == found
     with open(tmp_path / "moved/one/test.jsonl", "a") as file:
         file.write(json.dumps({"input": "a", "target": "b"}) + "\n")
-    changed = describe_tasks(settings, {"tasks": task_places(settings, tmp_path / "moved")})
+    changed = fingerprint_tasks(settings, task_sources(settings, tmp_path / "moved"))
     assert changed["one"]["test"] != found["one"]["test"]
     assert changed["one"]["train"] == found["one"]["train"]
     (tmp_path / "moved/two/train.jsonl").unlink()
     with pytest.raises(TaskError, match="no split 'train'"):
-        describe_tasks(settings, {"tasks": task_places(settings, tmp_path / "moved")})
+        fingerprint_tasks(settings, task_sources(settings, tmp_path / "moved"))
     assert issubclass(TaskError, SparseletError)

@@ -27,7 +27,7 @@ from sparselet.studies.engine.store import Store
 from sparselet.studies.engine.unit import Unit
 from sparselet.studies.paper.tables import make_tables
 from sparselet.studies.results import make_results
-from sparselet.studies.settings import describe_tasks, read_study, task_places
+from sparselet.studies.settings import fingerprint_tasks, read_study, task_sources
 from sparselet.studies.study import Study
 from sparselet.studies.table import Table
 from sparselet.tuner.model import versions
@@ -179,8 +179,8 @@ def study(
     if Path(model).is_dir():  # recorded by its name alone, wherever the directory lies
         model = str(Path(model).resolve())
         settings = replace(settings, model=Path(model).name)
-    sources = StudySources(task_places(settings, tasks), model)
-    definition = Study(settings, describe_tasks(settings, asdict(sources)), model_fingerprint(model))
+    sources = StudySources(task_sources(settings, tasks), model)
+    definition = Study(settings, fingerprint_tasks(settings, sources.tasks), model_fingerprint(model))
     return StudyRun(
         definition, sources, make_tables(definition), Store(out or "-".join(filter(None, (file.stem, preset)))), file
     )

@@ -13,7 +13,7 @@ from sparselet.io.paths import check_inside
 from sparselet.report import charts, figures
 from sparselet.report.quantities import clock, size, told
 
-VERDICTS = {"holds": "✓", "does not hold": "✗", "not tested here": "–"}
+VERDICTS = {"holds": "✓", "undecided": "?", "reversed": "✗", "not tested": "–"}  # with their symbols
 _HERE = Path(__file__).parent
 _STRIP = (6.0, 154.0)  # pixels between which a claim's interval is drawn
 

@@ -1,13 +1,13 @@
-"""What the paper claims of the cells of its tables, as data."""
+"""The claims of the paper about the cells of its tables."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Place:
-    """Cells of a table: those of a column in the rows that fit. `*` in a row's name stands for anything.
+class CellPattern:
+    """The cells of a column, in the rows whose names match: `*` matches any text.
 
-    `{}` stands for anything as well, but for the same on both sides of a comparison.
+    `{}` matches any text too, but the same on both sides of a comparison.
     """
 
     table: str
@@ -17,192 +17,195 @@ class Place:
 
 @dataclass(frozen=True)
 class Claim:
-    """That one thing is better than another, in every task on average.
+    """That the first cell of each pair is better than the second, in every task on average.
 
-    pairs: what is to be better, and than what: every cell that the second place names but the first cell itself. All must be.
-    margin: points that it may fall short by, for claims of "about as good": the paper's own difference, rounded up.
-    if_differ: where these cells are all equal, there is nothing to test.
+    pairs: each first pattern's cells are compared with all cells of the second pattern but the same cell.
+    margin: points that the first may be worse by, for claims of "about as good": the paper's own difference, rounded up.
+    if_differ: the claim is tested only if some of these cells differ.
     """
 
     text: str
     source: str
-    pairs: tuple[tuple[Place, Place], ...]
+    pairs: tuple[tuple[CellPattern, CellPattern], ...]
     margin: float = 0.0
-    if_differ: tuple[Place, Place] | None = None
+    if_differ: tuple[CellPattern, CellPattern] | None = None
 
 
-def _than(better: Place, row: str, table: str = "", column: str = "") -> tuple[tuple[Place, Place], ...]:
-    """One comparison, with another row of the same table and column if nothing else is said."""
-    return ((better, Place(table or better.table, row, column or better.column)),)
+def _than(better: CellPattern, row: str, table: str = "", column: str = "") -> tuple[tuple[CellPattern, CellPattern], ...]:
+    """A comparison with another row, by default of the same table and column."""
+    return ((better, CellPattern(table or better.table, row, column or better.column)),)
 
 
-# Whether any layer was dropped at all.
-_DROPPED = (Place("layer_drop", "layer drop {}", "active layers"), Place("layer_drop", "sparse {}", "active layers"))
+# Whether any layer was dropped.
+_DROPPED = (
+    CellPattern("layer_drop", "layer drop {}", "active layers"),
+    CellPattern("layer_drop", "sparse {}", "active layers"),
+)
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         "Sparse adapters make better single experts than LoRA of equal size, at every density.",
         "Section 4.1, Figure 3a",
-        _than(Place("density", "sparse {}", "individual"), "LoRA {}, *"),
+        _than(CellPattern("density", "sparse {}", "individual"), "LoRA {}, *"),
     ),
     Claim(
         "Sparse adapters make better single experts than full fine-tuning (density 0.1).",
         "Abstract, Figure 3a",
-        _than(Place("density", "sparse 0.1", "individual"), "full"),
+        _than(CellPattern("density", "sparse 0.1", "individual"), "full"),
     ),
     Claim(
         "One percent of the targets' weights is enough to outperform full fine-tuning.",
         "Section 4.1, Figure 3a",
-        _than(Place("density", "sparse 0.01", "individual"), "full"),
+        _than(CellPattern("density", "sparse 0.01", "individual"), "full"),
     ),
     Claim(
         "A single expert's quality rises with the density up to 0.5.",
         "Section 4.1, Figure 3a",
-        _than(Place("density", "sparse 0.1", "individual"), "sparse 0.01")
-        + _than(Place("density", "sparse 0.5", "individual"), "sparse 0.1"),
+        _than(CellPattern("density", "sparse 0.1", "individual"), "sparse 0.01")
+        + _than(CellPattern("density", "sparse 0.5", "individual"), "sparse 0.1"),
     ),
     Claim(
         "It falls again at density 0.8.",
         "Section 4.1, Figure 3a",
-        _than(Place("density", "sparse 0.5", "individual"), "sparse 0.8"),
+        _than(CellPattern("density", "sparse 0.5", "individual"), "sparse 0.8"),
     ),
     Claim(
         "Training every entry of the targets is worse than half of them.",
         "Section 4.1, Figure 3a",
-        _than(Place("density", "sparse 0.5", "individual"), "sparse 1"),
+        _than(CellPattern("density", "sparse 0.5", "individual"), "sparse 1"),
     ),
     Claim(
         "Density 0.1 merges best, on held-in tasks.",
         "Appendix B, Figure 11",
-        _than(Place("density", "sparse 0.1", "held-in"), "sparse *"),
+        _than(CellPattern("density", "sparse 0.1", "held-in"), "sparse *"),
     ),
     Claim(
         "Density 0.1 merges best, on held-out tasks.",
         "Appendix B, Figure 11",
-        _than(Place("density", "sparse 0.1", "held-out"), "sparse *"),
+        _than(CellPattern("density", "sparse 0.1", "held-out"), "sparse *"),
     ),
     Claim(
         "Merged element-sparse experts beat every merge of fully fine-tuned models, on held-in tasks.",
         "Section 4.2, Table 1",
-        _than(Place("merging", "element-sparse, overlap", "held-in"), "full, *"),
+        _than(CellPattern("merging", "element-sparse, overlap", "held-in"), "full, *"),
     ),
     Claim(
         "Merged block-sparse experts beat every merge of fully fine-tuned models, on held-in tasks.",
         "Section 4.2, Table 1",
-        _than(Place("merging", "block-sparse, overlap", "held-in"), "full, *"),
+        _than(CellPattern("merging", "block-sparse, overlap", "held-in"), "full, *"),
     ),
     Claim(
         "Merged element-sparse experts beat merged LoRA experts, on held-in tasks.",
         "Section 4.2, Table 1",
-        _than(Place("merging", "element-sparse, overlap", "held-in"), "LoRA, uniform"),
+        _than(CellPattern("merging", "element-sparse, overlap", "held-in"), "LoRA, uniform"),
     ),
     Claim(
         "Merged sparse experts are about as good as merged LoRA experts on held-out tasks (within 1 point).",
         "Section 4.2, Table 1",
-        _than(Place("merging", "element-sparse, overlap", "held-out"), "LoRA, uniform"),
+        _than(CellPattern("merging", "element-sparse, overlap", "held-out"), "LoRA, uniform"),
         margin=1.0,
     ),
     Claim(
         "Block-sparse experts merge about as well as element-sparse ones, on held-in tasks (within 1.5 points).",
         "Section 1, Table 1",
-        _than(Place("merging", "block-sparse, overlap", "held-in"), "element-sparse, overlap"),
+        _than(CellPattern("merging", "block-sparse, overlap", "held-in"), "element-sparse, overlap"),
         margin=1.5,
     ),
     Claim(
         "Multitask training outperforms all merges, on held-in tasks.",
         "Section 4.2, Table 1",
-        _than(Place("merging", "multitask", "held-in"), "*"),
+        _than(CellPattern("merging", "multitask", "held-in"), "*"),
     ),
     Claim(
         "Multitask training outperforms all merges, on held-out tasks.",
         "Section 4.2, Table 1",
-        _than(Place("merging", "multitask", "held-out"), "*"),
+        _than(CellPattern("merging", "multitask", "held-out"), "*"),
     ),
     Claim(
         "MCS makes the best single experts of all scores.",
         "Section 4.2, Table 2",
-        _than(Place("scores", "mcs", "individual"), "*"),
+        _than(CellPattern("scores", "mcs", "individual"), "*"),
     ),
     Claim(
         "MCS makes the experts that merge best, on held-in tasks.",
         "Section 4.2, Table 2",
-        _than(Place("scores", "mcs", "held-in"), "*"),
+        _than(CellPattern("scores", "mcs", "held-in"), "*"),
     ),
     Claim(
         "Without the absolute value connection sensitivity chooses better.",
         "Section 3, Equation 2; Table 2",
-        _than(Place("scores", "mcs", "individual"), "cs"),
+        _than(CellPattern("scores", "mcs", "individual"), "cs"),
     ),
     Claim(
         "Layer drop costs little on held-in tasks (within 3 points).",
         "Section 4.3, Table 3",
-        _than(Place("layer_drop", "layer drop {}", "held-in"), "sparse {}"),
+        _than(CellPattern("layer_drop", "layer drop {}", "held-in"), "sparse {}"),
         margin=3.0,
         if_differ=_DROPPED,
     ),
     Claim(
         "Layer drop costs little on held-out tasks (within 2 points).",
         "Section 4.3, Table 3",
-        _than(Place("layer_drop", "layer drop {}", "held-out"), "sparse {}"),
+        _than(CellPattern("layer_drop", "layer drop {}", "held-out"), "sparse {}"),
         margin=2.0,
         if_differ=_DROPPED,
     ),
     Claim(
         "With layer drop, merged sparse experts still beat the merges of fully fine-tuned models, on held-in tasks.",
         "Section 4.3, Table 3",
-        _than(Place("layer_drop", "layer drop *", "held-in"), "full, *", table="merging"),
+        _than(CellPattern("layer_drop", "layer drop *", "held-in"), "full, *", table="merging"),
         if_differ=_DROPPED,
     ),
     Claim(
         "After merging, one epoch of multitask training of the sparse weights improves the model.",
         "Appendix B, Table 4",
-        _than(Place("second_stage", "sparse weights, 1 epoch", "held-in"), "merged"),
+        _than(CellPattern("second_stage", "sparse weights, 1 epoch", "held-in"), "merged"),
     ),
     Claim(
         "Further epochs improve it further.",
         "Appendix B, Table 4",
-        _than(Place("second_stage", "sparse weights, 5 epochs", "held-in"), "sparse weights, 1 epoch"),
+        _than(CellPattern("second_stage", "sparse weights, 5 epochs", "held-in"), "sparse weights, 1 epoch"),
     ),
     Claim(
         "Five epochs of the sparse weights close the gap to multitask training (within 1 point).",
         "Appendix B, Table 4",
-        _than(Place("second_stage", "sparse weights, 5 epochs", "held-in"), "multitask"),
+        _than(CellPattern("second_stage", "sparse weights, 5 epochs", "held-in"), "multitask"),
         margin=1.0,
     ),
     Claim(
         "What a merge loses is mostly lost inside the experts' masks.",
         "Section 4.3, Figure 5",
-        _than(Place("interference", "merged, own mask only", "lost, %"), "merged"),
+        _than(CellPattern("interference", "merged, own mask only", "lost, %"), "merged"),
     ),
     Claim(
         "Merged sparse experts beat all other merges, for every number of experts.",
         "Section 4.3, Figure 6",
-        _than(Place("number_of_experts", "element-sparse, overlap, {} experts", "held-in"), "full, *, {} experts")
-        + _than(Place("number_of_experts", "element-sparse, overlap, {} experts", "held-in"), "LoRA, *, {} experts"),
+        _than(CellPattern("number_of_experts", "element-sparse, overlap, {} experts", "held-in"), "full, *, {} experts")
+        + _than(CellPattern("number_of_experts", "element-sparse, overlap, {} experts", "held-in"), "LoRA, *, {} experts"),
     ),
     Claim(
         "Training query, key and value is better than training the output projection as well, for single experts.",
         "Appendix A, Figure 7",
-        _than(Place("targets", "QKV", "individual"), "QKV + O"),
+        _than(CellPattern("targets", "QKV", "individual"), "QKV + O"),
     ),
     Claim(
         "Training the MLP's down projection merges better on held-in tasks.",
         "Appendix A, Figure 7",
-        _than(Place("targets", "MLP down", "held-in"), "QKV"),
+        _than(CellPattern("targets", "MLP down", "held-in"), "QKV"),
     ),
     Claim(
         "It is worse on held-out tasks, so query, key and value are preferred.",
         "Appendix A, Figure 7",
-        _than(Place("targets", "QKV", "held-out"), "MLP down"),
+        _than(CellPattern("targets", "QKV", "held-out"), "MLP down"),
     ),
     Claim(
         "Selecting the mask repeatedly is better than selecting it once.",
         "Section 3, Figure 8",
-        _than(Place("selection", "repeated", "individual"), "once"),
+        _than(CellPattern("selection", "repeated", "individual"), "once"),
     ),
     Claim(
         "Blocks of 16 are the best.",
         "Appendix A, Figure 10",
-        _than(Place("block_sizes", "16", "individual"), "*"),
+        _than(CellPattern("block_sizes", "16", "individual"), "*"),
     ),
 )

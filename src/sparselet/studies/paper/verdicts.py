@@ -1,4 +1,4 @@
-"""Whether a study's numbers show what the paper claims."""
+"""Whether a study's numbers support the claims of the paper."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,19 +7,18 @@ from typing import Literal
 
 from sparselet.io.patterns import groups
 from sparselet.studies.numbers import Interval, Number, bootstrap
-from sparselet.studies.paper.claims import Claim, Place
+from sparselet.studies.paper.claims import CellPattern, Claim
 from sparselet.studies.table import Table
 
-Verdict = Literal["holds", "does not hold", "not tested here"]
+Verdict = Literal["holds", "undecided", "reversed", "not tested"]
 Numbers = Mapping[str, Mapping[str, Sequence[Number | None]]]
 
-# Two tasks that agree by chance are no evidence of others.
-LEAST_TASKS = 3
+MIN_TASKS = 3  # fewer may agree by chance
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """A claim and what became of it: the comparison that decides, and its difference with a 95 % interval."""
+class ClaimResult:
+    """A claim with its verdict; the comparison that decides, `where`, and its difference with a 95 % interval."""
 
     text: str
     source: str
@@ -32,9 +31,7 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class _Spot:
-    """One cell."""
-
+class _CellName:
     table: str
     row: str
     column: str
@@ -43,94 +40,102 @@ class _Spot:
         return f"{self.table}: {self.row} / {self.column}"
 
 
-def judge(claim: Claim, tables: Mapping[str, Table], numbers: Numbers) -> Judgement:
-    """A claim's verdict: it holds if in every comparison the whole 95 % interval of the difference is above 0.
+def judge(claim: Claim, tables: Mapping[str, Table], numbers: Numbers) -> ClaimResult:
+    """A claim's verdict, from the 95 % interval of the difference in each of its comparisons.
 
-    A claim of "about as good" allows the margin: the interval must be above −margin. What decides is the comparison that is
-    furthest from holding. numbers: of the tables' cells, by table, row and column.
+    holds: every interval is above −margin. reversed: no part of some interval is above −margin. undecided: neither.
+    not tested: a table, row or result is missing, there are fewer than `MIN_TASKS` common tasks, or the cells of `if_differ`
+    are equal. The comparison that is furthest from holding decides. numbers: of the tables' cells, by table, row and column.
     """
 
-    def told(verdict: Verdict, why: str, where: str = "", interval: Interval | None = None) -> Judgement:
+    def result(verdict: Verdict, why: str, where: str = "", interval: Interval | None = None) -> ClaimResult:
         values = (interval.difference, interval.low, interval.high) if interval else (None, None, None)
-        return Judgement(claim.text, claim.source, verdict, *values, where, why)
+        return ClaimResult(claim.text, claim.source, verdict, *values, where, why)
 
-    compared: list[tuple[Interval, str]] = []
+    intervals: list[tuple[Interval, str]] = []
     for better, worse in claim.pairs:
-        spots = list(_compared(better, worse, tables))
-        if not spots:
-            absent = better if not _rows(better, tables) else worse
-            return told("not tested here", f"the study has no {absent.table}: {absent.row} / {absent.column}.")
-        for one, other in spots:
-            where = f"{one} vs {other}"
-            first, second = _number(one, tables, numbers), _number(other, tables, numbers)
+        cells = list(_compared_cells(better, worse, tables))
+        if not cells:
+            absent = better if not _matching_rows(better, tables) else worse
+            return result("not tested", f"the study has no {absent.table}: {absent.row} / {absent.column}.")
+        for cell, reference in cells:
+            where = f"{cell} vs {reference}"
+            first, second = _number(cell, tables, numbers), _number(reference, tables, numbers)
             if first is None or second is None or first.missing or second.missing:
-                return told("not tested here", "results are missing.", where)
-            if len(first.tasks.keys() & second.tasks.keys()) < LEAST_TASKS:
-                return told("not tested here", f"fewer than {LEAST_TASKS} tasks say nothing of others.", where)
-            compared.append((bootstrap(first.tasks, second.tasks), where))
+                return result("not tested", "results are missing.", where)
+            if len(first.tasks.keys() & second.tasks.keys()) < MIN_TASKS:
+                return result("not tested", f"fewer than {MIN_TASKS} tasks say nothing about others.", where)
+            intervals.append((bootstrap(first.tasks, second.tasks), where))
     if claim.if_differ and _all_equal(*claim.if_differ, tables, numbers):
         first, second = claim.if_differ
-        named = [place.row.replace(" {}", "") for place in claim.if_differ]
-        return told("not tested here", f"{first.table}: {' and '.join(named)} have the same {second.column}.")
-    interval, where = min(compared, key=lambda pair: _distance(pair[0], claim.margin))
+        rows = [pattern.row.replace(" {}", "") for pattern in claim.if_differ]
+        return result("not tested", f"{first.table}: {' and '.join(rows)} have the same {second.column}.")
+    interval, where = min(intervals, key=lambda pair: _rank(pair[0], claim.margin))
     verdict, why = _decide(interval, claim.margin)
-    if len(compared) > 1 and verdict == "holds":
-        why += f" Of {len(compared)} comparisons, all of which hold, this is the closest."
-    elif len(compared) > 1:
-        held = sum(one.low + claim.margin > 0 for one, _ in compared)
-        why += f" {held} of {len(compared)} comparisons hold; this is the furthest from it."
-    return told(verdict, why, where, interval)
+    if len(intervals) > 1 and verdict == "holds":
+        why += f" All {len(intervals)} comparisons hold; this is the closest."
+    elif len(intervals) > 1:
+        held = sum(_verdict(other, claim.margin) == "holds" for other, _ in intervals)
+        why += f" {held} of {len(intervals)} comparisons hold; this is the furthest from it."
+    return result(verdict, why, where, interval)
+
+
+def _verdict(interval: Interval, margin: float) -> Verdict:
+    """The verdict on one comparison."""
+    if interval.low + margin > 0:
+        return "holds"
+    is_equal = interval.low == interval.high == -margin
+    return "undecided" if interval.high + margin > 0 or is_equal else "reversed"
 
 
 def _decide(interval: Interval, margin: float) -> tuple[Verdict, str]:
-    """The verdict on one comparison, and why."""
+    """The verdict on one comparison, and the reason."""
+    verdict = _verdict(interval, margin)
     mean = f"{_signed(interval.difference)} points on average over {interval.tasks} tasks"
-    between = f"the 95 % interval from {_signed(interval.low)} to {_signed(interval.high)}"
+    if interval.low == interval.high == margin == 0:
+        return verdict, f"no difference: {mean}."
+    relation = {"holds": "is above", "undecided": "contains", "reversed": "is below"}[verdict]
     bound = f"−{margin:g}" if margin else "0"
-    if interval.low + margin > 0:
-        return "holds", f"{mean}, and {between} lies above {bound}."
-    if interval.high + margin > 0:
-        return "does not hold", f"Not shown: {mean}, and {between} has {bound} in it."
-    if interval.low == interval.high == 0:
-        return "does not hold", f"It is no better: {mean}."
-    found = "It falls short by more" if margin else "It is the other way round"
-    return "does not hold", f"{found}: {mean}, and {between} does not lie above {bound}."
+    return verdict, f"{mean}; the 95 % interval from {_signed(interval.low)} to {_signed(interval.high)} {relation} {bound}."
 
 
 def _signed(value: float) -> str:
     return f"{value:+.1f}".replace("-", "−")
 
 
-def _distance(interval: Interval, margin: float) -> tuple[int, float]:
-    """The smaller, the further from holding: first what is shown to be wrong, then what goes the wrong way."""
+def _rank(interval: Interval, margin: float) -> tuple[int, float]:
+    """The smaller, the further from holding: reversed comparisons first, then those with a difference below −margin."""
     if interval.difference + margin > 0:
         return 2, interval.low + margin
-    return int(interval.high + margin > 0), interval.difference + margin
+    return int(_verdict(interval, margin) != "reversed"), interval.difference + margin
 
 
-def _compared(better: Place, worse: Place, tables: Mapping[str, Table]) -> Iterator[tuple[_Spot, _Spot]]:
+def _compared_cells(
+    better: CellPattern, worse: CellPattern, tables: Mapping[str, Table]
+) -> Iterator[tuple[_CellName, _CellName]]:
     """Each pair of cells that a comparison names."""
-    for row, same in _rows(better, tables):
-        rival = Place(worse.table, worse.row.replace("{}", same) if same is not None else worse.row, worse.column)
-        for other, _ in _rows(rival, tables):
-            one, two = _Spot(better.table, row, better.column), _Spot(rival.table, other, rival.column)
-            if one != two:
-                yield one, two
+    for row, same in _matching_rows(better, tables):
+        pattern = CellPattern(worse.table, worse.row.replace("{}", same) if same is not None else worse.row, worse.column)
+        for other_row, _ in _matching_rows(pattern, tables):
+            cell = _CellName(better.table, row, better.column)
+            reference = _CellName(pattern.table, other_row, pattern.column)
+            if cell != reference:
+                yield cell, reference
 
 
-def _all_equal(first: Place, second: Place, tables: Mapping[str, Table], numbers: Numbers) -> bool:
-    """Whether every two cells that a comparison names have the same mean."""
-    pairs = [[_number(spot, tables, numbers) for spot in spots] for spots in _compared(first, second, tables)]
-    return all(one is None or other is None or one.mean == other.mean for one, other in pairs)
+def _all_equal(first: CellPattern, second: CellPattern, tables: Mapping[str, Table], numbers: Numbers) -> bool:
+    """Whether the two cells of every pair have the same mean."""
+    pairs = [[_number(cell, tables, numbers) for cell in pair] for pair in _compared_cells(first, second, tables)]
+    return all(a is None or b is None or a.mean == b.mean for a, b in pairs)
 
 
-def _rows(place: Place, tables: Mapping[str, Table]) -> list[tuple[str, str | None]]:
-    """The rows that a place names, each with what `{}` stands for in it."""
-    if place.table not in tables or place.column not in tables[place.table].columns:
+def _matching_rows(pattern: CellPattern, tables: Mapping[str, Table]) -> list[tuple[str, str | None]]:
+    """The rows that a pattern matches, each with the text that `{}` stands for."""
+    if pattern.table not in tables or pattern.column not in tables[pattern.table].columns:
         return []
-    pattern = re.escape(place.row).replace(re.escape("*"), ".*").replace(re.escape("{}"), "(.+)")
-    return [(row, same[0] if same else None) for row, same in groups(pattern, tables[place.table].rows).items()]
+    expression = re.escape(pattern.row).replace(re.escape("*"), ".*").replace(re.escape("{}"), "(.+)")
+    return [(row, same[0] if same else None) for row, same in groups(expression, tables[pattern.table].rows).items()]
 
 
-def _number(spot: _Spot, tables: Mapping[str, Table], numbers: Numbers) -> Number | None:
-    return numbers[spot.table][spot.row][tables[spot.table].columns.index(spot.column)]
+def _number(cell: _CellName, tables: Mapping[str, Table], numbers: Numbers) -> Number | None:
+    return numbers[cell.table][cell.row][tables[cell.table].columns.index(cell.column)]
