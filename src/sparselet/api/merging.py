@@ -25,6 +25,7 @@ from sparselet.merging import (
 )
 from sparselet.merging import merge as merge_in_memory
 from sparselet.merging.engine.plan import ExpertSource, Weight
+from sparselet.merging.methods import complete_parameters
 from sparselet.result_table import ResultTable
 
 RECIPE_FILE = "recipe.toml"
@@ -92,7 +93,7 @@ def merge(
     Raises, before any target is merged, ArgumentError, UnknownMethod, ShapeMismatch, WrongBase, NonFiniteValue and what opening
     an expert raises; OutputExists, WriteFailed.
     """
-    chosen = {**(parameters or {}), **values}
+    chosen = complete_parameters(method, {**(parameters or {}), **values})
     if out is None:
         if keep_counts:
             raise ArgumentError("counts are kept beside a merge on the disk: set `out` with `keep_counts`.")
@@ -215,7 +216,7 @@ def split(
     opened = open_experts(experts, base)
     _refuse_inside(out, opened)
     counter = StepCounter(_target_count(opened), progress)
-    chosen = {**(parameters or {}), **values}
+    chosen = complete_parameters(method, {**(parameters or {}), **values})
     paths = merge_per_expert(out, opened, method, weights, chosen, workers=workers, progress=counter.step)
     return SplitResult(method, tuple(paths))
 
