@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sparselet.report.quantities import clock, size, told
+from sparselet.report.quantities import format_bytes, format_duration, format_number
 
 
 def study_tables(results: dict[str, Any], cost: dict[str, Any]) -> str:
@@ -21,9 +21,9 @@ def _heading(results: dict[str, Any], cost: dict[str, Any]) -> list[str]:
     ran += [str(machine[key]) for key in ("gpu", "processor") if key in machine]
     ran += [f"{machine['cores']} cores"] if "cores" in machine else []
     packages = [f"{name} {version}" for name, version in cost.get("versions", {}).items()]
-    took = [clock(cost["wall_seconds"])] if cost.get("wall_seconds") is not None else []
+    took = [format_duration(cost["wall_seconds"])] if cost.get("wall_seconds") is not None else []
     took += [f"{cost['core_hours']:.1f} core-hours"] if "core_hours" in cost else []
-    took += [f"at most {size(cost['peak_rss_bytes'])} in one process"] if "peak_rss_bytes" in cost else []
+    took += [f"at most {format_bytes(cost['peak_rss_bytes'])} in one process"] if "peak_rss_bytes" in cost else []
     about = "; ".join(", ".join(part) for part in (ran, packages, took) if part)
     did = f"{results['settings'].get('model', 'base model')}, {held.count('in')} held-in and {held.count('out')} held-out tasks"
     did += f": {units['train']} trainings, {units['merge']} merges, {units['evaluate']} evaluations"
@@ -38,7 +38,7 @@ def _claims(claims: list[dict[str, Any]]) -> list[str]:
     for claim in claims:
         found = ""
         if claim["difference"] is not None:
-            difference, low, high = (told(claim[key], sign=True) for key in ("difference", "low", "high"))
+            difference, low, high = (format_number(claim[key], sign=True) for key in ("difference", "low", "high"))
             found = f"{difference} ({low} to {high})"
         texts = (
             claim["text"],
@@ -71,13 +71,13 @@ def _mean(cell: dict[str, Any] | None) -> str:
     """Mean ± standard error, and how many units are missing."""
     if cell is None:
         return ""
-    error = f" ± {told(cell['error'], cell['measure'], like=cell['mean'])}" if cell["error"] else ""
-    return told(cell["mean"], cell["measure"]) + error + (f" ({cell['missing']} missing)" if cell["missing"] else "")
+    error = f" ± {format_number(cell['error'], cell['measure'], like=cell['mean'])}" if cell["error"] else ""
+    return format_number(cell["mean"], cell["measure"]) + error + (f" ({cell['missing']} missing)" if cell["missing"] else "")
 
 
 def _paper(cell: dict[str, Any] | None) -> str:
     """The paper's figure in italics."""
-    return f"*{told(cell['paper'], cell['measure'])}*" if cell and cell["paper"] is not None else ""
+    return f"*{format_number(cell['paper'], cell['measure'])}*" if cell and cell["paper"] is not None else ""
 
 
 def _cell(text: str) -> str:

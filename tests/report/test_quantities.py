@@ -1,6 +1,6 @@
 import pytest
 
-from sparselet.report.quantities import clock, size, told
+from sparselet.report.quantities import format_bytes, format_duration, format_number
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from sparselet.report.quantities import clock, size, told
     ],
 )
 def test_a_number(number, measure, sign, like, text):
-    assert told(number, measure, sign, like) == text
+    assert format_number(number, measure, sign, like) == text
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_number(number, measure, sign, like, text):
     ],
 )
 def test_a_time(seconds, text):
-    assert clock(seconds) == text
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -50,4 +50,4 @@ def test_a_time(seconds, text):
     ],
 )
 def test_a_size(count, text):
-    assert size(count) == text
+    assert format_bytes(count) == text

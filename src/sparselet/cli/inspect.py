@@ -4,7 +4,7 @@ import re
 
 from sparselet.api.inspection import inspect
 from sparselet.cli.terminal import SHADES, facts, heading, print_json, quiet_libraries, say, table, word
-from sparselet.report.summary import Cell, layer_table
+from sparselet.report.summary import TargetSummary, layer_table
 
 
 def inspect_(adapter: str, /, *, json: bool = False) -> None:
@@ -35,7 +35,7 @@ def inspect_(adapter: str, /, *, json: bool = False) -> None:
     say(f"Next: sparselet eval --task TASK --adapter {word(adapter)}")
 
 
-def _show_entries(cells: dict[str, dict[str, Cell]]) -> None:
+def _show_entries(cells: dict[str, dict[str, TargetSummary]]) -> None:
     layers = list(dict.fromkeys(layer for row in cells.values() for layer in row))
     rows = [
         [
@@ -47,7 +47,7 @@ def _show_entries(cells: dict[str, dict[str, Cell]]) -> None:
     table("Entries (density)", ["layer", *cells], rows)
 
 
-def _show_heat(cells: dict[str, dict[str, Cell]]) -> None:
+def _show_heat(cells: dict[str, dict[str, TargetSummary]]) -> None:
     largest = max((cell.rms for row in cells.values() for cell in row.values()), default=0.0)
     layers = list(dict.fromkeys(layer for row in cells.values() for layer in row))
     width = max((len(name) for name in cells), default=0)

@@ -15,7 +15,7 @@ from rich.text import Text
 from sparselet.api.studying import StudyResult
 from sparselet.cli.terminal import err, note, say, show, table
 from sparselet.io.printable import printable
-from sparselet.report.quantities import clock, size
+from sparselet.report.quantities import format_bytes, format_duration
 from sparselet.studies.engine.plan import Progress
 from sparselet.studies.engine.run import OnProgress
 
@@ -39,7 +39,7 @@ def live(silent: bool = False) -> Iterator[OnProgress]:
 def show_plan(described: Mapping[str, Any]) -> None:
     """The output of `--dry-run`."""
     rows = [
-        [name, row["train"], row["merge"], row["evaluate"], row["left"], clock(row["seconds"])]
+        [name, row["train"], row["merge"], row["evaluate"], row["left"], format_duration(row["seconds"])]
         for name, row in described["tables"].items()
     ]
     kinds = [described[kind] for kind in ("train", "merge", "evaluate")]
@@ -48,8 +48,8 @@ def show_plan(described: Mapping[str, Any]) -> None:
     rough = " (rough: not all kinds of units have been measured here)" if described["rough"] and described["left"] else ""
     say(
         f"{described['done']} units are done{_failures(described['failed'])}; {described['left']} are left.",
-        f"About {clock(described['seconds'])} with {described['workers']} at a time, and {size(described['bytes'])} of "
-        f"disk{rough}.",
+        f"About {format_duration(described['seconds'])} with {described['workers']} at a time, and "
+        f"{format_bytes(described['bytes'])} of disk{rough}.",
     )
     budget = described.get("budget_hours")
     if budget is not None and described["seconds"] > 3600 * budget:
@@ -93,7 +93,7 @@ def _line(progress: Progress) -> str:
         parts.append(f"{len(progress.failed)} failed")
     if progress.blocked:
         parts.append(f"{len(progress.blocked)} blocked")
-    return f"{', '.join(parts)}; about {clock(progress.seconds_left)} left"
+    return f"{', '.join(parts)}; about {format_duration(progress.seconds_left)} left"
 
 
 def view_of(progress: Progress) -> Group:

@@ -1,4 +1,4 @@
-"""Pictures with matplotlib: who gained what, and where each expert changed the model."""
+"""The demo's picture: scores by task, and the change of each layer by each expert."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,17 +8,19 @@ import matplotlib
 import numpy as np
 
 from sparselet.io.atomic import atomic_write
-from sparselet.report.summary import Cell
+from sparselet.report.summary import TargetSummary
 
 matplotlib.use("Agg")  # before pyplot: there may be no screen
 from matplotlib import pyplot as plt
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = {"base": "#999999", "own expert": "#0072B2", "merged": "#E69F00"}
+# Okabe and Ito's palette, which colour-blind readers can distinguish.
+DEMO_COLOURS = {"base": "#999999", "own expert": "#0072B2", "merged": "#E69F00"}
 
 
 def draw_demo(
-    scores: Mapping[str, Mapping[str, float]], changes: Mapping[str, Mapping[str, Mapping[str, Cell]]], path: str | Path
+    scores: Mapping[str, Mapping[str, float]],
+    changes: Mapping[str, Mapping[str, Mapping[str, TargetSummary]]],
+    path: str | Path,
 ) -> None:
     """Write one PNG: bars of Rouge-L by task for base, own expert and merged; below, a heat map for each expert.
 
@@ -38,7 +40,7 @@ def _bars(axes: Any, scores: Mapping[str, Mapping[str, float]]) -> None:
     width = 0.8 / len(scores)
     for i, (name, by_task) in enumerate(scores.items()):
         places = np.arange(len(tasks)) + (i - (len(scores) - 1) / 2) * width
-        bars = axes.bar(places, [by_task[task] for task in tasks], width * 0.92, color=COLOURS.get(name), label=name)
+        bars = axes.bar(places, [by_task[task] for task in tasks], width * 0.92, color=DEMO_COLOURS.get(name), label=name)
         axes.bar_label(bars, fmt="%.0f", fontsize=9)
     axes.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks])
     axes.set_ylim(0, 112)
@@ -48,7 +50,7 @@ def _bars(axes: Any, scores: Mapping[str, Mapping[str, float]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _heat_maps(figure: Any, changes: Mapping[str, Mapping[str, Mapping[str, Cell]]]) -> None:
+def _heat_maps(figure: Any, changes: Mapping[str, Mapping[str, Mapping[str, TargetSummary]]]) -> None:
     all_axes = np.atleast_1d(figure.subplots(len(changes), 1, sharex=True))
     largest = max(cell.rms for table in changes.values() for row in table.values() for cell in row.values())
     image = None

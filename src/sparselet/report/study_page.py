@@ -1,4 +1,4 @@
-"""A study's results as one HTML page that needs nothing else, and its charts as files. Everything told was computed before."""
+"""A study's results as one HTML page that needs no other file, and its charts as files. Nothing is computed here."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from markupsafe import Markup
 from sparselet.io.atomic import atomic_write, write_text
 from sparselet.io.paths import check_inside
 from sparselet.report import charts, figures
-from sparselet.report.quantities import clock, size, told
+from sparselet.report.quantities import format_bytes, format_duration, format_number
 
 VERDICTS = {"holds": "✓", "undecided": "?", "reversed": "✗", "not tested": "–"}  # with their symbols
 _HERE = Path(__file__).parent
@@ -21,7 +21,7 @@ _STRIP = (6.0, 154.0)  # pixels between which a claim's interval is drawn
 def write_report(out: Path, results: Mapping[str, Any], cost: Mapping[str, Any]) -> Path:
     """Write `out/report.html`, and each chart as `out/figures/NAME.svg` and `.png`. The page's path.
 
-    results: a study's results.json. cost: its cost.json; what it does not have is not told. The same input gives the same
+    results: a study's results.json. cost: its cost.json; fields that it lacks are left out. The same input gives the same
     bytes with the same version of matplotlib. Raises UnsafePath (a table's name is no file name), WriteFailed.
     """
     directory = out / "figures"
@@ -39,7 +39,7 @@ def write_report(out: Path, results: Mapping[str, Any], cost: Mapping[str, Any])
             write_text(check_inside(directory, f"{file}.svg"), picture)
             with atomic_write(check_inside(directory, f"{file}.png")) as png:
                 png.write(figures.to_png(wide))
-            both = _both(file, {"wide": picture, "narrow": figures.to_svg(narrow)}, _told_aloud(table, chart))
+            both = _inline_both(file, {"wide": picture, "narrow": figures.to_svg(narrow)}, _chart_label(table, chart))
             drawn[name].append({"svg": both, "has_paper": charts.has_paper(table, chart)})
     page = out / "report.html"
     write_text(page, _page(results, cost, drawn))
@@ -49,7 +49,7 @@ def write_report(out: Path, results: Mapping[str, Any], cost: Mapping[str, Any])
 def _page(results: Mapping[str, Any], cost: Mapping[str, Any], drawn: Mapping[str, list[dict[str, Any]]]) -> str:
     """The page. drawn: the charts of each table as `svg`, and whether they show figures of the paper."""
     settings = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    settings.filters |= {"told": told, "bytes": size, "duration": clock}
+    settings.filters |= {"number": format_number, "bytes": format_bytes, "duration": format_duration}
     template = settings.from_string((_HERE / "study_page.html.j2").read_text(encoding="utf-8"))
     return template.render(
         css=Markup((_HERE / "study_page.css").read_text(encoding="utf-8")),
@@ -67,39 +67,39 @@ def _page(results: Mapping[str, Any], cost: Mapping[str, Any], drawn: Mapping[st
 # Charts
 
 
-def _both(name: str, files: Mapping[str, str], label: str) -> Markup:
-    """A chart at both widths, of which the page shows one."""
-    found = []
+def _inline_both(name: str, files: Mapping[str, str], label: str) -> Markup:
+    """A chart at both widths; the page's CSS shows one of them."""
+    elements = []
     for kind, file in files.items():
         element = figures.to_inline_svg(file, f"{name}-{kind}")
         opening = Markup('<svg class="{}" role="img" aria-label="{}"').format(kind, label)
-        found.append(opening + Markup(element.removeprefix("<svg")))
-    return Markup("\n").join(found)
+        elements.append(opening + Markup(element.removeprefix("<svg")))
+    return Markup("\n").join(elements)
 
 
-def _told_aloud(table: Mapping[str, Any], chart: Mapping[str, Any]) -> str:
-    """What a chart shows, for those who do not see it."""
+def _chart_label(table: Mapping[str, Any], chart: Mapping[str, Any]) -> str:
+    """A description of a chart for screen readers."""
     columns = ", ".join(chart.get("columns") or table["columns"])
-    how = f"lines over {chart.get('x_label') or 'a number'}" if chart["kind"] == "lines" else "a dot for each row"
-    return f"Chart of {table['title']}: {columns}; {how}. The numbers are in the table below."
+    form = f"lines over {chart.get('x_label') or 'a number'}" if chart["kind"] == "lines" else "a dot for each row"
+    return f"Chart of {table['title']}: {columns}; {form}. The numbers are in the table below."
 
 
 # Tables
 
 
 def _table(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A table with its numbers as text, and with a column of the paper's figures beside each column that has some."""
+    """A table with its numbers as text; a column for which the paper has figures gets a second column with them."""
     cells = [row["cells"] for row in table["rows"]]
-    beside = [any(row[j] and row[j].get("paper") is not None for row in cells) for j in range(len(table["columns"]))]
+    has_paper = [any(row[j] and row[j].get("paper") is not None for row in cells) for j in range(len(table["columns"]))]
     rows = [{"label": row["label"], "cells": [_cell(cell) for cell in row["cells"]]} for row in table["rows"]]
     return {
         "title": table["title"],
         "source": table.get("source", ""),
         "note": table.get("note", ""),
-        "columns": list(zip(table["columns"], beside, strict=True)),
+        "columns": list(zip(table["columns"], has_paper, strict=True)),
         "rows": rows,
-        "by_task": [found for j in range(len(table["columns"])) if (found := _by_task(table, j))],
-        "has_paper": any(beside),
+        "by_task": [part for j in range(len(table["columns"])) if (part := _by_task(table, j))],
+        "has_paper": any(has_paper),
         "has_error": any(cell and cell["error"] for row in rows for cell in row["cells"]),
     }
 
@@ -109,8 +109,8 @@ def _cell(cell: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if cell is None:
         return None
     measure, mean = cell["measure"], cell.get("mean")
-    error = told(cell["error"], measure, like=mean) if cell.get("error") else ""
-    texts = {"mean": told(mean, measure), "error": error, "paper": told(cell.get("paper"), measure)}
+    error = format_number(cell["error"], measure, like=mean) if cell.get("error") else ""
+    texts = {"mean": format_number(mean, measure), "error": error, "paper": format_number(cell.get("paper"), measure)}
     return {**texts, "missing": cell.get("missing") or 0}
 
 
@@ -121,7 +121,9 @@ def _by_task(table: Mapping[str, Any], column: int) -> dict[str, Any] | None:
     if not tasks:
         return None
     rows = {
-        label: [told(cell["tasks"].get(task), cell["measure"]) for task in tasks] for label, cell in cells if cell.get("tasks")
+        label: [format_number(cell["tasks"].get(task), cell["measure"]) for task in tasks]
+        for label, cell in cells
+        if cell.get("tasks")
     }
     return {"column": table["columns"][column], "tasks": tasks, "rows": rows}
 

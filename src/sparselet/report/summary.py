@@ -1,4 +1,4 @@
-"""An adapter's change by layer and projection, as numbers to show."""
+"""An adapter's change by layer and projection, as numbers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,23 +8,23 @@ from sparselet.masks import layer_of
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One target: selected entries, their fraction, and the root mean square of ΔW over the whole target."""
+class TargetSummary:
+    """A target's selected entries, their fraction, and the root mean square of ΔW over all its entries."""
 
     entries: int
     density: float
     rms: float
 
 
-def layer_table(adapter: Mapping[str, SparseDelta]) -> dict[str, dict[str, Cell]]:
-    """`{projection: {layer: Cell}}`: query, key, value, then others by name; layers in numeric order."""
-    found: dict[str, dict[str, Cell]] = {}
+def layer_table(adapter: Mapping[str, SparseDelta]) -> dict[str, dict[str, TargetSummary]]:
+    """`{projection: {layer: TargetSummary}}`: query, key, value, then others by name; layers in numeric order."""
+    table: dict[str, dict[str, TargetSummary]] = {}
     for name in sorted(adapter, key=_numeric):
         delta = adapter[name]
         rms = float((delta.values.double().square().sum() / delta.size).sqrt())
         projection = name.removeprefix(layer_of(name)).lstrip(".") or name
-        found.setdefault(projection, {})[layer_of(name)] = Cell(delta.nnz, delta.density, rms)
-    return {name: found[name] for name in sorted(found, key=_reading_order)}
+        table.setdefault(projection, {})[layer_of(name)] = TargetSummary(delta.nnz, delta.density, rms)
+    return {name: table[name] for name in sorted(table, key=_reading_order)}
 
 
 def _reading_order(projection: str) -> tuple[int, str]:

@@ -51,11 +51,11 @@ def second_stage(study: Study) -> Table:
     first = study.experts() if settings.first_stage_epochs is None else study.experts(epochs=settings.first_stage_epochs)
     merged = study.merge(first, "overlap")
     rows = {"merged": _held(study, merged)}
-    for what in ("sparse weights", "all weights"):
+    for weights in ("sparse weights", "all weights"):
         for epochs in settings.second_stage_epochs:
-            trained = study.second_stage(merged, epochs, all_weights=what == "all weights")
-            paper = PAPER_SECOND_STAGE.get((what, epochs), (None, None))
-            rows[f"{what}, {epochs:g} epoch{'s' if epochs != 1 else ''}"] = _held(study, trained, paper)
+            trained = study.second_stage(merged, epochs, all_weights=weights == "all weights")
+            paper = PAPER_SECOND_STAGE.get((weights, epochs), (None, None))
+            rows[f"{weights}, {epochs:g} epoch{'s' if epochs != 1 else ''}"] = _held(study, trained, paper)
     rows["multitask"] = _held(study, study.multitask(), PAPER_MULTITASK)
     fewer = settings.second_stage_rows not in (None, settings.train_rows)
     return Table(
@@ -72,22 +72,30 @@ def interference(study: Study) -> Table:
     """How much of an expert is lost in a merge, inside its mask and outside."""
     experts = study.experts()
     merged = study.merge(experts, "overlap")
-    alone, own, every = study.individual(experts, 77.54), study.own_masks(merged, experts), study.held_in(merged, 51.44)
+    alone, own, final = (
+        study.individual(experts, 77.54),
+        study.own_masks(merged, experts),
+        study.held_in(merged, 51.44),
+    )
     lost_inside = Cell(alone.draws, paper=20.61, minus=own, percent_of=alone)
-    lost_outside = Cell(own.draws, paper=13.05, minus=every, percent_of=alone)
+    lost_outside = Cell(own.draws, paper=13.05, minus=final, percent_of=alone)
     return Table(
         "Interference in a merge",
         "Figure 5",
         ("held-in", "lost, %"),
-        {"expert alone": (alone, None), "merged, own mask only": (own, lost_inside), "merged": (every, lost_outside)},
-        "Lost: of the expert's quality, from the row above. Own mask only: what others changed inside the expert's mask; the "
-        "last row adds what they changed outside.",
+        {
+            "expert alone": (alone, None),
+            "merged, own mask only": (own, lost_inside),
+            "merged": (final, lost_outside),
+        },
+        "Lost: share of the expert's quality, relative to the row above. Own mask only: the changes of others inside the "
+        "expert's mask; the last row adds their changes outside of it.",
         (Chart("dots", columns=("held-in",)),),
     )
 
 
 def number_of_experts(study: Study) -> Table:
-    """More and more experts in one merge, each model asked the tasks of its experts."""
+    """More and more experts in one merge, each model evaluated on the tasks of its experts."""
     settings = study.settings
     rows, x, series = {}, [], []
     for name, (experts, method, parameters) in _merges(study).items():
@@ -103,19 +111,19 @@ def number_of_experts(study: Study) -> Table:
         "Figure 6",
         ("held-in",),
         rows,
-        f"Mean over at most {settings.draws} random sets of experts; of all experts there is but one.",
+        f"Mean over at most {settings.draws} random sets of experts; there is only one set of all experts.",
         (Chart("lines", "experts", tuple(x), tuple(series)),),
     )
 
 
 def _merges(study: Study) -> dict:
-    """Experts, method and parameters of every merge that is compared."""
+    """Experts, method and parameters of each merge that is compared, by the name of its row."""
     full = study.experts(method="full")
-    arms = {f"full, {method}": (full, method, given) for method, given in study.settings.full_merges.items()}
-    arms["LoRA, uniform"] = study.experts(method="lora"), "uniform", {}
-    arms["element-sparse, overlap"] = study.experts(), "overlap", {}
-    arms["block-sparse, overlap"] = study.experts(block_size=study.settings.block_size), "overlap", {}
-    return arms
+    merges = {f"full, {method}": (full, method, parameters) for method, parameters in study.settings.full_merges.items()}
+    merges["LoRA, uniform"] = study.experts(method="lora"), "uniform", {}
+    merges["element-sparse, overlap"] = study.experts(), "overlap", {}
+    merges["block-sparse, overlap"] = study.experts(block_size=study.settings.block_size), "overlap", {}
+    return merges
 
 
 def _held(study: Study, subject: Subject, paper: tuple[float | None, float | None] = (None, None)) -> tuple[Cell, Cell]:

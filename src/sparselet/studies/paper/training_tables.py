@@ -44,7 +44,7 @@ def density(study: Study) -> Table:
 
 
 def scores(study: Study) -> Table:
-    """By which score the entries are chosen."""
+    """Scores that entries are chosen by."""
     return Table(
         "Scores",
         "Table 2",
@@ -59,7 +59,7 @@ def scores(study: Study) -> Table:
 
 
 def layer_drop(study: Study) -> Table:
-    """Leaving layers out whose scores all lie below the global threshold."""
+    """Dropping the layers whose scores are all below the global threshold."""
     rows = {}
     for kept in study.settings.layer_drop_densities:
         paper = PAPER_LAYERS if kept == 0.1 else (NO_FIGURES, NO_FIGURES)
@@ -78,13 +78,13 @@ def layer_drop(study: Study) -> Table:
 
 def targets(study: Study) -> Table:
     """Which layers are adapted."""
-    arms = {"QKV": study.experts()}
-    arms |= {name: study.experts(target_modules=modules) for name, modules in study.settings.targets.items()}
+    experts = {"QKV": study.experts()}
+    experts |= {name: study.experts(target_modules=modules) for name, modules in study.settings.targets.items()}
     return Table(
         "Targets",
         "Figure 7",
         QUALITY,
-        {name: _alone_and_merged(study, experts, "overlap") for name, experts in arms.items()},
+        {name: _alone_and_merged(study, trained, "overlap") for name, trained in experts.items()},
         f"Density {study.settings.density:g} of each.",
         (Chart("dots"),),
     )
