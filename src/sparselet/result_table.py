@@ -1,5 +1,6 @@
 """Results as tables: text for a terminal, HTML for a notebook."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from html import escape
 
@@ -21,19 +22,30 @@ class ResultTable:
     def __str__(self) -> str:
         lines = [*([list(map(printable, self.columns))] if self.columns else []), *self.texts()]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        aligned = [
-            "  ".join(
-                text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        ]
-        return "\n".join([printable(self.title), *(line.rstrip() for line in aligned)])
+        aligned = [[text.rjust(width) for text, width in zip(line, widths, strict=True)] for line in lines]
+        for line, texts in zip(aligned, lines, strict=True):
+            line[0] = texts[0].ljust(widths[0])
+        return "\n".join([printable(self.title), *("  ".join(line).rstrip() for line in aligned)])
 
     def _repr_html_(self) -> str:
         header = "".join(f"<th>{escape(printable(column))}</th>" for column in self.columns)
         body = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in self.texts())
         head = f"<thead><tr>{header}</tr></thead>" if header else ""
         return f"<table><caption>{escape(printable(self.title))}</caption>{head}<tbody>{body}</tbody></table>"
+
+
+class ShownAsTable:
+    """A result that prints as a table, and is one in a notebook."""
+
+    @abstractmethod
+    def table(self) -> ResultTable:
+        """The result as a table."""
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 def cell_text(cell: object) -> str:

@@ -14,14 +14,14 @@ from sparselet.expert import Expert
 from sparselet.io.atomic import write_text
 from sparselet.merging.engine.plan import ExpertSource
 from sparselet.models import PACKAGED, load_model, load_tokenizer
-from sparselet.result_table import ResultTable
+from sparselet.result_table import ResultTable, ShownAsTable
 from sparselet.tasks.task import Task, load_task
 
 TITLES = {"rougeL": "Rouge-L", "exact_match": "exact match", "chrf": "chrF"}
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(ShownAsTable):
     """Models on tasks: the results of each model by name, and the names of the metrics, the first one shown first."""
 
     results: Mapping[str, tuple[EvalResult, ...]]
@@ -64,12 +64,6 @@ class Evaluation:
     def _cell(self, result: EvalResult) -> str:
         first, *others = (result.scores[name] for name in self.metrics)
         return f"{first:.1f} ({', '.join(f'{score:.0f}' for score in others)})" if others else f"{first:.1f}"
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def evaluate(

@@ -18,13 +18,13 @@ from sparselet.formats.single_entries.write import export_shira, export_super_tu
 from sparselet.io.paths import check_output
 from sparselet.merging.engine.plan import ExpertSource
 from sparselet.models import MODEL_DTYPES, load_model, load_tokenizer, lossless_dtype, model_directory, skeleton
-from sparselet.result_table import ResultTable
+from sparselet.result_table import ResultTable, ShownAsTable
 
 Format = Literal["shira", "supertuning", "lora", "checkpoint", "gguf"]
 
 
 @dataclass(frozen=True)
-class ExportResult:
+class ExportResult(ShownAsTable):
     """What an export wrote. errors: the relative error of each target, lora only. left_out: targets that were left out."""
 
     path: Path
@@ -47,12 +47,6 @@ class ExportResult:
         worst_first = sorted(self.errors.items(), key=lambda item: (-item[1], item[0]))
         rows = tuple((name, f"{error:.2e}") for name, error in worst_first)
         return ResultTable("Relative error of each target, worst first", ("target", "error"), rows)
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def export(

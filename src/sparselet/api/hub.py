@@ -9,11 +9,11 @@ from sparselet.adapter import SparseAdapter
 from sparselet.hub.contents import CARD_FILE, check_directory
 from sparselet.hub.publish import prepare, send
 from sparselet.hub.sources import pull as pull_directory
-from sparselet.result_table import ResultTable
+from sparselet.result_table import ResultTable, ShownAsTable
 
 
 @dataclass(frozen=True)
-class HubFiles:
+class HubFiles(ShownAsTable):
     """An adapter or checkpoint that was sent to the hub or fetched from it.
 
     name: `org/name@revision`. kind: such as "sparse adapter". files: bytes of each. card: the model card that was made, if the
@@ -30,12 +30,6 @@ class HubFiles:
         """A file a row."""
         rows = tuple((file, f"{size:,}") for file, size in self.files.items())
         return ResultTable(f"{self.kind} {self.name}", ("file", "bytes"), rows)
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def push(

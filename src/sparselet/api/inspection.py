@@ -9,11 +9,11 @@ from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter
 from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.hub.sources import local_directory
 from sparselet.masks import layer_of
-from sparselet.result_table import ResultTable
+from sparselet.result_table import ResultTable, ShownAsTable
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(ShownAsTable):
     """An adapter and the bytes of its files, empty for one in memory."""
 
     name: str
@@ -49,12 +49,6 @@ class Inspection:
                 for name, delta in self.adapter.items()
             },
         }
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def inspect(adapter: str | Path | SparseAdapter) -> Inspection:

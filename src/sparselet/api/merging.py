@@ -26,13 +26,13 @@ from sparselet.merging import (
 from sparselet.merging import merge as merge_in_memory
 from sparselet.merging.engine.plan import ExpertSource, Weight
 from sparselet.merging.methods import complete_parameters
-from sparselet.result_table import ResultTable
+from sparselet.result_table import ResultTable, ShownAsTable
 
 RECIPE_FILE = "recipe.toml"
 
 
 @dataclass(frozen=True)
-class MergeResult:
+class MergeResult(ShownAsTable):
     """A merge that was written to a directory.
 
     recipe: what was merged. entries: selected entries of each expert, in the recipe's order. tasks: of each expert.
@@ -54,12 +54,6 @@ class MergeResult:
         weights = [*map(weight_text, self.recipe.weights), ""]
         rows = zip((*self.recipe.experts, "merged"), (*self.tasks, ""), weights, counts, strict=True)
         return ResultTable(f"Merged by {self.recipe.method}", ("expert", "task", "weight", "entries"), tuple(rows))
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def merge(
@@ -176,7 +170,7 @@ def update(
 
 
 @dataclass(frozen=True)
-class SplitResult:
+class SplitResult(ShownAsTable):
     """The adapters that `split` wrote, one an expert, in the experts' order."""
 
     method: str
@@ -187,12 +181,6 @@ class SplitResult:
         adapters = map(AdapterFile, self.paths)
         rows = tuple((str(adapter.path), adapter.metadata.task or "", f"{adapter.nnz:,}") for adapter in adapters)
         return ResultTable(f"Split by {self.method}", ("adapter", "task", "entries"), rows)
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def split(

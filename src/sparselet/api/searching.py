@@ -12,7 +12,7 @@ from sparselet.evaluation import EvalSettings
 from sparselet.io.paths import check_output
 from sparselet.merging import MergeRecipe
 from sparselet.models import load_model, load_tokenizer
-from sparselet.result_table import ResultTable
+from sparselet.result_table import ResultTable, ShownAsTable
 from sparselet.tasks.task import Task, load_task
 from sparselet.workflows.search import SearchResult, SearchSettings
 from sparselet.workflows.search import search as search_recipes
@@ -22,7 +22,7 @@ VALIDATION = EvalSettings(rows=50, split="validation")
 
 
 @dataclass(frozen=True)
-class SearchReport:
+class SearchReport(ShownAsTable):
     """A search, and the merge that it wrote, None without `out`."""
 
     search: SearchResult
@@ -35,12 +35,6 @@ class SearchReport:
             (i, *(f"{value:.3g}" for value in trial.chosen.values()), trial.score) for i, trial in enumerate(trials, 1)
         )
         return ResultTable("Trials of the search", ("trial", *trials[0].chosen, "Rouge-L"), rows)
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def search(

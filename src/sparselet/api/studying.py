@@ -16,7 +16,7 @@ from sparselet.errors import ConfigError, WriteFailed
 from sparselet.io.json_files import write_json
 from sparselet.models import local_path, model_fingerprint
 from sparselet.report.study_page import write_report
-from sparselet.result_table import ResultTable
+from sparselet.result_table import ResultTable, ShownAsTable
 from sparselet.studies.engine.cost import summarize_costs
 from sparselet.studies.engine.job_runner import StudySources
 from sparselet.studies.engine.local import LocalExecutor
@@ -60,7 +60,7 @@ class ExecutorSettings:
 
 
 @dataclass(frozen=True)
-class StudyResult:
+class StudyResult(ShownAsTable):
     """What a run left. state: units done, missing, failed and blocked. results, cost: as in the files of these names."""
 
     out: str
@@ -81,12 +81,6 @@ class StudyResult:
                     rows.append((title, column, table["rows"][-j]["label"], mean, missing or ""))
                     title, missing = "", 0
         return ResultTable("Best of each column", ("table", "column", "row", "mean", "missing units"), tuple(rows))
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 @dataclass(frozen=True)
