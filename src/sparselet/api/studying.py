@@ -129,12 +129,12 @@ class StudyRun:
                 with contextlib.suppress(WriteFailed):
                     _write_cost(store, before, started)
                 raise
-            found = make_results(definition, self.tables, read_measures(self.units, store))
+            content = make_results(definition, self.tables, read_measures(self.units, store))
             cost = _write_cost(store, progress, started)
-            write_json(store.path / RESULTS_FILE, found)
-            write_report(store.path, found, cost)
+            write_json(store.path / RESULTS_FILE, content)
+            write_report(store.path, content, cost)
             store.upload(STUDY_FILE, RESULTS_FILE, COST_FILE, REPORT_FILE, FIGURES_DIRECTORY)
-        return StudyResult(store.out, describe_state(progress), found, cost)
+        return StudyResult(store.out, describe_state(progress), content, cost)
 
     def _workers(self, settings: ExecutorSettings) -> int:
         return settings.workers or max(1, _cores() // self.definition.settings.threads)

@@ -6,7 +6,6 @@ renamed to the final name, so that a reader sees the previous file or the new on
 """
 
 import contextlib
-import filecmp
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from sparselet.errors import OutputExists, WriteFailed
+from sparselet.errors import WriteFailed
 from sparselet.io.paths import check_output, mount_points, parents_of, refuse_fixed, utf8_path
 from sparselet.io.temporaries import exchange, is_temporary, temporary_directory, temporary_file
 from sparselet.io.write_errors import convert_write_errors
@@ -38,12 +37,11 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str | Path, keep_equal: bool = False) -> Iterator[Path]:
+def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield a temporary directory that becomes `path` when the block ends without an error, and vanishes otherwise.
 
     Within another `atomic_directory` it is a plain directory, which appears with the outer one.
 
-    keep_equal: an existing directory with the very same files is accepted and left as it is.
     Raises what `check_output` raises, WriteFailed if it cannot be written.
     """
     place = Path(os.path.realpath(path)) if os.path.isdir(path) else Path(path)
@@ -51,22 +49,14 @@ def atomic_directory(path: str | Path, keep_equal: bool = False) -> Iterator[Pat
         with convert_write_errors(path):
             yield Path(path)
         return
-    exists = keep_equal and os.path.isdir(path) and bool(os.listdir(path))
-    if not exists:
-        check_output(path)
+    check_output(path)
     place = Path(os.path.realpath(path))
     with _written_beside(path, place) as temporary:
         with utf8_path(temporary) as name:
             yield name
         _settle(temporary)
-        if exists:
-            if not _same_files(temporary, place):
-                raise OutputExists(
-                    f"{path} exists already and holds something else. Choose another output, or remove it first."
-                )
-        else:
-            os.replace(temporary, place)
-            _sync_directory(place.parent)
+        os.replace(temporary, place)
+        _sync_directory(place.parent)
 
 
 @contextlib.contextmanager
@@ -127,12 +117,6 @@ def _settle(directory: Path) -> None:
         os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~_umask())
     os.chmod(directory, 0o777 & ~_umask())
     flush(directory)
-
-
-def _same_files(first: Path, second: Path) -> bool:
-    """Whether two directories hold the same files with the same bytes."""
-    files = [sorted(file.relative_to(place) for file in place.rglob("*") if file.is_file()) for place in (first, second)]
-    return files[0] == files[1] and len(filecmp.cmpfiles(first, second, files[0], shallow=False)[0]) == len(files[0])
 
 
 def _link(source: str, target: str) -> None:
