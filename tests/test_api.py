@@ -192,13 +192,13 @@ def test_an_inspection_and_a_push_that_sends_nothing(expert, tmp_path):
     assert pushed.place is None
 
 
-def test_a_study_is_planned_and_run(tmp_path, places, monkeypatch):
+def test_a_study_is_planned_and_run(tmp_path, sources, monkeypatch):
     from cli.test_study_verb import STUDY
     from helpers.units import InThisProcess
 
-    (tmp_path / "study.toml").write_text(STUDY.format(model=places.model))
-    monkeypatch.setattr("sparselet.api.studying.LocalExecutor", lambda store, places, *_: InThisProcess(store, places))
-    tasks = Path(next(iter(places.tasks.values()))).parent
+    (tmp_path / "study.toml").write_text(STUDY.format(model=sources.model))
+    monkeypatch.setattr("sparselet.api.studying.LocalExecutor", lambda store, sources, *_: InThisProcess(store, sources))
+    tasks = Path(next(iter(sources.tasks.values()))).parent
     study = sl.study(tmp_path / "study.toml", tasks=tasks, out=str(tmp_path / "out"))
     assert study.plan()["done"] == 0
     result = study.run()
