@@ -59,7 +59,7 @@ class StudySettings:
     dtype: str = "float32"
     """Dtype of the base model."""
     tasks_directory: str = ""
-    """The directory of the tasks' directories; `--tasks` overrides it."""
+    """The directory of the tasks' directories; the argument `tasks` overrides it."""
     tables: tuple[str, ...] = ()
     """Tables to make; all by default."""
     threads: int = 1
