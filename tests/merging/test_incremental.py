@@ -80,6 +80,14 @@ def test_whoever_came_and_went_in_whatever_order_the_bytes_are_those_of_a_new_me
         assert names_in(path) == sorted(FILES)
 
 
+def absolute(adapter):
+    return {name: SparseDelta(d.shape, d.indices, d.values.abs(), d.block_size) for name, d in adapter.items()}
+
+
+def absolute_weight(weight):
+    return {pattern: abs(factor) for pattern, factor in weight.items()} if isinstance(weight, dict) else abs(weight)
+
+
 @few
 @given(several_experts(), st.data())
 def test_the_merge_is_that_of_overlap_to_rounding(experts, data):
@@ -87,10 +95,12 @@ def test_the_merge_is_that_of_overlap_to_rounding(experts, data):
     with tempfile.TemporaryDirectory() as directory:
         kept = SparseAdapter.load(merge_with_counts(Path(directory) / "out", experts, factors))
     expected = merge(experts, "overlap", factors)
+    magnitudes = merge([absolute(one) for one in experts], "overlap", [absolute_weight(factor) for factor in factors])
     assert sorted(kept) == sorted(name for name, delta in expected.items() if delta.nnz)
     for name, delta in kept.items():
         assert torch.equal(spelt_out(delta)[1], spelt_out(expected[name])[1])
-        torch.testing.assert_close(delta.values, expected[name].values, rtol=1e-6, atol=1e-9)
+        # float32 sums round in proportion to their terms, which may cancel
+        assert ((delta.values - expected[name].values).abs() <= 1e-6 * magnitudes[name].values + 1e-9).all()
     assert kept.fingerprints == {name: expected.fingerprints[name] for name in kept}
     merge_of = {key: value for key, value in kept.metadata.merge.items() if key != "experts"}
     assert merge_of == {"method": "overlap", "parameters": {}}
