@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,14 +25,12 @@ from sparselet.tuner.weights import is_sharded
 
 T = TypeVar("T")
 
-ELSEWHERE = {
+UNSUPPORTED = {
     DistributedType.FSDP: "FSDP",
     DistributedType.DEEPSPEED: "DeepSpeed",
     DistributedType.MEGATRON_LM: "Megatron-LM",
 }
-
-
-LAUNCHED = {
+LAUNCH_VARIABLES = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -41,12 +39,12 @@ LAUNCHED = {
 
 
 def process_count() -> int:
-    """How many processes torchrun, `accelerate launch` or MPI has started for this run."""
+    """The number of processes that torchrun, `accelerate launch` or MPI has started for this run."""
     return get_cpu_distributed_information().world_size
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and prints for all; the only one is."""
+    """Whether this process writes and prints for all processes of the run."""
     return get_cpu_distributed_information().rank == 0
 
 
@@ -62,12 +60,12 @@ def share_of_batch(batch_size: int, accumulation: int) -> int:
 
 
 def refuse_parallelism() -> None:
-    """Raise ConfigError for several devices in one process, and for what `accelerate launch` can ask for beside DDP."""
-    for variable, kind in LAUNCHED.items():
+    """Raise ConfigError for several devices in one process, and for any parallelism of `accelerate launch` other than DDP."""
+    for variable, parallelism in LAUNCH_VARIABLES.items():
         if parse_flag_from_env(variable):
             raise ConfigError(
-                f"a run over several processes trains by DistributedDataParallel, not by {kind} ({variable}). Start it with "
-                "torchrun, or choose multi-GPU or multi-CPU in accelerate's configuration."
+                f"a run over several processes trains by DistributedDataParallel, not by {parallelism} ({variable}). Start it "
+                "with torchrun, or choose multi-GPU or multi-CPU in accelerate's configuration."
             )
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         raise ConfigError(
@@ -84,12 +82,12 @@ def refuse_parallelism() -> None:
 
 
 def needs_cpu() -> bool:
-    """Whether the processes must be said to compute on the CPU, which transformers does not find out for several."""
+    """Whether transformers must be set to the CPU, which it does not detect for several processes."""
     return process_count() > 1 and (not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def join_processes() -> None:
-    """Connect this process with the others of the run, if there are any."""
+    """Connect this process with the others of the run."""
     if process_count() > 1:
         PartialState(cpu=needs_cpu())
 
@@ -102,9 +100,9 @@ def leave_processes() -> None:
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-    """All processes leave the block without an error, or all raise that of the first of them that has one.
+    """All processes leave the block without an error, or all raise the error of the lowest rank that has one.
 
-    There may be no communication inside.
+    The block must not communicate.
     """
     if process_count() == 1:
         yield
@@ -115,20 +113,21 @@ def agreed() -> Iterator[None]:
     except Exception as error:
         failure = error
     failures: list[tuple[str, str] | None] = gather_object([failure and (type(failure).__name__, str(failure))])
-    rank, first = next(((rank, other) for rank, other in enumerate(failures) if other is not None), (0, None))
-    if first is None:
+    rank = next((rank for rank, name_and_message in enumerate(failures) if name_and_message is not None), None)
+    if rank is None:
         return
     if failure is not None and rank == dist.get_rank():
         raise failure
-    kind = getattr(errors, first[0], None)
-    if isinstance(kind, type) and issubclass(kind, SparseletError):
-        raise kind(first[1])
-    raise SparseletError(f"another process failed with {first[0]}: {first[1]}")
+    name, message = cast(tuple[str, str], failures[rank])
+    error_class = vars(errors).get(name)
+    if isinstance(error_class, type) and issubclass(error_class, SparseletError):
+        raise error_class(message)
+    raise SparseletError(f"another process failed with {name}: {message}")
 
 
 @contextlib.contextmanager
 def convert_lost_process() -> Iterator[None]:
-    """Raise WorkerFailed for what the backend raises where another process has ended in the middle of the run."""
+    """Raise WorkerFailed for the errors that the backend raises when another process has ended during the run."""
     try:
         yield
     except RuntimeError as error:
@@ -138,12 +137,12 @@ def convert_lost_process() -> Iterator[None]:
 
 
 def from_first(value: T) -> T:
-    """What the first process has, on all of them."""
+    """The value of the first process, on all of them."""
     return broadcast_object_list([value])[0] if process_count() > 1 else value
 
 
 def first_then_others(function: Callable[[], T]) -> T:
-    """Call a function on the first process, then on the others, which then find in a cache what it has put there."""
+    """Call a function on the first process, which may fill a cache, then on the others."""
     results: list[T] = []
     for turn in (True, False):
         with agreed():
@@ -165,7 +164,7 @@ def require_equal(described: Mapping[str, Any]) -> None:
 
 
 def first_to_fail() -> bool:
-    """Whether no other process of the run has called this before: the one that says for all why the run has failed."""
+    """Whether this process is the first of the run to call this: it reports for all why the run failed."""
     if not dist.is_initialized():
         return is_first()
     try:
@@ -175,36 +174,36 @@ def first_to_fail() -> bool:
 
 
 def refuse_sharding(args: TrainingArguments, model: nn.Module) -> None:
-    """Raise SelectionError where no process holds the whole model and its optimizer, or one process several copies."""
-    kind = ELSEWHERE.get(AcceleratorState().distributed_type) if is_initialized() else None
+    """Raise SelectionError if the model or its optimizer is sharded, or one process holds several copies."""
+    parallelism = UNSUPPORTED.get(AcceleratorState().distributed_type) if is_initialized() else None
     if args.fsdp:
-        kind = "FSDP"
+        parallelism = "FSDP"
     elif args.deepspeed:
-        kind = "DeepSpeed"
+        parallelism = "DeepSpeed"
     elif any(is_sharded(parameter) for parameter in model.parameters()):
-        kind = "a model of sharded tensors (DTensor)"
+        parallelism = "a model of sharded tensors (DTensor)"
     elif args.n_gpu > 1:
-        kind = f"DataParallel over {args.n_gpu} devices in one process"
-    if kind is not None:
+        parallelism = f"DataParallel over {args.n_gpu} devices in one process"
+    if parallelism is not None:
         raise SelectionError(
-            f"sparse adapters cannot be trained with {kind}: their values are written into whole weights, in place, and masks "
-            "change the size of what is trained. Use DistributedDataParallel, which each process of `torchrun "
+            f"sparse adapters cannot be trained with {parallelism}: their values are written into whole weights, in place, and "
+            "masks change the size of what is trained. Use DistributedDataParallel, which each process of `torchrun "
             "--nproc-per-node N` gets where neither fsdp nor deepspeed is set, or one process with one device "
             "(CUDA_VISIBLE_DEVICES=0)."
         )
 
 
 def selected_on(args: TrainingArguments, model: nn.Module) -> list[nn.Module]:
-    """What masks are selected on: the model itself, or where there are processes each DistributedDataParallel around it.
+    """The modules to select masks on: the model itself, or with several processes each DistributedDataParallel around it.
 
-    There is more than one if Trainers before have wrapped the model too. Raises SelectionError if there is none.
+    There are several if earlier Trainers have wrapped the model too. Raises SelectionError if there is none.
     """
     if args.world_size == 1:
         return [model]
-    found = ddp_wrappers(model)
-    if not found:
+    ddp_models = ddp_wrappers(model)
+    if not ddp_models:
         raise SelectionError(
             f"there are {args.world_size} processes, but no DistributedDataParallel around the model, the only way in which "
             "masks can be selected over several. Start the Trainer with torchrun, without another kind of parallelism."
         )
-    return list(found)
+    return list(ddp_models)

@@ -1,4 +1,4 @@
-"""A transformers `Trainer` for a run: its arguments, batches, validation, and checkpoints that can be gone on from."""
+"""The transformers `Trainer` of a run: its arguments, batches, validation, and resumable checkpoints."""
 
 import contextlib
 import math
@@ -75,20 +75,20 @@ def make_trainer(
         seed=settings.seed,
         use_cpu=needs_cpu(),
     )
-    extra: list[TrainerCallback] = [_SaveEvery(settings.save_steps), _LossRecord(), *trainable.callbacks, *callbacks]
+    all_callbacks: list[TrainerCallback] = [_SaveEvery(settings.save_steps), _LossRecord(), *trainable.callbacks, *callbacks]
     if settings.patience:
-        extra.append(_EarlyStopping(early_stopping_patience=settings.patience))
-    validation = {task: sorted(own, key=length) for task, own in rows["validation"].items()}
+        all_callbacks.append(_EarlyStopping(early_stopping_patience=settings.patience))
+    validation = {task: sorted(task_rows, key=length) for task, task_rows in rows["validation"].items()}
     trainer = RunTrainer(
         model=trainable.module,
         args=arguments,
         data_collator=without_labels(collate, IGNORED),
-        train_dataset=Rows([row for own in rows["train"].values() for row in own]),
+        train_dataset=Rows([row for task_rows in rows["train"].values() for row in task_rows]),
         eval_dataset=cast(Any, validation),
         compute_loss_func=partial(token_loss, cast(Any, trainable.module).config.is_encoder_decoder),
-        callbacks=extra,
+        callbacks=all_callbacks,
     )
-    trainer.sizes = [len(own) for own in rows["train"].values()]
+    trainer.sizes = [len(task_rows) for task_rows in rows["train"].values()]
     trainer.autocast = trainable.autocast
     trainer.remove_callback(PrinterCallback)  # the command line shows its own progress
     return trainer
@@ -100,19 +100,19 @@ def length(row: Encoded) -> int:
 
 
 class RunTrainer(Trainer):
-    """A Trainer with the sampler of `sampling`, the loss of `prefix`, a validation loss that does not depend on batches and in
-    which tasks count alike, a record of losses and a decision to stop that outlast a resume, and checkpoints that are marked
-    once they are whole and hold no more than what is trained."""
+    """A Trainer with the sampler of `sampling`, the loss of `prefix`, and a validation loss that does not depend on batches and
+    weights tasks equally. Losses and the decision to stop early survive a resume. Checkpoints are marked when they are complete,
+    and hold trained weights only."""
 
     sizes: Sequence[int] = ()  # training rows of each task
     autocast: torch.dtype | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         lengths = [length(row) for row in cast(Rows, self.train_dataset).rows]
-        # By the rows of an optimizer step, however it is divided.
-        together = self.args.train_batch_size * self.args.world_size
-        step = together * self.args.gradient_accumulation_steps
-        multiple = together if self.args.world_size > 1 else 1
+        # Grouped by the rows of an optimizer step, over all processes and accumulation steps.
+        micro_batch = self.args.train_batch_size * self.args.world_size
+        step = micro_batch * self.args.gradient_accumulation_steps
+        multiple = micro_batch if self.args.world_size > 1 else 1
         return LengthGroupedSampler(lengths, step, self.args.seed, self.sizes, multiple)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -130,7 +130,7 @@ class RunTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the training losses as of a run that was not interrupted. Raises TrainingDiverged for NaN or infinity."""
+        """Log, with the training losses of an uninterrupted run. Raises TrainingDiverged for NaN or infinity."""
         if "loss" in logs:
             logs["loss"] = self._losses.since_logged(self.state.global_step)
         if "train_loss" in logs:
@@ -139,26 +139,26 @@ class RunTrainer(Trainer):
             if isinstance(value, float) and not math.isfinite(value):
                 done = f"{self.state.global_step} of {self.state.max_steps}"
                 raise TrainingDiverged(
-                    f"training ran away: {name} is {value} after step {done}. Nothing was written; start again with a lower "
+                    f"training diverged: {name} is {value} after step {done}. Nothing was written; start again with a lower "
                     f"learning rate than {self.args.learning_rate:g}, or look at the rows."
                 )
         super().log(logs, start_time)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager[Any]:
-        """What forward passes run in."""
+        """The context of forward passes."""
         if self.autocast is None:
             return super().autocast_smart_context_manager(cache_enabled)
         return torch.autocast(self.args.device.type, self.autocast, cache_enabled=cache_enabled)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's loss, of rows that may go on from a shared beginning."""
+        """The model's loss, of rows that may continue a shared prefix."""
         assert self.model is not None  # which `model` may be a DistributedDataParallel around
         return super().compute_loss(model, model_inputs(self.model, inputs), *args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The validation loss, the mean over a task's target tokens; of several tasks the mean of theirs, each beside it."""
+        """The validation loss: the mean over a task's target tokens. Of several tasks the mean of their losses, and each loss."""
         tasks: Mapping[str, Sequence[Encoded]] = cast(Any, self.eval_dataset) if eval_dataset is None else eval_dataset
         losses = {f"{metric_key_prefix}_{task}_loss": self._validation_loss(rows) for task, rows in tasks.items()}
         metrics = {f"{metric_key_prefix}_loss": sum(losses.values()) / len(losses), **(losses if len(losses) > 1 else {})}
@@ -168,7 +168,7 @@ class RunTrainer(Trainer):
 
     @torch.no_grad()
     def _validation_loss(self, rows: Sequence[Encoded]) -> float:
-        """The sum over the rows' target tokens, whatever process and batch they are in, over their number."""
+        """The mean over the rows' target tokens, independent of processes and batches."""
         model: Any = self.model
         model.eval()
         share = rows[self.args.process_index :: self.args.world_size]
@@ -186,13 +186,13 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         assert self.args.output_dir is not None
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        # A step may be saved twice, where a callback of the caller's asks for it.
+        # A step may be saved twice, if a callback of the caller requests it.
         if self.args.should_save and (checkpoint / COMPLETE).exists():
             (checkpoint / COMPLETE).unlink()
             flush(checkpoint)
         self.accelerator.wait_for_everyone()
         with warnings.catch_warnings(), convert_write_errors(checkpoint, "Earlier checkpoints are kept for resuming."):
-            warnings.simplefilter("ignore", UnselectedMaskWarning)  # the masks will be selected when it goes on
+            warnings.simplefilter("ignore", UnselectedMaskWarning)  # the masks will be selected after a resume
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # each process writes the state of its own generators
             if self.args.should_save:
@@ -206,7 +206,7 @@ class RunTrainer(Trainer):
         best = work / f"checkpoint-{self.state.best_global_step}"
         for path in sorted(work.glob("checkpoint-*"), key=checkpoint_step)[:-2]:
             if path != best:
-                (path / COMPLETE).unlink(missing_ok=True)  # first, so that what is half removed is not taken for whole
+                (path / COMPLETE).unlink(missing_ok=True)  # first, so that a partly removed checkpoint is not complete
                 shutil.rmtree(path)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -225,14 +225,16 @@ class RunTrainer(Trainer):
         # Called for plain models only; the frozen weights are rightly missing.
         assert self.model is not None
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        wrong = sorted({*trained.intersection(load_result.missing_keys), *load_result.unexpected_keys})
-        if wrong:
-            raise MissingTensor(f"the checkpoint to go on from does not fit the model: {wrong[0]} ({len(wrong)} such).")
+        mismatched = sorted({*trained.intersection(load_result.missing_keys), *load_result.unexpected_keys})
+        if mismatched:
+            raise MissingTensor(
+                f"the checkpoint to resume from does not fit the model: {mismatched[0]} ({len(mismatched)} such)."
+            )
 
 
 class _SaveEvery(TrainerCallback):
-    """Asks for checkpoints between epochs. The last step of an epoch is saved after its evaluation, without which a resumed
-    run would go on to the next."""
+    """Requests checkpoints between epochs. The last step of an epoch is saved after its evaluation, which a resumed run would
+    otherwise skip."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -245,7 +247,7 @@ class _SaveEvery(TrainerCallback):
 
 
 class _EarlyStopping(EarlyStoppingCallback):
-    """transformers' early stopping, which a resumed run keeps to."""
+    """transformers' early stopping; a resumed run that had stopped does not train further."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -274,7 +276,7 @@ class _LossRecord(TrainerCallback, ExportableState):
         return self.logged + float(self.pending)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state in a checkpoint."""
         return {"args": {}, "attributes": {"sums": self.sums}}
 
     @property
