@@ -101,8 +101,8 @@ def length(row: Encoded) -> int:
 
 class RunTrainer(Trainer):
     """A Trainer with the sampler of `sampling`, the loss of `prefix`, and a validation loss that does not depend on batches and
-    weights tasks equally. Losses and the decision to stop early survive a resume. Checkpoints are marked when they are complete,
-    and hold trained weights only."""
+    weights tasks equally. Losses and the decision to stop early survive a resume. Checkpoints are marked when complete, and
+    hold trained weights only."""
 
     sizes: Sequence[int] = ()  # training rows of each task
     autocast: torch.dtype | None = None
@@ -158,7 +158,7 @@ class RunTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The validation loss: the mean over a task's target tokens. Of several tasks the mean of their losses, and each loss."""
+        """The validation loss: the mean over a task's target tokens; of several tasks the mean of their losses, and each."""
         tasks: Mapping[str, Sequence[Encoded]] = cast(Any, self.eval_dataset) if eval_dataset is None else eval_dataset
         losses = {f"{metric_key_prefix}_{task}_loss": self._validation_loss(rows) for task, rows in tasks.items()}
         metrics = {f"{metric_key_prefix}_loss": sum(losses.values()) / len(losses), **(losses if len(losses) > 1 else {})}
