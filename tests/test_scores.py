@@ -20,13 +20,31 @@ FORMULAS = {
     "gm": lambda w, g: g.abs(),
     "wm": lambda w, g: w.abs(),
 }
+BASE_FORMULAS = {
+    "snip": lambda c: (c.weight * c.gradient).abs(),
+    "magnitude": lambda c: c.weight.abs(),
+    "wanda": lambda c: c.weight.abs() * c.inputs,
+    "fisher": lambda c: c.squares,
+}
 SHAPES = ((6, 12), (12, 6), (6, 6))
 
 
 def candidate(shape=(6, 12), block_size=1, kept=8, mask=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
     values, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
-    return Candidate(gradient, block_size, kept, torch.Generator().manual_seed(seed), mask, values)
+    weight, squares = torch.randn(shape, generator=generator), torch.rand(shape, generator=generator)
+    return Candidate(
+        shape=shape,
+        block_size=block_size,
+        kept=kept,
+        generator=torch.Generator().manual_seed(seed),
+        mask=mask,
+        gradient=gradient,
+        squares=squares,
+        values=values,
+        weight=weight,
+        inputs=torch.rand(1, shape[1], generator=generator),
+    )
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 6])
@@ -36,6 +54,20 @@ def test_a_score_is_its_formula_summed_over_tiles(name, shape, block_size):
     c = candidate(shape, block_size)
     expected = tile_sums(FORMULAS[name](c.values, c.gradient), block_size)
     torch.testing.assert_close(SCORES[name](c), expected)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 6])
+@pytest.mark.parametrize("name", BASE_FORMULAS)
+def test_a_score_of_the_weight_is_its_formula_summed_over_tiles(name, block_size):
+    c = candidate((6, 12), block_size)
+    torch.testing.assert_close(SCORES[name](c), tile_sums(BASE_FORMULAS[name](c), block_size))
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
+def test_lift_is_the_magnitude_in_the_low_rank_part(shape):
+    c = candidate(shape, kept=450)
+    u, s, v = torch.linalg.svd(c.weight.double(), full_matrices=False)
+    torch.testing.assert_close(SCORES["lift"](c).double(), ((u[:, :9] * s[:9]) @ v[:9]).abs().flatten(), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", [*FORMULAS, "gd"])
@@ -108,8 +140,8 @@ def test_scores_said_to_rank_untrained_entries_do_so():
 
 def test_an_unknown_score_lists_those_there_are():
     assert get_score("mcs") is SCORES["mcs"]
-    with pytest.raises(UnknownScore, match="'snip'; there are mcs, mcs_neg, cs, gm, wm, gd, random"):
-        get_score("snip")
+    with pytest.raises(UnknownScore, match=f"'nothing'; there are {', '.join(SCORES)}"):
+        get_score("nothing")
 
 
 def test_a_score_is_added_by_one_function_and_one_line(monkeypatch):

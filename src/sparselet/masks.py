@@ -37,6 +37,26 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return _at_threshold(scores, threshold, k)
 
 
+def top_k_by_row(scores: Tensor, k: int, rows: int, transposed: bool = False) -> Tensor:
+    """The ids of k of `scores` [blocks], ascending, spread evenly over output rows (NeuroAda, Zhang et al. 2025).
+
+    Each row of blocks keeps the ⌊k / rows⌋ largest of its own; the places left go to the largest of the others. rows: rows of
+    blocks of the target as it is stored; transposed: outputs lie along its columns. Raises NonFiniteScore.
+    """
+    _require_finite(scores)
+    grid = scores.view(rows, -1).t() if transposed else scores.view(rows, -1)
+    each = min(k // grid.shape[0], grid.shape[1])
+    if not each:
+        return top_k(scores, k)
+    chosen = torch.zeros_like(grid, dtype=torch.bool).scatter_(
+        1, grid.sort(dim=1, descending=True, stable=True).indices[:, :each], True
+    )
+    chosen = (chosen.t() if transposed else chosen).reshape(-1)
+    others = kernels.selected(~chosen)
+    chosen[others[top_k(scores[others], k - int(chosen.sum())).long()]] = True
+    return kernels.selected(chosen).to(index_dtype(scores.numel()))
+
+
 def top_k_global(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
     """The k largest scores of all targets together, as ascending ids by target; a target may get none.
 

@@ -5,11 +5,13 @@ from typing import Any, Literal
 
 from sparselet.errors import BlockSizeError, ConfigError
 from sparselet.masks import check_density
-from sparselet.scores import SCORES, get_score, score_help
+from sparselet.scores import SCORES, Score, get_score, score_help
 from sparselet.setting_checks import check_at_least, check_seed, check_settings
 
 Scope = Literal["target", "global"]
 InitialMask = Literal["dense", "gradient", "random"]
+When = Literal["static", "refresh", "paper"]
+Balance = Literal["target", "row"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,12 @@ class SelectionSettings:
     block_size: int = 1
     """1 trains single entries, B trains tiles of B×B (paper: 16)."""
     score: str = field(default="mcs", metadata={"help": f"How entries are ranked: {score_help()}."})
+    when: When = "paper"
+    """Before the first step (static); then again and again, a fraction of the mask at a time (refresh); or as in the paper."""
+    balance: Balance = "target"
+    """Keep the best of each target, or as many in each of its output rows (row)."""
+    replaced: float = 0.2
+    """Fraction of the mask that the first refresh may exchange; it falls to 0 over the selection phase."""
     scope: Scope = "target"
     """Keep the fraction in each target, or over all targets together (global; paper, Eq. 5)."""
     layer_drop: bool = False
@@ -50,7 +58,13 @@ class SelectionSettings:
         check_seed(self.seed)
         check_at_least(self, 0, "reselect_every", "selection_epochs")
         check_at_least(self, 1, "score_batches")
-        if self.initial_mask != "dense" and self.reselect_every and not score.ranks_untrained:
+        if not 0 <= self.replaced <= 1:
+            raise ConfigError(f"replaced is a fraction of the mask, from 0 to 1; got {self.replaced}.")
+        if self.balance == "row" and self.scope == "global":
+            raise ConfigError("balance='row' does not go with scope='global', which may leave rows and targets empty.")
+        if self.when != "paper":
+            self._check_sparse_start(score)
+        elif self.initial_mask != "dense" and self.reselect_every and not score.ranks_untrained:
             usable = ", ".join(name for name, score in SCORES.items() if score.ranks_untrained)
             raise ConfigError(
                 f"score {self.score!r} is 0 for entries that were never trained, and initial_mask {self.initial_mask!r} trains "
@@ -58,12 +72,28 @@ class SelectionSettings:
                 f"reselect_every=0, or one of these scores: {usable}."
             )
 
+    def _check_sparse_start(self, score: Score) -> None:
+        """Refuse what needs a dense phase."""
+        if self.initial_mask != "dense":
+            raise ConfigError(f"initial_mask is a setting of when='paper'; with when={self.when!r} leave it out.")
+        if self.when == "static" and self.reselect_every:
+            raise ConfigError("reselect_every does not go with when='static', which selects once; take when='refresh'.")
+        if not score.ranks_untrained:
+            usable = ", ".join(name for name, score in SCORES.items() if score.ranks_untrained)
+            raise ConfigError(
+                f"score {self.score!r} is 0 for entries that were never trained, so it cannot choose with when={self.when!r}. "
+                f"Take one of these scores: {usable}."
+            )
+
     @property
     def interval(self) -> int:
         """`reselect_every`, or its default: 100, or 0 where the score cannot rank the untrained entries of a sparse start."""
+        if self.when == "static":
+            return 0
         if self.reselect_every is not None:
             return self.reselect_every
-        return 100 if self.initial_mask == "dense" or get_score(self.score).ranks_untrained else 0
+        sparse_start = self.when == "paper" and self.initial_mask != "dense"
+        return 0 if sparse_start and not get_score(self.score).ranks_untrained else 100
 
 
 def selection_values(settings: Any) -> dict[str, Any]:

@@ -300,10 +300,11 @@ def test_offload_changes_nothing_but_where_pending_values_live(make_llama, make_
 
 @pytest.mark.parametrize("scope", ["target", "global"])
 def test_offload_keeps_what_waits_in_cpu_memory_and_changes_nothing(make_llama, make_batches, monkeypatch, scope):
-    from sparselet.tuner import selection
+    from sparselet.tuner import scorer, selection
 
     moved, found = [], []
-    monkeypatch.setattr(selection, "offload", lambda dense: (moved.append(dense.shape), dense.cpu())[1])
+    for module in (scorer, selection):
+        monkeypatch.setattr(module, "offload", lambda dense: (moved.append(dense.shape), dense.cpu())[1])
     for offload in (False, True):
         model, optimizer = start(make_llama(), scope=scope, offload=offload)
         train(model, optimizer, make_batches(3))
@@ -315,10 +316,10 @@ def test_offload_keeps_what_waits_in_cpu_memory_and_changes_nothing(make_llama, 
 
 
 def test_what_comes_from_cuda_is_pinned_and_nothing_else(monkeypatch):
-    from sparselet.tuner import selection
+    from sparselet.tuner import scorer
 
     dense = torch.randn(3, 4)
-    assert selection.offload(dense) is dense
+    assert scorer.offload(dense) is dense
     asked, empty_like = [], torch.empty_like
 
     def unpinned(like, **options):
@@ -326,8 +327,8 @@ def test_what_comes_from_cuda_is_pinned_and_nothing_else(monkeypatch):
         return empty_like(like, device=options["device"])
 
     monkeypatch.setattr(torch, "empty_like", unpinned)
-    monkeypatch.setattr(selection, "_on_cuda", lambda tensor: True)
-    copied = selection.offload(dense)
+    monkeypatch.setattr(scorer, "_on_cuda", lambda tensor: True)
+    copied = scorer.offload(dense)
     assert asked == [{"device": "cpu", "pin_memory": True}]
     assert torch.equal(copied, dense)
     assert copied is not dense
@@ -343,15 +344,15 @@ def test_offloaded_values_of_a_model_on_cuda_are_pinned(make_llama, make_batches
 
 
 def test_only_one_dense_gradient_lives_at_a_time_with_one_batch(make_llama, make_batches, monkeypatch):
-    from sparselet.tuner import selection
+    from sparselet.tuner import scorer
 
-    alive, original = [], selection._Scorer.__call__
+    alive, original = [], scorer.Scorer.__call__
 
     def spy(self, layer, gradient):
         original(self, layer, gradient)
         alive.append(len(self.gradients))
 
-    monkeypatch.setattr(selection._Scorer, "__call__", spy)
+    monkeypatch.setattr(scorer.Scorer, "__call__", spy)
     model, _ = start(make_llama())
     sparselet.reselect(model, make_batches(1))
     assert alive == [0] * 6

@@ -37,9 +37,12 @@ class MaskSchedule(TrainerCallback):
 
         Trainer(model=peft_model, callbacks=[MaskSchedule()], ...)
 
-    All settings are the adapter's (`SparseletConfig`): a selection after every `reselect_every` optimizer steps during
-    the first `selection_epochs` epochs. Where the phase is too short for four selections, the interval shrinks; a phase
-    that ends without a selection selects once, at its end; `reselect_every=0` always does so. The log says so.
+    All settings are the adapter's (`SparseletConfig`). With `when="static"` masks are selected once, before the first step, and
+    nothing is left to do. With `when="refresh"` the same, and then a fraction of each mask is exchanged after every
+    `reselect_every` optimizer steps during the first `selection_epochs` epochs. With `when="paper"`: a selection after every
+    `reselect_every` optimizer steps during the first `selection_epochs` epochs. Where the phase is too short for four
+    selections, the interval shrinks; a phase that ends without a selection selects once, at its end; `reselect_every=0` always
+    does so. The log says so.
 
     Each selection scores on `score_batches` batches drawn from the training data by the adapter's seed and the step, so
     the order of the training data stays as it is, and a resumed run scores on the same rows. A scoring batch has as many rows
@@ -69,7 +72,7 @@ class MaskSchedule(TrainerCallback):
         refuse_sharding(args, kwargs["model"])
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Plan the phase; with `initial_mask="gradient"`, select before the first step.
+        """Plan the phase; with `when` "static" or "refresh", or `initial_mask` "gradient", select before the first step.
 
         Raises SelectionError for sharded training, processes without DistributedDataParallel or with different base weights,
         and training data that cannot be indexed.
@@ -89,8 +92,21 @@ class MaskSchedule(TrainerCallback):
         loader = kwargs["train_dataloader"]
         if not has_length(loader.dataset):
             raise SelectionError("scoring batches are drawn from the training data, which must have a length.")
-        steps = max(1, -(-len(loader) // args.gradient_accumulation_steps))
-        self.phase = max(1, min(round(config.selection_epochs * steps), state.max_steps))
+        if config.when != "static":
+            self._plan(config, state, -(-len(loader) // args.gradient_accumulation_steps))
+        self.trainer = None if self.loss is not None else trainer_of(state)
+        self.scoring_loss = self.loss if self.trainer is None else trainer_loss(self.trainer)
+        at_once = config.when != "paper" or config.initial_mask == "gradient"
+        unselected = at_once and not _selections(layers, kwargs["model"])
+        if self.trainer is not None and makes_batches(self.trainer):
+            before_first = (lambda inputs: self._select_first(args, state, kwargs, [inputs])) if unselected else None
+            self.step_inputs = StepInputs(self.trainer, config.score_batches, before_first)
+        elif unselected:
+            self._select_first(args, state, kwargs)
+
+    def _plan(self, config: SparseletConfig, state: TrainerState, steps: int) -> None:
+        """Set the length of the phase and the interval, of an epoch of so many steps."""
+        self.phase = max(1, min(round(config.selection_epochs * max(1, steps)), state.max_steps))
         interval = config.selection.interval
         self.interval = min(interval, max(1, self.phase // MIN_SELECTIONS))
         if self.interval < interval:
@@ -100,14 +116,18 @@ class MaskSchedule(TrainerCallback):
                 self.interval,
                 interval,
             )
-        self.trainer = None if self.loss is not None else trainer_of(state)
-        self.scoring_loss = self.loss if self.trainer is None else trainer_loss(self.trainer)
-        unselected = config.initial_mask == "gradient" and not _selections(layers, kwargs["model"])
-        if self.trainer is not None and makes_batches(self.trainer):
-            before_first = (lambda inputs: self._select(args, state, kwargs, [inputs])) if unselected else None
-            self.step_inputs = StepInputs(self.trainer, config.score_batches, before_first)
-        elif unselected:
-            self._select(args, state, kwargs)
+
+    def _select_first(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        kwargs: Mapping[str, Any],
+        inputs: Iterable[LossInputs] | None = None,
+    ) -> None:
+        """Select before the first step; a static mask is then frozen."""
+        self._select(args, state, kwargs, inputs)
+        if not self.phase:
+            freeze_masks(kwargs["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After an optimizer step: select if the interval is over, and freeze the masks at the end of the phase."""
@@ -147,7 +167,8 @@ class MaskSchedule(TrainerCallback):
         inputs: Iterable[LossInputs] | None = None,
     ) -> None:
         batches = self._scoring_batches(args, state, kwargs) if inputs is None else inputs
-        done = reselect(self.models[0], batches, kwargs["optimizer"], loss=self.scoring_loss)
+        progress = state.global_step / self.phase if self.phase else 0.0
+        done = reselect(self.models[0], batches, kwargs["optimizer"], loss=self.scoring_loss, progress=min(1.0, progress))
         for model in self.models[1:]:
             assert isinstance(model, DistributedDataParallel)
             rebuild(model)

@@ -16,7 +16,7 @@ from sparselet.adapter import AdapterFile, UnfinishedAdapterWarning
 from sparselet.adapter_format import CONFIG_FILE, METHOD, WEIGHTS_FILE, check_config, unnamed_modules
 from sparselet.errors import ConfigError
 from sparselet.io.json_files import read_object, write_json
-from sparselet.selection_settings import InitialMask, Scope, SelectionSettings, selection_values
+from sparselet.selection_settings import Balance, InitialMask, Scope, SelectionSettings, When, selection_values
 
 
 class PeftMethod(enum.StrEnum):
@@ -54,6 +54,9 @@ class SparseletConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    when: When = SelectionSettings.when
+    balance: Balance = SelectionSettings.balance
+    replaced: float = SelectionSettings.replaced
     scope: Scope = SelectionSettings.scope
     layer_drop: bool = SelectionSettings.layer_drop
     initial_mask: InitialMask = SelectionSettings.initial_mask

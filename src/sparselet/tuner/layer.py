@@ -6,7 +6,7 @@ The forward pass is the base layer's at W + Ŵ·M of the active adapters. The ba
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -26,7 +26,12 @@ from sparselet.tuner.mask_state import MaskState, random_blocks, seeded
 from sparselet.tuner.resident import LEASE, WRITING, Lease, Residence
 from sparselet.tuner.weights import full_tensor, replace_data, require_usable
 
-Recorder = Callable[["SparseletLayer", Tensor], None]
+
+class Recorder(Protocol):
+    """Receives what a selection scores, while it lasts: each target's dense gradient, and its input."""
+
+    def __call__(self, layer: "SparseletLayer", gradient: Tensor) -> None: ...
+    def read_input(self, layer: "SparseletLayer", x: Tensor) -> None: ...
 
 
 class SparseletLayer(nn.Module, BaseTunerLayer):
@@ -75,7 +80,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         loaded = config.targets is not None
         if not loaded:
             check_block_size(config.block_size, self.shape, self.target_name)
-        dense = config.initial_mask == "dense" and not loaded
+        dense = config.when == "paper" and config.initial_mask == "dense" and not loaded
         state = MaskState(1 if loaded else config.block_size, dense, selecting=not loaded)  # a file sets these when it is read
         blocks = torch.empty(0, dtype=index_dtype(weight.numel()), device=weight.device)
         values = torch.zeros(
@@ -88,7 +93,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         if not dense and not loaded:
             total = weight.numel() // config.block_size**2
             count = blocks_to_keep(config.density, total)
-            if config.initial_mask == "random":
+            if config.when == "paper" and config.initial_mask == "random":
                 generator = seeded(config.seed, config.data_fingerprint, self.target_name)
                 self.set_mask(name, random_blocks(total, count, generator).to(weight.device))
                 state.selections = 1
@@ -234,6 +239,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
             self._require_selected(names)
         if self.recorder is not None and names:
             self.calls += 1
+            self.recorder.read_input(self, x)
         changes = self._changes(names, learns)
         if compiling:
             return linear(x, differentiable_weight(weight, changes), bias, self.transposed)

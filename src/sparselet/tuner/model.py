@@ -22,6 +22,7 @@ from sparselet.tuner.adapted import base_model, layers_by_path, require_layers, 
 from sparselet.tuner.config import PEFT_TYPE, SparseletConfig
 from sparselet.tuner.layer import SparseletLayer, SparseletLinear
 from sparselet.tuner.resident import leased
+from sparselet.tuner.selection import select_without_data
 from sparselet.tuner.state import is_unread, load_target, module_keys, read_state
 from sparselet.tuner.targets import default_targets, describe_linear_layers, is_linear
 
@@ -69,6 +70,7 @@ class SparseletModel(BaseTuner):
                 raise
             raise NoTargets(f"{error} The model's linear layers are: {describe_linear_layers(model)}.") from error
         _refuse_shared_weights(sparselet_layers(model))
+        select_without_data(sparselet_layers(model, adapter_name), adapter_name, config)
 
     def _check_target_module_exists(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, peft_config: PeftConfig, key: str

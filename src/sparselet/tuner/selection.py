@@ -1,27 +1,25 @@
 """Mask selection in training: `reselect`, and `freeze_masks` to end the selection phase."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparselet import kernels
 from sparselet.errors import SelectionError
-from sparselet.masks import blocks_to_keep, dropped_layers, layer_of, top_k, top_k_global
-from sparselet.scores import Candidate, get_score
+from sparselet.masks import layer_of
+from sparselet.scores import get_score
 from sparselet.tuner.adapted import active_adapters, sparselet_config, sparselet_layers
 from sparselet.tuner.config import SparseletConfig
-from sparselet.tuner.distributed import average, broadcast_masks, group_of, on_any_process, rebuild
+from sparselet.tuner.distributed import group_of, rebuild
 from sparselet.tuner.layer import SparseletLayer
-from sparselet.tuner.mask_state import seeded
+from sparselet.tuner.moments import Seeds, move_moments, require_movable
+from sparselet.tuner.scorer import Loss, Scorer, offload, score_batches
 from sparselet.tuner.weights import is_sharded
-
-Loss = Callable[[nn.Module, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,19 +38,24 @@ def reselect(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     loss: Loss | None = None,
+    progress: float = 0.0,
 ) -> Selection:
     """Select the active adapter's masks (paper, Algorithm 1; deviation: several batches can be averaged).
 
     Runs forward and backward on each of `batches` at W + Ŵ with no mask, scores every entry by the config's score, and
-    keeps the best. Values that leave the mask are kept during the selection phase and return if selected again; with
-    `initial_mask` other than "dense" they are dropped. With `optimizer`, its moments are moved too: entries that stay keep
-    theirs, new entries start from zero under the optimizer's own step count. Call it after `optimizer.step()`; gradients
-    of the adapter are dropped, those of other parameters are not changed.
+    keeps the best. With `when="paper"` values that leave the mask are kept during the selection phase and return if selected
+    again; with `initial_mask` other than "dense" they are dropped. With `when="refresh"` every selection after the first
+    exchanges a fraction `replaced · (1 − progress)` of each mask: the entries that moved least leave it, and the score chooses
+    new ones. With `optimizer`, its moments are moved too: entries that stay keep theirs, new entries start from zero under the
+    optimizer's own step count, or from the scoring batches' gradients (refresh; `moments.move_moments`). Call it after
+    `optimizer.step()`; gradients of the adapter are dropped, those of other parameters are not changed.
 
     model: a `PeftModel` with exactly one active, trainable sparse adapter; or `DistributedDataParallel` around one. Each
         process then passes its own batches, the same number on all: gradients are averaged over the processes, all get the
         masks of the first, and the wrapper is rebuilt. Scoring passes use the module inside the wrapper.
-    batches: arguments of `loss`; by default keyword arguments of the model, whose output must have a `loss`.
+    batches: arguments of `loss`; by default keyword arguments of the model, whose output must have a `loss`. Not read where the
+        score needs no data.
+    progress: of the selection phase, from 0 to 1.
     Raises SelectionError (no batch, no loss, several adapters, an optimizer or a wrapper that does not support a changing
     mask), NonFiniteScore.
     """
@@ -61,11 +64,13 @@ def reselect(
     config, name, layers = _trained_layers(module)
     if optimizer is not None:
         for layer in layers.values():
-            _require_movable(optimizer, layer.sparse_values[name], layer.target_name)
+            require_movable(optimizer, layer.sparse_values[name], layer.target_name)
     first = not any(layer.sparse_mask[name].selections for layer in layers.values())
-    score = "gm" if first and config.initial_mask == "gradient" else config.score
-    scorer = _Scorer(layers, name, config, score, group)
-    _score_batches(module, batches, loss, scorer)
+    score = "gm" if first and config.when == "paper" and config.initial_mask == "gradient" else config.score
+    exchange = config.replaced * (1 - progress) if config.when == "refresh" and not first else None
+    scorer = Scorer(layers, name, config, get_score(score), group, exchange)
+    if scorer.needs_data:
+        score_batches(module, batches, loss, scorer)
     masks = scorer.masks()
     if not scorer.any_nonzero:
         warnings.warn(
@@ -76,7 +81,7 @@ def reselect(
     entries = changed = 0
     for target, layer in layers.items():
         previous = _current_mask(layer, name)
-        _move_mask(layer, name, masks[target], config, optimizer)
+        _move_mask(layer, name, masks[target], config, optimizer, scorer.seeds.get(target))
         changed += _count_new(previous, masks[target])
         entries += masks[target].numel()
     if isinstance(model, DistributedDataParallel):
@@ -88,6 +93,23 @@ def reselect(
         changed=changed / max(1, entries),
         active_layers=len({layer_of(target) for target in kept}),
     )
+
+
+def select_without_data(layers: Mapping[str, SparseletLayer], name: str, config: SparseletConfig) -> None:
+    """Select the masks of a new adapter where that takes no data; static ones are then frozen.
+
+    With `when` "static" or "refresh" and a score of the weights alone, or at random. An adapter that has masks keeps them.
+    """
+    score = get_score(config.score)
+    if config.when == "paper" or score.needs_data or not layers:
+        return
+    if any(layer.sparse_mask[name].selections or not layer.sparse_mask[name].selecting for layer in layers.values()):
+        return
+    masks = Scorer(dict(layers), name, config, score, None).masks()
+    for target, layer in layers.items():
+        layer.set_mask(name, masks[target])
+        layer.sparse_mask[name].selections = 1
+        layer.sparse_mask[name].selecting = config.when == "refresh"
 
 
 def freeze_masks(model: nn.Module) -> None:
@@ -102,142 +124,6 @@ def freeze_masks(model: nn.Module) -> None:
     for layer in layers.values():
         layer.sparse_mask[name].pending = None
         layer.sparse_mask[name].selecting = False
-
-
-class _Scorer:
-    """Receives each target's dense gradient inside the backward pass, and scores it at once if nothing else is needed."""
-
-    def __init__(
-        self,
-        layers: dict[str, SparseletLayer],
-        name: str,
-        config: SparseletConfig,
-        score: str,
-        group: "dist.ProcessGroup | None",
-    ) -> None:
-        self.layers, self.name, self.config, self.group = layers, name, config, group
-        self.device = next(iter(layers.values())).base_weight.device
-        self.score = get_score(score)
-        self.scores_jointly = config.scope == "global" or config.layer_drop
-        self.expected: dict[str, int] = {}  # gradients that this backward pass has yet to deliver
-        self.is_last = False  # whether this is the last batch
-        self.batches = 0
-        self.gradients: dict[str, Tensor] = {}
-        self.scores: dict[str, Tensor] = {}
-        self.masks_by_target: dict[str, Tensor] = {}
-        self.any_nonzero = False  # whether any score differs from 0
-        self.received = dict.fromkeys(layers, False)
-        self.unscored = list(layers)  # to be averaged over the processes; the backward pass runs from the last
-
-    def __call__(self, layer: SparseletLayer, gradient: Tensor) -> None:
-        target = layer.target_name
-        gradient = gradient.detach().to(layer.sparse_values[self.name].dtype)
-        self.received[target] = True
-        if target in self.gradients:
-            gradient += self.gradients.pop(target).to(gradient.device)
-        self.expected[target] -= 1
-        waits = not self.is_last or self.group is not None or self.expected[target] > 0
-        self.gradients[target] = offload(gradient) if self.config.offload and waits else gradient
-        if not self.is_last:
-            return
-        if self.group is None:
-            if self.expected[target] == 0:
-                self.finish(target)
-            return
-        # All processes average the targets in the same order, which the order of their backward passes need not be.
-        while self.unscored and self.expected[self.unscored[-1]] == 0:
-            self.finish(self.unscored.pop())
-
-    def finish(self, target: str) -> None:
-        """Score one target by its accumulated gradient, and drop the gradient."""
-        layer, config = self.layers[target], self.config
-        state = layer.sparse_mask[self.name]
-        gradient = self.gradients.pop(target, None)
-        if gradient is None:  # another process may have used the target
-            gradient = torch.zeros(layer.shape, dtype=layer.sparse_values[self.name].dtype, device=self.device)
-        gradient = gradient.to(layer.base_weight.device).div_(self.batches)
-        if self.group is not None:
-            average(gradient, self.group)
-        kept = blocks_to_keep(config.density, gradient.numel() // config.block_size**2)
-        # Before its first selection, initial_mask="gradient" has a placeholder mask, which must not influence the score.
-        mask = None if state.dense or not state.selections else layer.sparse_indices[self.name]
-        values = layer.dense_values(self.name) if "values" in self.score.needs else None
-        generator = seeded(config.seed, config.data_fingerprint, target, state.selections)
-        scores = self.score(Candidate(gradient, config.block_size, kept, generator, mask, values))
-        self.any_nonzero = self.any_nonzero or bool(scores.any())
-        if self.scores_jointly:
-            self.scores[target] = scores.cpu() if config.offload else scores
-        else:
-            self.masks_by_target[target] = top_k(scores, kept)
-
-    def masks(self) -> dict[str, Tensor]:
-        """The new mask of every target, once all gradients have been scored."""
-        for target in list(self.gradients) if self.group is None else self.unscored[::-1]:
-            self.finish(target)
-        received = self.received if self.group is None else on_any_process(self.received, self.device, self.group)
-        missing = [target for target in self.layers if not received[target]]
-        if missing:
-            raise SelectionError(f"{missing[0]} got no gradient from the scoring batches; is it used in the forward pass?")
-        masks = self._masks_jointly() if self.scores_jointly else self.masks_by_target
-        if self.group is not None:
-            masks = broadcast_masks({target: masks[target] for target in self.layers}, self.device, self.group)
-        return masks
-
-    def _masks_jointly(self) -> dict[str, Tensor]:
-        """The masks where the selection of a target depends on the scores of all targets."""
-        scores = {target: self.scores[target] for target in self.layers}
-        dropped = dropped_layers(scores, self.config.density) if self.config.layer_drop else set()
-        empty = torch.empty(0, dtype=torch.int32)
-        remaining = {target: score for target, score in scores.items() if target not in dropped}
-        if self.config.scope == "global":
-            selected = top_k_global(remaining, blocks_to_keep(self.config.density, sum(s.numel() for s in scores.values())))
-        else:
-            selected = {target: top_k(s, blocks_to_keep(self.config.density, s.numel())) for target, s in remaining.items()}
-        return {target: selected.get(target, empty) for target in self.layers}
-
-
-def _score_batches(model: nn.Module, batches: Iterable[Any], loss: Loss | None, scorer: _Scorer) -> None:
-    """Forward and backward at W + Ŵ on each batch, with the scorer as recorder; other parameters get no gradient."""
-    # Reads one batch ahead, since the scorer needs to know which is the last.
-    upcoming = iter(batches)
-    batch = next(upcoming, None)
-    if batch is None:
-        raise SelectionError("no batch to score on; give at least one.")
-    adapted = {id(layer.sparse_values[scorer.name]) for layer in scorer.layers.values()}
-    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in adapted]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        for layer in scorer.layers.values():
-            layer.recorder = scorer
-        while batch is not None:
-            following = next(upcoming, None)
-            scorer.is_last, scorer.batches = following is None, scorer.batches + 1
-            for layer in scorer.layers.values():
-                layer.calls = 0
-            with torch.enable_grad():
-                value = model_loss(model, batch) if loss is None else loss(model, batch)
-                scorer.expected = {target: layer.calls for target, layer in scorer.layers.items()}
-                value.backward()
-            batch = following
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        for layer in scorer.layers.values():
-            layer.recorder = None
-
-
-def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that a model returns for a batch. Raises SelectionError if it returns none."""
-    if not isinstance(batch, Mapping):
-        raise SelectionError(
-            f"a scoring batch is a {type(batch).__name__}, not keyword arguments of the model; pass loss=, a function of both."
-        )
-    output = model(**batch)
-    value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if value is None:
-        raise SelectionError("the model returned no loss for a scoring batch; put labels into it, or pass loss=.")
-    return value
 
 
 def _trained_layers(model: nn.Module) -> tuple[SparseletConfig, str, dict[str, SparseletLayer]]:
@@ -276,7 +162,12 @@ def _count_new(before: Tensor | None, after: Tensor) -> int:
 
 
 def _move_mask(
-    layer: SparseletLayer, name: str, blocks: Tensor, config: SparseletConfig, optimizer: torch.optim.Optimizer | None
+    layer: SparseletLayer,
+    name: str,
+    blocks: Tensor,
+    config: SparseletConfig,
+    optimizer: torch.optim.Optimizer | None,
+    seeds: Seeds | None,
 ) -> None:
     """Set one target's mask, and move values and optimizer moments with their entries."""
     state, parameter = layer.sparse_mask[name], layer.sparse_values[name]
@@ -284,50 +175,8 @@ def _move_mask(
     previous = _current_mask(layer, name)
     dense = layer.dense_values(name)
     layer.set_mask(name, blocks, kernels.gather(dense, blocks, config.block_size))
-    if config.initial_mask == "dense":
+    if config.when == "paper" and config.initial_mask == "dense":
         state.pending = offload(dense) if config.offload else dense
     state.selections += 1
     if optimizer is not None:
-        _move_moments(optimizer, parameter, previous, blocks, config.block_size)
-
-
-def offload(dense: Tensor) -> Tensor:
-    """A copy of `dense` in CPU memory, `dense` itself if it is there; pinned for CUDA, which copies at the bus's full speed."""
-    return torch.empty_like(dense, device="cpu", pin_memory=True).copy_(dense) if _on_cuda(dense) else dense.cpu()
-
-
-def _on_cuda(tensor: Tensor) -> bool:
-    return tensor.device.type == "cuda"
-
-
-def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """An optimizer's state tensors of a parameter, without scalars such as the step count."""
-    state = optimizer.state.get(parameter, {})
-    return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
-
-
-def _require_movable(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, target: str) -> None:
-    """Raise SelectionError unless all moments of a parameter have its shape."""
-    for key, tensor in _moments(optimizer, parameter).items():
-        if tensor.shape != parameter.shape:
-            raise SelectionError(
-                f"{type(optimizer).__name__} keeps {key!r} of {target} with shape {list(tensor.shape)}, not "
-                f"{list(parameter.shape)}, so they cannot be moved with the mask. Use an optimizer with one moment per entry, "
-                "such as AdamW."
-            )
-
-
-def _move_moments(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, before: Tensor | None, after: Tensor, block_size: int
-) -> None:
-    """Move the optimizer's moments of a parameter from the mask `before` (None: all entries) to `after`."""
-    for key, tensor in _moments(optimizer, parameter).items():
-        if before is None:
-            optimizer.state[parameter][key] = kernels.gather(tensor.contiguous(), after, block_size)
-            continue
-        moved = torch.zeros((len(after), *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
-        if len(before):
-            place = torch.searchsorted(before, after).clamp_max(len(before) - 1)
-            stays = before[place] == after
-            moved[stays] = tensor[place[stays]]
-        optimizer.state[parameter][key] = moved
+        move_moments(optimizer, parameter, previous, blocks, config.block_size, seeds)
