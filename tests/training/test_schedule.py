@@ -1,5 +1,6 @@
 """`MaskSchedule` in a plain transformers `Trainer`: when masks are selected, on what, and what it leaves alone."""
 
+import itertools
 import logging
 import re
 from types import SimpleNamespace
@@ -104,6 +105,32 @@ def assert_whole(trainer, density=0.1):
 
 
 # When
+
+
+def test_static_masks_are_selected_on_drawn_rows_before_the_first_step_and_stay(fit):
+    trainer, watch = fit({"when": "static", "score_batches": 2}, num_train_epochs=1)
+    assert watch.selected_at == [0]
+    assert watch.frozen_at == 0
+    assert all(torch.equal(watch.masks[0][name], mask) for name, mask in watch.masks[6].items())
+    assert_whole(trainer)
+
+
+def test_static_masks_of_the_weights_alone_need_no_schedule(fit):
+    trainer, watch = fit({"when": "static", "score": "magnitude"}, callbacks=[], num_train_epochs=1)
+    assert watch.frozen_at == 0
+    assert_whole(trainer)
+
+
+def test_a_refresh_exchanges_less_and_less_of_the_mask(fit):
+    settings = {"when": "refresh", "reselect_every": 1, "selection_epochs": 1, "replaced": 0.5, "density": 0.3}
+    trainer, watch = fit(settings, num_train_epochs=2)
+    assert watch.selected_at == [0, 1, 2, 3, 4, 5, 6]
+    assert watch.frozen_at == 6
+    steps = [[watch.masks[step][name] for step in range(7)] for name in watch.masks[0]]
+    new = [[1 - float(torch.isin(after, before).float().mean()) for before, after in itertools.pairwise(m)] for m in steps]
+    assert all(shares == sorted(shares, reverse=True) and shares[-1] == 0 for shares in new)
+    assert all(shares[0] == pytest.approx(0.5 * 5 / 6, abs=0.01) for shares in new)
+    assert_whole(trainer, 0.3)
 
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5, 6]), (2, [1, 2, 3, 4, 5, 6])], ids=["1", "2-shrinks"])
