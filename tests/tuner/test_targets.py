@@ -97,6 +97,31 @@ def test_default_targets_of_chosen_layers_of_a_language_model_beside_a_tower():
     assert {name.rpartition(".")[0] for name in sparselet_layers(model)} == {"model.language_model.layers.1.self_attn"}
 
 
+@pytest.mark.parametrize(
+    ("preset", "endings"),
+    [
+        ("qkv", ["k_proj", "q_proj", "v_proj"]),
+        ("attention", ["k_proj", "o_proj", "q_proj", "v_proj"]),
+        ("mlp", ["down_proj", "gate_proj", "up_proj"]),
+        ("all-linear", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+    ],
+)
+def test_a_preset_chooses_layers_by_what_they_do(make_llama, preset, endings):
+    layers = sparselet_layers(get_peft_model(make_llama(), SparseletConfig(target_modules=preset)))
+    assert sorted({name.rpartition(".")[2] for name in layers}) == endings
+    assert len(layers) == 2 * len(endings)
+    first = sparselet_layers(get_peft_model(make_llama(), SparseletConfig(target_modules=preset, layers_to_transform=[1])))
+    assert set(first) == {name for name in layers if ".1." in name}
+
+
+def test_presets_of_fused_layers_and_of_models_beside_a_tower(make_gpt2):
+    layers = sparselet_layers(get_peft_model(make_gpt2(), SparseletConfig(target_modules="attention")))
+    assert {name.split(".", 3)[3] for name in layers} == {"attn.c_attn", "attn.c_proj"}
+    layers = sparselet_layers(get_peft_model(make("gemma3"), SparseletConfig(target_modules="mlp")))
+    assert {name.rpartition(".")[2] for name in layers} == {"gate_proj", "up_proj", "down_proj"}
+    assert all(name.startswith("model.language_model.") for name in layers)
+
+
 def test_models_without_projections_are_refused_by_their_layers():
     config = transformers.MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=1)
     with pytest.raises(NoTargets, match="in_proj"):

@@ -10,13 +10,13 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftConfig
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
 
 from sparselet.adapter import AdapterFile, UnfinishedAdapterWarning
 from sparselet.adapter_format import CONFIG_FILE, METHOD, WEIGHTS_FILE, check_config, unnamed_modules
 from sparselet.errors import ConfigError
 from sparselet.io.json_files import read_object, write_json
 from sparselet.selection_settings import Balance, InitialMask, Scope, SelectionSettings, When, selection_values
+from sparselet.tuner.targets import PRESETS
 
 
 class PeftMethod(enum.StrEnum):
@@ -34,8 +34,9 @@ class SparseletConfig(PeftConfig):
     """Configuration of a sparse adapter for `peft.get_peft_model`.
 
     density to seed: the settings of mask selection; `SelectionSettings` explains them.
-    target_modules: names the target layers end in, or one regular expression for their full names, or "all-linear"; by
-        default the query, key and value projections of the language model (`default_targets`).
+    target_modules: names the target layers end in, or one regular expression for their full names, or a preset: "qkv", the
+        query, key and value projections of the language model, found by architecture (the default); "attention", these and
+        the linear layers beside them; "mlp", all others that text reaches but the output layer; "all-linear", as in PEFT.
     exclude_modules: the same, for layers to leave out.
     layers_to_transform: indices of the layers to adapt; all by default. Not together with a regular expression.
     layers_pattern: the name of the module list that these indices count, where a model has several.
@@ -94,7 +95,7 @@ class SparseletConfig(PeftConfig):
     def validate(self) -> None:
         """Check the settings of training. Raises what `SelectionSettings` raises, and ConfigError."""
         _ = self.selection  # raises for a value out of range
-        pattern = isinstance(self.target_modules, str) and self.target_modules.lower() != ALL_LINEAR
+        pattern = isinstance(self.target_modules, str) and self.target_modules.lower() not in PRESETS
         if pattern and (self.layers_to_transform is not None or self.layers_pattern):
             raise ConfigError(
                 f"layers_to_transform and layers_pattern do not go with target_modules={self.target_modules!r}, which matches "

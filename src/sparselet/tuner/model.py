@@ -10,7 +10,6 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
 from torch import Tensor, nn
 
 from sparselet.adapter import SparseAdapter, config_of_targets, require_finite
@@ -24,7 +23,7 @@ from sparselet.tuner.layer import SparseletLayer, SparseletLinear
 from sparselet.tuner.resident import leased
 from sparselet.tuner.selection import select_without_data
 from sparselet.tuner.state import is_unread, load_target, module_keys, read_state
-from sparselet.tuner.targets import default_targets, describe_linear_layers, is_linear
+from sparselet.tuner.targets import PRESETS, default_targets, describe_linear_layers, is_linear
 
 TRL_REFERENCE = "ref"  # the name of the reference adapter that TRL adds
 
@@ -47,7 +46,7 @@ class SparseletModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> SparseletConfig:
         assert isinstance(peft_config, SparseletConfig)
         names = peft_config.target_modules
-        if names is None or (isinstance(names, str) and names.lower() == ALL_LINEAR):
+        if names is None or (isinstance(names, str) and names.lower() in PRESETS):
             peft_config.target_modules = default_targets(self.model, peft_config)
         return peft_config
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -43,18 +44,57 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def default_targets(model: nn.Module, config: PeftConfig) -> list[str]:
-    """The target_modules for a configuration whose own are None or "all-linear", by its other fields."""
+    """The target_modules for a configuration whose own are None or a preset, by its other fields."""
     chosen: Any = copy.copy(config)
-    if chosen.target_modules is None:
+    preset = "qkv" if chosen.target_modules is None else str(chosen.target_modules).lower()
+    if preset == "qkv":
         chosen.target_modules, full_names = find_qkv(model)
         if full_names is None:
             return chosen.target_modules
     else:
-        linear: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
-        full_names = linear.target_modules
+        full_names = PRESETS[preset](model)
         chosen.target_modules = sorted({name.rpartition(".")[2] for name in full_names})
     # By endings, since PEFT checks the layer number only where target_modules has no full names.
     return sorted(name for name in full_names if check_target_module_exists(chosen, name))
+
+
+def _all_linear(model: nn.Module) -> set[str]:
+    """All linear layers but the output layer, as PEFT's "all-linear" has them."""
+    config: Any = PeftConfig()
+    config.target_modules = ALL_LINEAR
+    linear: Any = _maybe_include_all_linear_layers(config, model)
+    return set(linear.target_modules)
+
+
+def _qkv(model: nn.Module) -> set[str]:
+    """The query, key and value projections."""
+    endings, full_names = find_qkv(model)
+    return set(full_names or [name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings])
+
+
+def _attention(model: nn.Module) -> set[str]:
+    """All linear layers of the modules that hold the query, key and value projections."""
+    projections = _qkv(model)
+    parents = tuple({f"{name.rpartition('.')[0]}." for name in projections})
+    return {name for name in _all_linear(model) if name.startswith(parents)} | projections
+
+
+def _mlp(model: nn.Module) -> set[str]:
+    """All linear layers that text reaches outside of attention."""
+    reached = _reached_by_text(model)
+    layers = {name for name in _all_linear(model) - _attention(model) if reached(name)}
+    if not layers:
+        raise NoTargets(f"no linear layers outside of attention in {type(model).__name__}: {describe_linear_layers(model)}.")
+    return layers
+
+
+# Values of target_modules that stand for layers by what they do; "qkv" is the default.
+PRESETS: dict[str, Callable[[nn.Module], set[str]]] = {
+    "qkv": _qkv,
+    "attention": _attention,
+    "mlp": _mlp,
+    ALL_LINEAR: _all_linear,
+}
 
 
 def find_qkv(model: nn.Module) -> tuple[list[str], list[str] | None]:
