@@ -11,9 +11,9 @@ OF_TARGETS = frozenset({"peft_type", "format_version", "targets"})  # fields tha
 class AdapterMetadata:
     """The fields of adapter_config.json that describe an adapter; None where a field is absent or null.
 
-    base_model_name_or_path, task_type, modules_to_save: PEFT's. density, block_size, score, scope, layer_drop, initial_mask,
-    reselect_every, selection_epochs, score_batches, seed: how the mask was selected. merge: how experts were merged.
-    training: the training method of a baseline, and what a second stage started from.
+    base_model_name_or_path, task_type, modules_to_save: PEFT's. density, block_size, score, when, balance, replaced, scope,
+    layer_drop, initial_mask, reselect_every, selection_epochs, score_batches, seed: how the mask was
+    selected. merge: how experts were merged. training: the training method of a baseline, and what a second stage started from.
 
     extra: fields of any other name, PEFT's among them. nulls: fields that are written as null; others that are None are left
     out of the file.
@@ -25,6 +25,9 @@ class AdapterMetadata:
     density: float | None = None
     block_size: int | None = None
     score: str | None = None
+    when: str | None = None
+    balance: str | None = None
+    replaced: float | None = None
     scope: str | None = None
     layer_drop: bool | None = None
     initial_mask: str | None = None

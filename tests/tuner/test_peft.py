@@ -205,7 +205,7 @@ def test_embedding_tied_to_a_target_is_not_changed(make_llama, batch):
         ({"density": 10}, DensityOutOfRange),
         ({"block_size": 0}, BlockSizeError),
         ({"block_size": 2.0}, BlockSizeError),
-        ({"score": "snip"}, UnknownScore),
+        ({"score": "nothing"}, UnknownScore),
         ({"scope": "layer"}, ConfigError),
         ({"initial_mask": "sparse"}, ConfigError),
         ({"score_batches": 0}, ConfigError),

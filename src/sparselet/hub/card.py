@@ -99,8 +99,10 @@ def _schedule(metadata: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     return {
         "score": metadata["score"],
+        "when": metadata.get("when"),
+        "balanced over": metadata.get("balance"),
         "scope": metadata.get("scope"),
-        "initial mask": metadata.get("initial_mask"),
+        "initial mask": metadata.get("initial_mask") if metadata.get("when") in (None, "paper") else None,
         "selected again": "never" if steps == 0 else steps and f"every {_text(steps)} steps",
         "selection epochs": metadata.get("selection_epochs"),
         "layer drop": metadata.get("layer_drop"),
