@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sparselet import MaskSchedule, SparseletConfig, freeze_masks, reselect, to_adapter
 from sparselet.training import TrainSettings, train
-from sparselet.tuner import selection, sparselet_layers
+from sparselet.tuner import scorer, sparselet_layers
 from sparselet.tuner.distributed import broadcast_masks
 
 # The adapter's configuration, then the Trainer's arguments.
@@ -202,13 +202,13 @@ def unlike_scores(directory, processes=1):
     def loss(model, batch):
         return model(input_ids=batch["ids"], labels=batch["ids"]).loss
 
-    wrapped, averaged = DistributedDataParallel(model) if processes > 1 else model, selection.average
+    wrapped, averaged = DistributedDataParallel(model) if processes > 1 else model, scorer.average
     if processes > 1 and dist.get_rank():
-        selection.average = lambda gradient, group: gradient.copy_(averaged(gradient, group).flip(0))
+        scorer.average = lambda gradient, group: gradient.copy_(averaged(gradient, group).flip(0))
     try:
         reselect(wrapped, [{"ids": torch.arange(2, 12).reshape(1, 10)}], loss=loss)
     finally:
-        selection.average = averaged
+        scorer.average = averaged
     return tensors(to_adapter(model))
 
 
