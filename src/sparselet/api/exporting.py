@@ -1,9 +1,10 @@
 """`export` and `convert`: an expert in another format, and an expert of another format as a sparse adapter."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+
+from transformers import PreTrainedModel
 
 from sparselet.adapter import AdapterFile
 from sparselet.api.opening import base_of, open_experts
@@ -20,7 +21,29 @@ from sparselet.merging.engine.plan import ExpertSource
 from sparselet.models import MODEL_DTYPES, load_model, load_tokenizer, lossless_dtype, model_directory, skeleton
 from sparselet.result_table import ResultTable, ShownAsTable
 
-Format = Literal["shira", "supertuning", "lora", "checkpoint", "gguf"]
+PEFT_LINE = "peft.PeftModel.from_pretrained(base_model, {path!r})"
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Choices of an export, as `export` describes them."""
+
+    base: str | None = None
+    rank: int | None = None
+    max_error: float = 0.01
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """A format that experts are written in.
+
+    write: `(expert, out, settings, progress) -> errors`, the relative error of each target, empty for an exact format.
+    next_step: the line that uses the output; `{path}` is its directory, `{word}` the same quoted for a shell.
+    """
+
+    write: Callable[[Expert, str | Path, ExportSettings, ProgressCallback | None], Mapping[str, float]]
+    next_step: str
 
 
 @dataclass(frozen=True)
@@ -51,7 +74,7 @@ class ExportResult(ShownAsTable):
 
 def export(
     expert: ExpertSource,
-    to: Format,
+    to: str,
     out: str | Path,
     *,
     base: str | None = None,
@@ -65,8 +88,8 @@ def export(
 
         sl.export(merged, "lora", "out", rank=64)
 
-    to: shira or supertuning, which lose nothing, or lora, all for stock PEFT; checkpoint, the base model with the expert in its
-        weights; gguf, such a checkpoint for llama.cpp's converter.
+    to: a name in `FORMATS`: shira or supertuning, which lose nothing, or lora, all for stock PEFT; checkpoint, the base model
+        with the expert in its weights; gguf, such a checkpoint for llama.cpp's converter.
     base: the base model. checkpoint and gguf need it, and the others if the expert does not record which layers are linear.
     rank: of the LoRA; by default the smallest that is exact, target by target. max_error: the largest relative error of a
         target that is accepted, lora only.
@@ -74,17 +97,11 @@ def export(
     without: patterns of target names that are left out. progress: reports targets, lora only.
     Raises ConfigError, ExportError, OutputExists, WriteFailed, and what opening the expert and the base model raises.
     """
+    if to not in FORMATS:
+        raise ConfigError(f"to must be one of {', '.join(FORMATS)}, got {to!r}.")
     check_output(out)
     opened = open_experts([expert], base, without)[0]
-    errors: Mapping[str, float] = {}
-    if to in ("checkpoint", "gguf"):
-        _export_model(opened, to, out, base, dtype)
-    else:
-        bare = None if base is None else skeleton(base)
-        if to == "lora":
-            errors = export_lora(opened, out, rank, max_error, bare, StepCounter(len(opened), progress).step)
-        else:
-            (export_shira if to == "shira" else export_super_tuning)(opened, out, bare)
+    errors = FORMATS[to].write(opened, out, ExportSettings(base, rank, max_error, dtype), progress)
     return ExportResult(Path(out), to, len(opened), opened.nnz, errors, tuple(opened.left_out))
 
 
@@ -102,16 +119,65 @@ def convert(
     return AdapterFile(out)
 
 
-def _export_model(expert: Expert, to: str, out: str | Path, base: str | None, dtype: str) -> None:
-    """Write the base model with the expert in its weights."""
+def _write_shira(
+    expert: Expert, out: str | Path, settings: ExportSettings, progress: ProgressCallback | None
+) -> Mapping[str, float]:
+    export_shira(expert, out, _layers_of(settings.base))
+    return {}
+
+
+def _write_super_tuning(
+    expert: Expert, out: str | Path, settings: ExportSettings, progress: ProgressCallback | None
+) -> Mapping[str, float]:
+    export_super_tuning(expert, out, _layers_of(settings.base))
+    return {}
+
+
+def _write_lora(
+    expert: Expert, out: str | Path, settings: ExportSettings, progress: ProgressCallback | None
+) -> Mapping[str, float]:
+    counter = StepCounter(len(expert), progress)
+    return export_lora(expert, out, settings.rank, settings.max_error, _layers_of(settings.base), counter.step)
+
+
+def _write_checkpoint(
+    expert: Expert, out: str | Path, settings: ExportSettings, progress: ProgressCallback | None
+) -> Mapping[str, float]:
+    base, model = _load_base(expert, settings, "checkpoint")
+    dtype = MODEL_DTYPES[settings.dtype]
+    export_checkpoint(model, None, expert, out, keep_base=False, dtype=dtype, base=model_directory(base))
+    return {}
+
+
+def _write_gguf(
+    expert: Expert, out: str | Path, settings: ExportSettings, progress: ProgressCallback | None
+) -> Mapping[str, float]:
+    base, model = _load_base(expert, settings, "gguf")
+    tokenizer, dtype = load_tokenizer(base), MODEL_DTYPES[settings.dtype]
+    export_gguf_checkpoint(model, tokenizer, expert, out, keep_base=False, dtype=dtype, base=model_directory(base))
+    return {}
+
+
+def _layers_of(base: str | None) -> PreTrainedModel | None:
+    """The base model without its weights, from which formats of PEFT read which layers are linear."""
+    return None if base is None else skeleton(base)
+
+
+def _load_base(expert: Expert, settings: ExportSettings, to: str) -> tuple[str, PreTrainedModel]:
+    """The name of the base model, and the model. Raises ConfigError, ModelError."""
+    base = settings.base
     if base is None:
         recorded = base_of([expert])
         raise ConfigError(f"format {to} needs the base model; set `base{f'={recorded}' if recorded else ''}`.")
-    if dtype not in MODEL_DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(MODEL_DTYPES)}, got {dtype!r}.")
-    model = load_model(base, lossless_dtype(base, dtype))
-    files: dict[str, Any] = {"keep_base": False, "dtype": MODEL_DTYPES[dtype], "base": model_directory(base)}
-    if to == "gguf":
-        export_gguf_checkpoint(model, load_tokenizer(base), expert, out, **files)
-    else:
-        export_checkpoint(model, None, expert, out, **files)
+    if settings.dtype not in MODEL_DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(MODEL_DTYPES)}, got {settings.dtype!r}.")
+    return base, load_model(base, lossless_dtype(base, settings.dtype))
+
+
+FORMATS: dict[str, ExportFormat] = {
+    "shira": ExportFormat(_write_shira, PEFT_LINE),
+    "supertuning": ExportFormat(_write_super_tuning, PEFT_LINE),
+    "lora": ExportFormat(_write_lora, PEFT_LINE),
+    "checkpoint": ExportFormat(_write_checkpoint, "sparselet eval --task TASK --model {word}"),
+    "gguf": ExportFormat(_write_gguf, "python llama.cpp/convert_hf_to_gguf.py {word}"),
+}

@@ -6,24 +6,21 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from sparselet.api.exporting import Format, export
+from sparselet.api.exporting import FORMATS, export
 from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, show, word
 
-PEFT_LINE = "peft.PeftModel.from_pretrained(base_model, {out!r})"
-NEXT = {
-    "shira": PEFT_LINE,
-    "supertuning": PEFT_LINE,
-    "lora": PEFT_LINE,
-    "checkpoint": "sparselet eval --task TASK --model {word}",
-    "gguf": "python llama.cpp/convert_hf_to_gguf.py {word}",
-}
+
+def refuse_other_formats(_: object, name: str) -> None:
+    """Raise ValueError for a name that is not in FORMATS."""
+    if name not in FORMATS:
+        raise ValueError(f"expected one of {', '.join(FORMATS)}, got {name!r}")
 
 
 def export_(
     adapter: str,
     /,
     *,
-    to: Format,
+    to: Annotated[str, Parameter(help=f"Format: {', '.join(FORMATS)}.", validator=refuse_other_formats)],
     out: Path,
     model: str | None = None,
     rank: int | None = None,
@@ -47,8 +44,6 @@ def export_(
     ----------
     adapter
         A sparse adapter or any other expert: directory or hub name.
-    to
-        Format: shira, supertuning, lora, checkpoint or gguf.
     out
         Directory to write to; it must not exist.
     model
@@ -90,5 +85,5 @@ def export_(
     say(
         f"{result.targets} targets, {result.entries:,} entries",
         f"Written to {out}",
-        f"Next: {NEXT[to].format(out=str(out), word=word(out))}",
+        f"Next: {FORMATS[to].next_step.format(path=str(out), word=word(out))}",
     )
