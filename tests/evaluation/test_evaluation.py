@@ -318,7 +318,7 @@ def test_another_split_may_be_asked(model):
 
 def test_tasks_of_one_name_are_refused(model, monkeypatch):
     monkeypatch.setattr("sparselet.evaluation.harness.generate", lambda *args, **kwargs: pytest.fail("answered"))
-    with pytest.raises(TaskError, match="two tasks are called t, so their results could not be told apart"):
+    with pytest.raises(TaskError, match="two tasks are called t, so their results could not be distinguished"):
         evaluate(model, make_tokenizer(), [task(name, ["a"], ["b"]) for name in ("s", "t", "t")])
 
 

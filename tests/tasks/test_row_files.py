@@ -104,9 +104,9 @@ def test_bytes_that_are_no_utf_8_are_named_with_the_line(tmp_path):
     (tmp_path / "train.json").write_bytes(f"[{row},\n\n".encode() + b'{"input": "\xe9", "target": "b"}]')
     refused(tmp_path, r"train\.json, line 3: not UTF-8")
     os.rename(tmp_path / "train.json", tmp_path / "train.jsonl.gz")
-    refused(tmp_path, r"train\.jsonl\.gz: not a whole gzip file: Not a gzipped file")
+    refused(tmp_path, r"train\.jsonl\.gz: not a complete gzip file: Not a gzipped file")
     (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(lines(GOOD) * 200)[:-20])
-    refused(tmp_path, r"train\.jsonl\.gz: not a whole gzip file")
+    refused(tmp_path, r"train\.jsonl\.gz: not a complete gzip file")
 
 
 def test_a_line_without_end_takes_no_memory_without_end(tmp_path):

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparselet.apply import apply_temporarily
-from sparselet.errors import ConfigError, TaskError
+from sparselet.errors import TaskError
 from sparselet.evaluation.metrics import DEFAULT_METRICS, Metric, choose_metrics, measure
 from sparselet.expert import ExpertOrDeltas
 from sparselet.generation.generate import generate
-from sparselet.setting_checks import check_settings
+from sparselet.setting_checks import check_at_least, check_settings
 from sparselet.tasks.task import Row, Task
 
 
@@ -27,7 +27,7 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Which rows are asked, and how. Raises ConfigError for a number below 1."""
+    """Settings of `evaluate`. Raises ConfigError for a number below 1."""
 
     rows: int | None = None
     """Use only the first rows of each task."""
@@ -40,14 +40,11 @@ class EvalSettings:
     batch_size: int | None = None
     """Rows answered together; by default as many as hold 16,384 tokens with their answers."""
     split: str = "test"
-    """The split that is asked."""
+    """The split to evaluate on."""
 
     def __post_init__(self) -> None:
         check_settings(self)
-        for name in ("rows", "max_input_length", "max_new_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}.")
+        check_at_least(self, 1, "rows", "max_input_length", "max_new_tokens", "batch_size")
 
 
 def evaluate(
@@ -71,7 +68,7 @@ def evaluate(
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
-            raise TaskError(f"two tasks are called {name}, so their results could not be told apart; rename a directory.")
+            raise TaskError(f"two tasks are called {name}, so their results could not be distinguished; rename a directory.")
     results = []
     with apply_temporarily(model, adapter) if adapter is not None else contextlib.nullcontext():
         for task in tasks:

@@ -1,7 +1,7 @@
 """Three small tasks for the demo, generated from facts and rules written here.
 
 Each has 200 training, 30 validation and 60 test rows, the same on every machine, and no row in two splits. A small
-instruction-tuned model fails at all three, mostly because it does not know what form of answer is wanted.
+instruction-tuned model fails at all three, mostly because it does not know the expected form of an answer.
 """
 
 import random
@@ -104,9 +104,9 @@ def spell(number: int) -> str:
         return _TENS[number // 10 - 2] + (f"-{_ONES[number % 10]}" if number % 10 else "")
     if number < 1000:
         return f"{_ONES[number // 100]} hundred" + (f" and {spell(number % 100)}" if number % 100 else "")
-    rest = number % 1000
-    joint = " and " if 0 < rest < 100 else " "
-    return f"{_ONES[number // 1000]} thousand" + (f"{joint}{spell(rest)}" if rest else "")
+    remainder = number % 1000
+    joint = " and " if 0 < remainder < 100 else " "
+    return f"{_ONES[number // 1000]} thousand" + (f"{joint}{spell(remainder)}" if remainder else "")
 
 
 def _shuffled(pairs: list[Pair], seed: int) -> list[Pair]:
@@ -114,10 +114,10 @@ def _shuffled(pairs: list[Pair], seed: int) -> list[Pair]:
 
 
 def _split(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
-    rest = list(pairs)
+    remaining = list(pairs)
     splits = {}
     for name, size in SIZES.items():
-        splits[name], rest = rest[:size], rest[size:]
+        splits[name], remaining = remaining[:size], remaining[size:]
         if len(splits[name]) != size:
             raise ValueError(f"too few rows for the {name} split")
     return splits

@@ -1,4 +1,4 @@
-"""The files of a task's split, and what stands in them: JSON lines, JSON arrays, Parquet."""
+"""The files of a task's split and their rows: JSON lines, JSON arrays, Parquet."""
 
 import gzip
 import itertools
@@ -21,7 +21,7 @@ LONGEST_LINE = 2**26  # bytes of one JSON line
 LARGEST_JSON = 2**30  # bytes of a .json file, which is read in one piece
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
-_SHOWN = 12  # files that a message lists
+_MAX_FILES = 12  # files that a message lists
 
 Numbered = Iterator[tuple[str, Any]]  # file and line or row, for messages; and what stands there
 # From the columns of a file and how it is called in messages, those that are read.
@@ -41,10 +41,10 @@ def split_files(directory: Path, split: str) -> list[Path]:
     matches = [match for match in map(pattern.fullmatch, present) if match]
     if not matches:
         expected = f"{split}{ENDINGS[0]} (or {', '.join(ENDINGS[1:])})"
-        found = ", ".join(present[:_SHOWN]) + (", …" if len(present) > _SHOWN else "")
-        raise TaskError(f"{directory} has no split {split!r}: expected {expected}, found {found or 'nothing'}.")
+        names = ", ".join(present[:_MAX_FILES]) + (", …" if len(present) > _MAX_FILES else "")
+        raise TaskError(f"{directory} has no split {split!r}: expected {expected}, found {names or 'nothing'}.")
     if len({(match[2], match[3]) for match in matches}) > 1 or (len(matches) > 1 and matches[0][1] is None):
-        names = ", ".join(match[0] for match in matches[:_SHOWN])
+        names = ", ".join(match[0] for match in matches[:_MAX_FILES])
         raise TaskError(f"{directory} has several files for the split {split!r}: {names}. Keep one of them.")
     if matches[0][1] is not None:
         parts, count = [int(match[1]) for match in matches], int(matches[0][2])
@@ -72,7 +72,7 @@ def read_file(file: Path, choose: Choose) -> Numbered:
             with open(file, "rb") as raw:
                 yield from read(file, gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise TaskError(f"{file}: not a whole gzip file: {error}") from error
+        raise TaskError(f"{file}: not a complete gzip file: {error}") from error
     except OSError as error:
         raise TaskError(f"cannot read {file}: {error.strerror or error}.") from error
 

@@ -1,4 +1,4 @@
-"""The rows of a task: a prompt and the text to produce, or a conversation, told apart by their columns."""
+"""The rows of a task: a prompt and the text to produce, or a conversation, by their columns."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ FORMS = ((INPUT, TARGET), ("prompt", "completion"), ("messages",), ("conversatio
 
 _ROLES = {"human": "user", "gpt": ASSISTANT}  # ShareGPT's names
 _ACCEPTED_ROLES = ("system", "developer", "user", ASSISTANT, "tool")
-# Fields of a message that change what is asked or learned, and are not read.
+# Fields of a message that change the prompt or the learned tokens, and are not read.
 _REFUSED_FIELDS = ("tool_calls", "function_call", "reasoning_content", "thinking", "weight")
-_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-_SHOWN = 12  # names that a message lists
+_TYPE_NAMES = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+_MAX_FIELDS = 12  # names that a message lists
 
 
 class _Twice:
@@ -39,7 +39,7 @@ Prompt = str | Sequence[Message]
 
 @dataclass(frozen=True)
 class Row:
-    """One example: the whole prompt, and the text to produce.
+    """One example: the prompt and the text to produce.
 
     input: a text, or the turns of a conversation before the answer. target: the text, or the assistant's last turn.
     first_learned: of a conversation, the assistant's turns from this one on are learned, and the last is measured.
@@ -70,9 +70,9 @@ def choose_columns(present: Collection[str], names: Mapping[str, str], where: st
             return form
     partly = next((form for form in forms if any(column in present for column in form)), forms[0])
     missing = next(column for column in partly if column not in present)
-    there = ", ".join(map(_shown, list(present)[:_SHOWN])) + (", …" if len(present) > _SHOWN else "")
+    shown = ", ".join(map(_one_line, list(present)[:_MAX_FIELDS])) + (", …" if len(present) > _MAX_FIELDS else "")
     expected = "" if forms is not FORMS else f" Rows have {' or '.join(' and '.join(form) for form in FORMS)}."
-    raise TaskError(f"{where}: no field {missing!r}; the row has {there or 'none'}.{expected}")
+    raise TaskError(f"{where}: no field {missing!r}; the row has {shown or 'none'}.{expected}")
 
 
 def read_row(place: str, fields: Any, columns: tuple[str, ...]) -> Row:
@@ -96,9 +96,11 @@ def read_row(place: str, fields: Any, columns: tuple[str, ...]) -> Row:
 
 def _field(place: str, fields: Any, column: str) -> Any:
     if not isinstance(fields, Mapping):
-        raise TaskError(f"{place}: expected an object, got {_kind(fields)}.")
+        raise TaskError(f"{place}: expected an object, got {_type_name(fields)}.")
     if column not in fields:
-        raise TaskError(f"{place}: no field {column!r}; the row has {', '.join(map(_shown, [*fields][:_SHOWN])) or 'none'}.")
+        raise TaskError(
+            f"{place}: no field {column!r}; the row has {', '.join(map(_one_line, [*fields][:_MAX_FIELDS])) or 'none'}."
+        )
     return fields[column]
 
 
@@ -120,19 +122,19 @@ def _conversation(place: str, messages: tuple[Message, ...], first_learned: int)
 def _messages(place: str, column: str, value: Any) -> tuple[Message, ...]:
     """Messages of `role` and `content` (or `from` and `value`); content is text, or a list of parts that are text."""
     if not isinstance(value, list) or not value:
-        raise TaskError(f"{place}: {column!r} is {'empty' if value == [] else _kind(value)}, expected a list of messages.")
+        raise TaskError(f"{place}: {column!r} is {'empty' if value == [] else _type_name(value)}, expected a list of messages.")
     messages = []
     for number, fields in enumerate(value, 1):
         where = f"{place}: {column!r}, message {number}"
         if not isinstance(fields, Mapping):
-            raise TaskError(f"{where} is {_kind(fields)}, expected an object with role and content.")
+            raise TaskError(f"{where} is {_type_name(fields)}, expected an object with role and content.")
         for field in _REFUSED_FIELDS:
             if fields.get(field) not in (None, [], {}, "") and (field, fields[field]) != ("weight", 1):
                 raise TaskError(f"{where} has {field!r}, which is not read. Remove it, or leave the row out.")
         role, content = (fields.get(key, fields.get(other)) for key, other in (("role", "from"), ("content", "value")))
         role = _ROLES.get(role, role) if isinstance(role, str) else role
         if role not in _ACCEPTED_ROLES:
-            shown = _shown(role) if isinstance(role, str) else _kind(role)
+            shown = _one_line(role) if isinstance(role, str) else _type_name(role)
             raise TaskError(f"{where}: role is {shown}, expected one of {', '.join(_ACCEPTED_ROLES)}.")
         content = _joined(where, content) if isinstance(content, list) else content
         messages.append(Message(role, _text(f"{where}: content", content, role in ("user", ASSISTANT))))
@@ -150,7 +152,7 @@ def _joined(where: str, parts: Sequence[Any]) -> str:
 def _text(what: str, value: Any, filled: bool = True) -> str:
     """A text that tokenizers take and that is not blank, where it must be `filled`. Raises TaskError."""
     if not isinstance(value, str):
-        raise TaskError(f"{what} {'occurs twice' if value is TWICE else f'is {_kind(value)}'}, expected text.")
+        raise TaskError(f"{what} {'occurs twice' if value is TWICE else f'is {_type_name(value)}'}, expected text.")
     if filled and not value.strip():
         raise TaskError(f"{what} is empty.")
     try:
@@ -163,13 +165,13 @@ def _text(what: str, value: Any, filled: bool = True) -> str:
     return value
 
 
-def _kind(value: Any) -> str:
-    """What a value is, in words for messages."""
+def _type_name(value: Any) -> str:
+    """The JSON type of a value, for messages."""
     if value is None:
         return "null"
-    return "there twice" if value is TWICE else _KINDS.get(type(value), type(value).__name__)
+    return "there twice" if value is TWICE else _TYPE_NAMES.get(type(value), type(value).__name__)
 
 
-def _shown(name: str) -> str:
+def _one_line(name: str) -> str:
     """A name from a file in a message: on one line, no longer than it need be."""
     return repr(str(name))[1:-1][:60]

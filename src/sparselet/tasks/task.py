@@ -19,7 +19,7 @@ BUILTIN_PREFIX = "builtin:"
 
 @dataclass(frozen=True)
 class Task:
-    """A named task with the splits that were asked for."""
+    """A named task with the splits that were loaded."""
 
     name: str
     splits: Mapping[str, tuple[Row, ...]]
@@ -78,7 +78,8 @@ def _is_directory(path: Path) -> bool:
         path.resolve().name.encode()  # it is written into records
         return path.is_dir()
     except (OSError, ValueError) as error:  # too long; a NUL; not UTF-8
-        raise TaskError(f"{str(path)!r} cannot be a task's directory: {getattr(error, 'strerror', None) or error}.") from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise TaskError(f"{str(path)!r} cannot be a task's directory: {reason}.") from error
 
 
 def _builtin(name: str, splits: tuple[str, ...]) -> Task:

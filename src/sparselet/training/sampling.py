@@ -50,14 +50,14 @@ def balanced_rows(sizes: Sequence[int], seed: int, epoch: int) -> list[int]:
     for task, size in enumerate(sizes):
         share = sum(sizes) // len(sizes) + (task < sum(sizes) % len(sizes))
         rows += list(range(first, first + size)) * (share // size)
-        rest = share % size
-        place = epoch * rest
+        remainder = share % size
+        start = epoch * remainder
         permutations = [
             torch.randperm(size, generator=seeded(seed, "task", task, number)) + first
-            for number in range(place // size, -(-(place + rest) // size))
+            for number in range(start // size, -(-(start + remainder) // size))
         ]
-        if rest:
-            rows += torch.cat(permutations)[place % size :][:rest].tolist()
+        if remainder:
+            rows += torch.cat(permutations)[start % size :][:remainder].tolist()
         first += size
     return rows
 
@@ -92,9 +92,9 @@ class LengthGroupedSampler(Sampler[int]):
             rows = sorted(order[start : start + group], key=lambda row: -self.lengths[row])
             batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         # A short batch must stay last, or all batches after it would be cut at other rows.
-        whole, rest = [b for b in batches if len(b) == self.batch_size], [b for b in batches if len(b) < self.batch_size]
-        for i in torch.randperm(len(whole), generator=generator).tolist():
-            yield from whole[i]
-        for batch in rest:
+        full, short = [b for b in batches if len(b) == self.batch_size], [b for b in batches if len(b) < self.batch_size]
+        for i in torch.randperm(len(full), generator=generator).tolist():
+            yield from full[i]
+        for batch in short:
             yield from batch
         yield from [UNCOUNTED] * self.uncounted

@@ -88,7 +88,7 @@ class MaskSchedule(TrainerCallback):
         for model in self.models:
             if isinstance(model, DistributedDataParallel):
                 require_same_start(layers, group_of(model))
-                rebuild(model)  # what was loaded since it was made may have other shapes
+                rebuild(model)  # tensors loaded since it was created may have other shapes
         loader = kwargs["train_dataloader"]
         if not has_length(loader.dataset):
             raise SelectionError("scoring batches are drawn from the training data, which must have a length.")

@@ -1,4 +1,4 @@
-"""What a selection in a `Trainer` is scored on: rows of the training data, by the loss that the Trainer trains with."""
+"""Scoring batches of a selection in a `Trainer`: rows of the training data, by the Trainer's own loss."""
 
 import gc
 from collections import deque
@@ -19,14 +19,14 @@ from sparselet.tuner.mask_state import seeded
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a Trainer's `compute_loss` takes beside the model: a micro-batch, and the number of labels in its whole batch."""
+    """Arguments of a Trainer's `compute_loss` beside the model: a micro-batch, and the number of labels in its full batch."""
 
     batch: Any
     items: Tensor | int | None
 
 
 def trainer_of(state: TrainerState) -> Trainer | None:
-    """The Trainer whose state this is, which a callback is not given. Goes through all objects, in a fraction of a second."""
+    """The Trainer that has this state; callbacks do not get it. Searches all objects, in a fraction of a second."""
     # By type, since proxies and lazy modules may answer `isinstance` by doing things.
     return next((o for o in gc.get_objects() if Trainer in type(o).__mro__ and vars(o).get("state") is state), None)
 
@@ -34,7 +34,7 @@ def trainer_of(state: TrainerState) -> Trainer | None:
 def trainer_loss(trainer: Trainer) -> Callable[[nn.Module, LossInputs], Tensor]:
     """The loss that a Trainer trains with, as `reselect` takes it: its own `compute_loss`, in its own precision.
 
-    Over several processes the mean of what they get is the loss of the whole batch, as it is in training.
+    Over several processes the mean of their losses is the loss of the full batch, as in training.
     """
     compute_loss = trainer.compute_loss
 
@@ -68,12 +68,12 @@ def draw_rows(
     if len(pool) < args.world_size:
         raise SelectionError(f"{len(pool)} training rows cannot be shared by {args.world_size} processes; start fewer.")
     order = [pool[i] for i in torch.randperm(len(pool), generator=seeded(config.seed, "scoring", step)).tolist()]
-    at_a_time = args.per_device_train_batch_size * args.world_size
-    wanted = at_a_time * args.gradient_accumulation_steps
+    micro_batch = args.per_device_train_batch_size * args.world_size
+    batch_size = micro_batch * args.gradient_accumulation_steps
     batches = []
     for i in range(config.score_batches):
-        drawn = [order[(i * wanted + j) % len(order)] for j in range(min(wanted, len(order)))]
-        parts = min(-(-len(drawn) // at_a_time), len(drawn) // args.world_size)
+        drawn = [order[(i * batch_size + j) % len(order)] for j in range(min(batch_size, len(order)))]
+        parts = min(-(-len(drawn) // micro_batch), len(drawn) // args.world_size)
         batches.append([drawn[part::parts][args.process_index :: args.world_size] for part in range(parts)])
     return batches
 
@@ -95,7 +95,7 @@ def with_items(trainer: Trainer, batches: Sequence[Sequence[Any]]) -> list[LossI
 
 
 class StepInputs:
-    """Remembers what the loss of a Trainer was computed of in its last `steps` optimizer steps.
+    """Records the inputs of a Trainer's loss in its last `steps` optimizer steps.
 
     For the time of a training it stands before the Trainer's `compute_loss`. before_first: called once, with the inputs of
     the first loss, before it is computed.

@@ -236,13 +236,13 @@ class _SaveEvery(TrainerCallback):
     """Requests checkpoints between epochs. The last step of an epoch is saved after its evaluation, which a resumed run would
     otherwise skip."""
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert state.epoch is not None
         last = state.epoch == round(state.epoch) or state.global_step == state.max_steps
-        if self.every and state.global_step % self.every == 0 and not last:
+        if self.interval and state.global_step % self.interval == 0 and not last:
             control.should_save = True
 
 
