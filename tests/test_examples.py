@@ -23,6 +23,16 @@ def test_the_readme_names_only_make_targets_that_exist() -> None:
     assert named <= set(re.findall(r"^(\w+):", makefile, flags=re.MULTILINE))
 
 
+def test_the_readme_quotes_measured_figures() -> None:
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("<!-- evidence -->") : readme.index("<!-- /evidence -->")]
+    measured = "".join((ROOT / "docs" / page).read_text() for page in ("results.md", "performance.md"))
+    figures = re.findall(r"\| (\d[\d.]*)", table)
+    assert len(figures) == 10
+    for figure in figures:
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.])", measured), figure
+
+
 def test_the_tree_in_contributing_names_every_module_and_no_other() -> None:
     tree = re.search(r"```\n(src/sparselet/.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
     assert tree is not None

@@ -1,4 +1,4 @@
-"""The job of `sparselet merge --as checkpoint`: what mergekit does, a whole checkpoint, from sparse experts."""
+"""The job of `sparselet merge` and `export --to checkpoint`: what mergekit does, a whole checkpoint, from sparse experts."""
 
 from collections.abc import Callable
 from pathlib import Path
