@@ -22,7 +22,7 @@ from sparselet.errors import (
     UnsupportedExpert,
 )
 from sparselet.formats import LoraFile, open_expert
-from sparselet.formats.lora.read import _KNOWN, REFUSED
+from sparselet.formats.lora.read import _READ_FIELDS, REFUSED
 
 LORAS = {
     "plain": {},
@@ -124,7 +124,7 @@ def test_every_field_of_a_lora_that_peft_knows_is_used_refused_or_harmless(lora)
     """A field that a later PEFT adds is refused when it is set, so this list must be looked at then."""
     known = json.loads((lora / "adapter_config.json").read_text()).keys()
     unset = {"peft_type", "use_something_new", "enable_lora"}
-    assert known - set(_KNOWN.split()) - set(REFUSED) == set()
+    assert known - set(_READ_FIELDS.split()) - set(REFUSED) == set()
     assert set(UNSUPPORTED) - unset <= known
 
 

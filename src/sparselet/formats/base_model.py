@@ -62,9 +62,9 @@ class BaseModel:
 
         Raises UnknownTarget, UnsupportedExpert.
         """
-        found = self.names.find(names, where)
-        refuse_shared(self.names, found.values(), where)
-        return found
+        targets = self.names.find(names, where)
+        refuse_shared(self.names, targets.values(), where)
+        return targets
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, int]], where: str) -> None:
         """Raise WrongBase if a target has another shape in the base model."""
@@ -87,9 +87,9 @@ def _model_class(config: Any) -> Any:
     if named is not None and not named.can_generate() and named not in (bare if isinstance(bare, tuple) else (bare,)):
         return named
     mapping = auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else auto.MODEL_FOR_CAUSAL_LM_MAPPING
-    found = mapping.get(type(config), None) or named or bare
-    if found is None:
+    classes = mapping.get(type(config), None) or named or bare
+    if classes is None:
         raise ValueError(f"transformers has no class for a model of type {config.model_type}")
-    if isinstance(found, tuple):
-        return next((one for one in found if one is named), found[0])
-    return found
+    if isinstance(classes, tuple):
+        return named if named in classes else classes[0]
+    return classes

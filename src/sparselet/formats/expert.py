@@ -77,8 +77,8 @@ class SomeTargets(ExpertFile):
     @property
     def fingerprints(self) -> Mapping[str, Mapping[str, str] | None]:
         """The base model's, by target."""
-        known = self._expert.fingerprints
-        return {name: known[self._names[name]] for name in self.shapes}
+        fingerprints = self._expert.fingerprints
+        return {name: fingerprints[self._names[name]] for name in self.shapes}
 
     def __getitem__(self, name: str) -> SparseDelta:
         return self._expert[self._names[name]]

@@ -114,13 +114,13 @@ def _check_tokenizer(model: Any, tokenizer: Any) -> Path | None:
     if not tokenizer.is_fast:
         raise ExportError(f"a {type(tokenizer).__name__} writes no tokenizer.json; load the tokenizer as a fast one.")
     places = (getattr(tokenizer, "vocab_file", None), Path(tokenizer.name_or_path or ".") / SENTENCEPIECE)
-    found = [Path(place) for place in places if place and Path(place).name == SENTENCEPIECE and Path(place).is_file()]
-    if not found and type(model).__name__ in NEED_SENTENCEPIECE:
+    files = [Path(place) for place in places if place and Path(place).name == SENTENCEPIECE and Path(place).is_file()]
+    if not files and type(model).__name__ in NEED_SENTENCEPIECE:
         raise ExportError(
             f"llama.cpp's converter reads the vocabulary of a {type(model).__name__} from {SENTENCEPIECE} only, which the "
             f"tokenizer was loaded without; put it beside the base model's tokenizer.json."
         )
-    return found[0] if found else None
+    return files[0] if files else None
 
 
 def _spell_out(directory: Path) -> None:

@@ -26,7 +26,7 @@ def open_weights(path: Path) -> TensorFile:
     return TensorFile(weights)
 
 
-def refuse_fields(file: Path, config: Mapping[str, Any], known: Iterable[str], refused: Mapping[str, str]) -> None:
+def refuse_fields(file: Path, config: Mapping[str, Any], read_fields: Iterable[str], refused: Mapping[str, str]) -> None:
     """Raise UnsupportedExpert for a field that is set and changes what an adapter means, or that nobody here knows.
 
     known: fields that are read, or that change nothing once the adapter is trained.
@@ -37,7 +37,7 @@ def refuse_fields(file: Path, config: Mapping[str, Any], known: Iterable[str], r
             continue
         if field in refused:
             raise UnsupportedExpert(f"{file}: {field} is {value!r:.60}: {refused[field]}.")
-        if field not in known:
+        if field not in read_fields:
             raise UnsupportedExpert(
                 f"{file}: {field} is {value!r:.60}, a field that is not known here and may change what the adapter means. "
                 "Remove it if it does not."
@@ -69,14 +69,14 @@ def target_of(tensor: str, suffix: str) -> str:
 
 def tensors_of_targets(tensors: TensorFile, suffixes: tuple[str, str], names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """The two tensors of each target. Raises MissingTensor for one of two, UnknownTensor for two of a kind."""
-    found: dict[str, dict[str, str]] = {name: {} for name in names}
+    pairs: dict[str, dict[str, str]] = {name: {} for name in names}
     for tensor in tensors.shapes:
         suffix = next(suffix for suffix in suffixes if tensor.endswith(suffix))
-        other = found[target_of(tensor, suffix)].setdefault(suffix, tensor)
+        other = pairs[target_of(tensor, suffix)].setdefault(suffix, tensor)
         if other != tensor:
             raise UnknownTensor(f"{tensors.path}: {other} and {tensor} are both {suffix} of {target_of(tensor, suffix)}.")
-    for name, pair in found.items():
+    for name, pair in pairs.items():
         for suffix, other in (suffixes, suffixes[::-1]):
             if suffix not in pair:
                 raise MissingTensor(f"{tensors.path}: {PREFIX}{name}{suffix} is missing, but {pair[other]} is there.")
-    return {name: (pair[suffixes[0]], pair[suffixes[1]]) for name, pair in found.items()}
+    return {name: (pair[suffixes[0]], pair[suffixes[1]]) for name, pair in pairs.items()}

@@ -14,7 +14,7 @@ from sparselet.report import charts, figures
 from sparselet.report.quantities import format_bytes, format_duration, format_number
 
 VERDICTS = {"holds": "✓", "undecided": "?", "reversed": "✗", "not tested": "–"}  # with their symbols
-_HERE = Path(__file__).parent
+_DIRECTORY = Path(__file__).parent
 _STRIP = (6.0, 154.0)  # pixels between which a claim's interval is drawn
 
 
@@ -50,9 +50,9 @@ def _page(results: Mapping[str, Any], cost: Mapping[str, Any], drawn: Mapping[st
     """The page. drawn: the charts of each table as `svg`, and whether they show figures of the paper."""
     settings = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     settings.filters |= {"number": format_number, "bytes": format_bytes, "duration": format_duration}
-    template = settings.from_string((_HERE / "study_page.html.j2").read_text(encoding="utf-8"))
+    template = settings.from_string((_DIRECTORY / "study_page.html.j2").read_text(encoding="utf-8"))
     return template.render(
-        css=Markup((_HERE / "study_page.css").read_text(encoding="utf-8")),
+        css=Markup((_DIRECTORY / "study_page.css").read_text(encoding="utf-8")),
         colours=figures.PALETTE,
         results=results,
         cost=cost,

@@ -72,7 +72,7 @@ def search(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task],
-    asked: EvalSettings,
+    eval_settings: EvalSettings,
     *,
     experts: Sequence[Expert] | None = None,
     progress: Callable[[float], None] | None = None,
@@ -102,7 +102,7 @@ def search(
         chosen = {name: drawn.suggest_float(name, low, high) for name, (low, high) in ranges.items()}
         tried = _with(recipe, settings.choose, chosen)
         merged = merge(experts, tried.method, tried.weights, tried.parameters)
-        scores = {result.task: result.scores["rougeL"] for result in evaluate(model, tokenizer, tasks, merged, asked)}
+        scores = {result.task: result.scores["rougeL"] for result in evaluate(model, tokenizer, tasks, merged, eval_settings)}
         trials.append(Trial(chosen, sum(scores.values()) / len(scores), scores))
         study.tell(drawn, trials[-1].score)
         if progress is not None:

@@ -46,7 +46,7 @@ class ModelWeights:
         ignored = [*(getattr(names.model, "_keys_to_ignore_on_load_unexpected", None) or ())]
         for tensor, (placed, pattern) in names.place(files.shapes).items():
             if placed not in state:
-                if not _COMPUTED.search(placed) and not any(re.search(one, placed) for one in ignored):
+                if not _COMPUTED.search(placed) and not any(re.search(pattern, placed) for pattern in ignored):
                     self.unexpected.append(tensor)
                 continue
             source = self._sources.setdefault(placed, _Source(placed, {}))
@@ -79,14 +79,14 @@ class ModelWeights:
         tensor, pattern = next(iter(source.tensors.items()))
         if pattern is None:
             return self.files.read(tensor)
-        made = self._converted(source).get(name)
-        made = made[0] if isinstance(made, list) else made
-        if made is None:
+        converted = self._converted(source).get(name)
+        converted = converted[0] if isinstance(converted, list) else converted
+        if converted is None:
             raise MissingTensor(f"{self.files.where(tensor)} and its like do not make {name}.")
-        if tuple(made.shape) != self._shapes[name]:
-            raise BadShape(f"{self.files.where(tensor)} and its like make {name} of shape {list(made.shape)}; expected "
+        if tuple(converted.shape) != self._shapes[name]:
+            raise BadShape(f"{self.files.where(tensor)} and its like make {name} of shape {list(converted.shape)}; expected "
                            f"{list(self._shapes[name])}.")  # fmt: skip
-        return made
+        return converted
 
     def _converted(self, source: _Source) -> dict[str, Any]:
         patterns = [pattern for pattern in source.tensors.values() if pattern is not None]

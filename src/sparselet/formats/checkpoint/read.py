@@ -110,7 +110,7 @@ def _parameters(names: Names, tuned: ModelWeights, base: ModelWeights) -> dict[s
 
     Raises MissingTensor, UnknownTensor, UnsupportedExpert.
     """
-    found: dict[str, tuple[str, str]] = {}
+    tied: dict[str, tuple[str, str]] = {}
     state = {target_name(name): name for name in names.model.state_dict()}
     if not any(name in tuned and name in base for name in state.values()):
         raise MissingTensor(
@@ -121,27 +121,27 @@ def _parameters(names: Names, tuned: ModelWeights, base: ModelWeights) -> dict[s
     for target, group in names.shared.items():
         if target != group[0]:
             continue
-        there = [[state[name] for name in group if state[name] in weights] for weights in (tuned, base)]
-        for weights, copies in zip((tuned, base), there, strict=True):
+        present = [[state[name] for name in group if state[name] in weights] for weights in (tuned, base)]
+        for weights, copies in zip((tuned, base), present, strict=True):
             for other in copies[1:]:
                 _require_equal_copies(weights, other, copies[0])
-        if bool(there[0]) != bool(there[1]):
+        if bool(present[0]) != bool(present[1]):
             _refuse_lack(state[target], tuned, base)
-        if there[0]:  # what neither file holds, as the head of a model without one, is no change
-            found[target] = (there[0][0], there[1][0])
+        if present[0]:  # what neither file holds, as the head of a model without one, is no change
+            tied[target] = (present[0][0], present[1][0])
     for buffer in state.keys() - names.shared.keys():
         name = state[buffer]
         if (name in tuned) != (name in base):
             _refuse_lack(name, tuned, base)
         if name in base and not _equal(tuned.read(name), base.read(name)):
             raise UnsupportedExpert(f"{tuned.where(name)} differs from the base model's, but it is a buffer, not a weight.")
-    for target, (own, other) in list(found.items()):
+    for target, (own, other) in list(tied.items()):
         if tuned.dtypes(own) <= set(FLOATS) and base.dtypes(other) <= set(FLOATS) and 0 not in base.shape(other):
             continue
         if tuned.shape(own) != base.shape(other) or not _equal(tuned.read(own), base.read(other)):
             raise UnsupportedExpert(f"{tuned.where(own)} differs from the base model's, but is not a floating weight.")
-        del found[target]
-    return found
+        del tied[target]
+    return tied
 
 
 def _compare_unexpected(tuned: ModelWeights, base: ModelWeights) -> None:

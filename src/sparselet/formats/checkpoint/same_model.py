@@ -44,11 +44,11 @@ def _fields(config: Any, pads_matter: bool, prefix: str = "") -> Iterator[tuple[
     parts = {name for name in getattr(config, "sub_configs", {}) if getattr(config, name, None) is not None}
     for part in parts:
         yield from _fields(getattr(config, part), pads_matter, f"{prefix}{part}.")
-    content, known = config.to_dict(), _known(config)
+    content, declared = config.to_dict(), _declared_fields(config)
     for field, value in content.items():
         if (
             field in parts
-            or field not in known
+            or field not in declared
             or field in _HARMLESS.split()
             or "dropout" in field
             or field.endswith("drop_rate")
@@ -61,7 +61,7 @@ def _fields(config: Any, pads_matter: bool, prefix: str = "") -> Iterator[tuple[
         yield prefix + field, _plain(value, field)
 
 
-def _known(config: Any) -> set[str]:
+def _declared_fields(config: Any) -> set[str]:
     """The fields that the class has; others in a file are notes that no model of it reads."""
     annotated = {name for kind in type(config).__mro__ for name in getattr(kind, "__annotations__", {})}
     try:
@@ -74,8 +74,8 @@ def _any_length(content: Mapping[str, Any]) -> bool:
     rope = content.get("rope_parameters")
     if not isinstance(rope, dict):
         return rope is None
-    kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]
-    return all(one.get("rope_type", "default") in _ANY_LENGTH for one in kinds)
+    ropes = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    return all(part.get("rope_type", "default") in _ANY_LENGTH for part in ropes)
 
 
 def _plain(value: Any, field: str) -> Any:
@@ -83,4 +83,4 @@ def _plain(value: Any, field: str) -> Any:
     if isinstance(value, dict):
         older = {"type"} if field.startswith("rope") or "rope_type" in value else set()
         return {str(k): _plain(v, str(k)) for k, v in value.items() if v is not None and k not in older}
-    return [_plain(one, field) for one in value] if isinstance(value, (list, tuple)) else value
+    return [_plain(entry, field) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -23,7 +23,7 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc", "c_mlp")
 
 # Fields of LoraConfig that are read here, or that change nothing once A, B and α are known.
-_KNOWN = (
+_READ_FIELDS = (
     "peft_type auto_mapping base_model_name_or_path revision task_type inference_mode peft_version r lora_alpha use_rslora "
     "rank_pattern alpha_pattern fan_in_fan_out init_lora_weights target_modules exclude_modules lora_dropout bias "
     "layers_to_transform layers_pattern megatron_core runtime_config loftq_config eva_config corda_config lora_ga_config "
@@ -141,10 +141,10 @@ def _is_transposed(file: Path, config: Mapping[str, Any], names: Iterable[str]) 
     usual = {name.rpartition(".")[2] in CONV1D for name in names}
     if usual <= {True} or (usual == {False} and not said):
         return said
-    known = config.get("base_model_name_or_path")
+    base_name = config.get("base_model_name_or_path")
     raise ConfigError(
         f"{file}: fan_in_fan_out is {str(said).lower()}, but PEFT has one for all layers, and these may lie in two ways. "
-        f"Set `base{f'={known}' if known else ''}` to the base model."
+        f"Set `base{f'={base_name}' if base_name else ''}` to the base model."
     )
 
 
@@ -174,7 +174,7 @@ def pattern_values(file: Path, config: Mapping[str, Any], field: str, names: Ite
 
 
 def _check_config(file: Path, config: Mapping[str, Any]) -> None:
-    refuse_fields(file, config, _KNOWN.split(), REFUSED)
+    refuse_fields(file, config, _READ_FIELDS.split(), REFUSED)
     start = config.get("init_lora_weights", True)
     if start not in HARMLESS_STARTS:
         raise UnsupportedExpert(

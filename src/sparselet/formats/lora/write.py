@@ -109,14 +109,14 @@ def factorise(dense: Tensor, rank: int | None) -> tuple[Tensor, Tensor, float]:
     rows, columns = (dense != 0).any(dim=1).nonzero().squeeze(1), (dense != 0).any(dim=0).nonzero().squeeze(1)
     exact = min(len(rows), len(columns))
     core = dense[rows][:, columns]
-    found = None
+    factors = None
     if exact and (rank is None or rank < exact):
-        found = _smallest(core) if rank is None else _low_rank(core, rank)
-    if found is None:  # the rows that are not zero and where they go, or the columns
-        one = torch.eye(exact)
-        left, right, error = (one, core, 0.0) if len(rows) <= len(columns) else (core, one, 0.0)
+        factors = _smallest(core) if rank is None else _low_rank(core, rank)
+    if factors is None:  # the rows that are not zero and where they go, or the columns
+        identity = torch.eye(exact)
+        left, right, error = (identity, core, 0.0) if len(rows) <= len(columns) else (core, identity, 0.0)
     else:
-        left, right = found
+        left, right = factors
         error = float(torch.linalg.norm(core - left @ right) / torch.linalg.norm(core))
     b, a = torch.zeros(dense.shape[0], left.shape[1]), torch.zeros(right.shape[0], dense.shape[1])
     b[rows], a[:, columns] = left, right

@@ -50,7 +50,7 @@ class Layout:
 
     values: str
     indices: str
-    known: str
+    read_fields: str
     refused: Mapping[str, str]
 
 
@@ -92,7 +92,7 @@ class EntriesFile(ExpertFile):
         without: Iterable[str] = (),
     ) -> None:
         file = path / CONFIG_FILE
-        refuse_fields(file, config, layout.known.split(), layout.refused)
+        refuse_fields(file, config, layout.read_fields.split(), layout.refused)
         if config.get("save_precomputed_indices") is False:
             raise UnsupportedExpert(
                 f"{file}: save_precomputed_indices is false, so the file does not hold the indices. Load the adapter with "
@@ -209,10 +209,10 @@ def _read_note(tensors: TensorFile, layout: Layout, pairs: Mapping[str, tuple[st
                 raise ValueError(f"nnz of {name} is {note[name]['nnz']}")
             if note[name]["fingerprint"] is not None:
                 require_same_base({name: note[name]["fingerprint"]}, {name: note[name]["fingerprint"]}, NOTE)
-        known = note.keys() == pairs.keys()
+        is_recorded = note.keys() == pairs.keys()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, FormatError) as error:
         raise BadConfig(f"{tensors.path}: {NOTE} in the header is damaged: {error}.") from error
-    return note if known else {}
+    return note if is_recorded else {}
 
 
 def _check_count(

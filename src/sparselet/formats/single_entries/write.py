@@ -98,11 +98,11 @@ def write_peft(
     names: of the tensors. Raises OutputExists, WriteFailed, and what `fill` raises; nothing is left then.
     """
     metadata = adapter.metadata
-    about = {"base_model_name_or_path": metadata.base_model_name_or_path, "task_type": metadata.task_type}
+    described = {"base_model_name_or_path": metadata.base_model_name_or_path, "task_type": metadata.task_type}
     with atomic_directory(output) as directory:
         with atomic_write(directory / WEIGHTS_FILE) as file, TensorStream(file, names, notes) as stream:
             content = {**config, **fill(stream)}
-        write_json(directory / CONFIG_FILE, {**about, "inference_mode": True, "modules_to_save": None, **content})
+        write_json(directory / CONFIG_FILE, {**described, "inference_mode": True, "modules_to_save": None, **content})
     return Path(output)
 
 

@@ -86,8 +86,8 @@ def _factors(deltas: Sequence[SparseDelta], k: int, mask_lambda: float | Sequenc
     if not any(delta.nnz for delta in deltas):
         return [0.0] * len(deltas)  # nothing to select; and so are parameters checked before the experts are known
     if k > len(deltas):
-        there = "there is 1 expert" if len(deltas) == 1 else f"there are {len(deltas)} experts"
-        raise ArgumentError(f"k is {k}, but {there} to select an entry. Give a smaller k.")
+        number = "there is 1 expert" if len(deltas) == 1 else f"there are {len(deltas)} experts"
+        raise ArgumentError(f"k is {k}, but {number} to select an entry. Give a smaller k.")
     if len(factors) != len(deltas):
         raise ArgumentError(f"{len(deltas)} experts need as many mask_lambda, or one for all; got {len(factors)}.")
     return factors

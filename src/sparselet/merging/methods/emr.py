@@ -42,7 +42,7 @@ def emr_experts(
     deltas, _ = compact(whole)
     unified = _unified(deltas, weights)
     if stats is None:
-        stats = [_rescaler(*_magnitudes(*one, unified)) for one in zip(deltas, weights, strict=True)]
+        stats = [_rescaler(*_magnitudes(*pair, unified)) for pair in zip(deltas, weights, strict=True)]
     return [
         SparseDelta(own.shape, own.indices, _masked(delta, weight, unified) * rescaler, own.block_size)
         for own, delta, weight, rescaler in zip(whole, deltas, weights, stats, strict=True)
@@ -55,7 +55,7 @@ def emr_rescalers(targets: AllTargets, parameters: Mapping[str, Any]) -> list[fl
     for deltas, weights in targets():
         deltas, _ = compact(common_blocks(deltas))
         unified = _unified(deltas, weights)
-        sums = sums + torch.tensor([_magnitudes(*one, unified) for one in zip(deltas, weights, strict=True)])
+        sums = sums + torch.tensor([_magnitudes(*pair, unified) for pair in zip(deltas, weights, strict=True)])
     return [_rescaler(*both) for both in sums.tolist()]
 
 
@@ -72,8 +72,8 @@ def _unified(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> Tensor:
 
 def _masked(delta: SparseDelta, weight: float, unified: Tensor) -> Tensor:
     """Mᵢ ⊙ τ_uni at the expert's mask, [n] or [n, B, B]."""
-    here = unified.index_select(0, delta.indices)
-    return torch.where(delta.values.float() * weight * here.sign() > 0, here, torch.zeros_like(here))
+    signed = unified.index_select(0, delta.indices)
+    return torch.where(delta.values.float() * weight * signed.sign() > 0, signed, torch.zeros_like(signed))
 
 
 def _magnitudes(delta: SparseDelta, weight: float, unified: Tensor) -> tuple[float, float]:

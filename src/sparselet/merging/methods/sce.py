@@ -69,8 +69,8 @@ def _most_varied(
     keep = (deviation.reshape(-1) >= value_at_rank(deviation.reshape(-1), k)) & (deviation.reshape(-1) > 0)
     kept = []
     for delta in deltas:
-        here = keep.index_select(0, delta.indices)
-        kept.append(SparseDelta(delta.shape, delta.indices[here], delta.values[here]))
+        positions = keep.index_select(0, delta.indices)
+        kept.append(SparseDelta(delta.shape, delta.indices[positions], delta.values[positions]))
     return kept
 
 
