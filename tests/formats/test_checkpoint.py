@@ -155,7 +155,7 @@ def test_a_tensor_that_is_no_target_must_be_equal(checkpoint):
 
 def test_a_checkpoint_needs_its_base_and_the_same_architecture(checkpoint, tmp_path):
     path, base = checkpoint("tuned", lambda t: None)
-    refused(ConfigError, "full checkpoint.*give that with --model", path)
+    refused(ConfigError, "full checkpoint.*set `base` to that", path)
     for field, value in {"model_type": "mistral", "rms_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 5.0}}.items():
         config = json.loads((base / "config.json").read_text())
         (path / "config.json").write_text(json.dumps({**config, field: value}))
