@@ -7,17 +7,17 @@ DIR holds a directory a task, with train.jsonl, validation.jsonl and test.jsonl,
 is nothing to measure, and the script says so and ends.
 
 *train and evaluate* is everything in processes of its own, imports and model loading included: `sparselet train` and `sparselet
-eval`, with their defaults but for the rate, against training/plain_lora.py. Both see the same rows as often, in batches of the
-same size. Beside them, the same with one validation row, and the same with training replaced by the frozen model's forward and
-backward (training/frozen_job.py). *evaluate* is the base model's answers to the first rows of each task: sparselet's `evaluate`
-against model.generate on batches in the rows' own order, the models being loaded; every answer is compared. Beside them, the
-matrix products of sparselet's linear layers alone. `--part` measures one of the two; each has a result of its own.
+eval`, with their defaults but for the rate, against contestants/plain_lora.py. Both see the same rows as often, in batches of
+the same size. Beside them, the same with one validation row, and the same with training replaced by the frozen model's forward
+and backward (contestants/frozen_job.py). *evaluate* is the base model's answers to the first rows of each task: sparselet's
+`evaluate` against model.generate on batches in the rows' own order, the models being loaded; every answer is compared. Beside
+them, the matrix products of sparselet's linear layers alone. `--part` measures one of the two; each has a result of its own.
 """
 
 import argparse
-import datetime
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -31,12 +31,12 @@ from typing import Any
 from racing.options import FLOOR, job_of, parser_of, read, result_name
 from racing.process import BENCHMARKS, environment, progress
 from racing.race import OURS, Contestant, Race, rows_of
-from racing.record import aim, found, load_before, middle, record, settings_of, write
+from racing.record import aim, found, middle, run_benchmark
 from rouge_score.rouge_scorer import RougeScorer
 
 PYTHON = [sys.executable, "-c"]
 CLI = [*PYTHON, "from sparselet.cli.main import run; run()"]
-MAKE = "from pathlib import Path; from training.models import save_model, save_task; "
+MAKE = "from pathlib import Path; from contestants.models import save_model, save_task; "
 RATE = "1e-3"
 PLAIN = "LoRA, Trainer, generate"
 WHOLE, UNVALIDATED, FROZEN = "train, eval", "train with 1 validation row, eval", "frozen model's steps, eval"
@@ -106,7 +106,9 @@ def plain_commands(asked: argparse.Namespace, model: str, out: Path) -> list[lis
     }
     options |= {"--train-rows": asked.train_rows, "--test-rows": asked.test_rows, "--epochs": asked.epochs}
     options |= {"--max-new-tokens": asked.max_new_tokens}
-    return [[sys.executable, str(BENCHMARKS / "training/plain_lora.py"), *(str(w) for pair in options.items() for w in pair)]]
+    return [
+        [sys.executable, str(BENCHMARKS / "contestants/plain_lora.py"), *(str(w) for pair in options.items() for w in pair)]
+    ]
 
 
 def our_commands(asked: argparse.Namespace, model: str, out: Path, more: tuple[str, ...] = ()) -> list[list[str]]:
@@ -123,7 +125,7 @@ def frozen_commands(asked: argparse.Namespace, model: str, out: Path) -> list[li
     """The expert that `our_commands` trained in the same round gives the answers."""
     options = {"--model": model, "--task": asked.tasks / asked.task, "--batch": asked.batch}
     options |= {"--train-rows": asked.train_rows, "--epochs": asked.epochs}
-    steps = [sys.executable, str(BENCHMARKS / "training/frozen_job.py"), *(str(w) for pair in options.items() for w in pair)]
+    steps = [sys.executable, str(BENCHMARKS / "contestants/frozen_job.py"), *(str(w) for pair in options.items() for w in pair)]
     return [steps, eval_command(asked, model, out.parent / WHOLE / "expert", out)]
 
 
@@ -213,25 +215,25 @@ def main() -> None:
     if asked.tasks is None and not asked.random_weights:
         print("skipped: there are no tasks to train on and to answer; give --tasks DIR")
         return
-    load, started = load_before(), datetime.datetime.now(datetime.UTC)
     work = Path(tempfile.mkdtemp(prefix="bench-end-to-end-"))
-    places = {str(asked.out): "OUT", str(asked.tasks): "DIR"}
+    places = {str(asked.tasks): "DIR"}
     try:
         model = make_inputs(asked, work)
-        with Race() as race:
-            found: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
-            if asked.part != "evaluate":
-                rows = trained_and_evaluated(asked, model, work)
-                found["end_to_end"] = rows, job_targets(rows)
-            if asked.part != "job":
-                rows = evaluated(asked, race, model, work)
-                found["evaluate"] = rows, evaluate_targets(rows)
+
+        def measure_job(race: Race) -> dict[str, Any]:
+            rows = trained_and_evaluated(asked, model, work)
+            versions = {package: version(package) for package in ("sparselet", "torch", "transformers", "peft")}
+            return {"rows": rows, "targets": job_targets(rows), "versions": {"python": platform.python_version(), **versions}}
+
+        def measure_evaluate(race: Race) -> dict[str, Any]:
+            rows = evaluated(asked, race, model, work)
+            return {"rows": rows, "targets": evaluate_targets(rows)}
+
+        for part, name, measure in (("job", "end_to_end", measure_job), ("evaluate", "evaluate", measure_evaluate)):
+            if asked.part in (None, part):
+                run_benchmark("bench_end_to_end.py", asked, result_name(asked, name), measure, places)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    versions = {package: version(package) for package in ("sparselet", "torch", "transformers", "peft")}
-    about = record("bench_end_to_end.py", places, settings_of(asked), started, load, versions, race.about)
-    for name, (rows, aims) in found.items():
-        write({**about, "rows": rows, "targets": aims}, asked.out, result_name(asked, name))
 
 
 if __name__ == "__main__":

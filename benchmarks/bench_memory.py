@@ -11,7 +11,6 @@ had allocated there, the model included.
 """
 
 import argparse
-import datetime
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 from bench_train import FITTING, MASKS, PEERS, name_of
 from racing.options import FLOOR, job_of, parser_of, read, result_name
 from racing.race import OURS, Contestant, Race
-from racing.record import aim, found, load_before, record, settings_of, write
+from racing.record import aim, found, run_benchmark
 
 STEPS = 3
 DENSE_BYTES = 20  # aimed at, for each entry of the targets, while a dense selection phase lasts
@@ -70,11 +69,12 @@ def targets(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> list[d
 def main() -> None:
     asked = read(parser_of(__doc__))
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # glibc's own first value, which it otherwise raises
-    load, started = load_before(), datetime.datetime.now(datetime.UTC)
-    with Race(together=asked.quick) as race:
+
+    def measure(race: Race) -> dict[str, Any]:
         rows = race.peaks(contestants(asked), asked.rounds)
-    about = record("bench_memory.py", {str(asked.out): "OUT"}, settings_of(asked), started, load, race.versions, race.about)
-    write({**about, "rows": rows, "targets": targets(asked, rows)}, asked.out, result_name(asked, "memory"))
+        return {"rows": rows, "targets": targets(asked, rows)}
+
+    run_benchmark("bench_memory.py", asked, result_name(asked, "memory"), measure)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ gradient is that of a 2048×2048 target for 1024 tokens, over the dense product.
 """
 
 import argparse
-import datetime
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from bench_train import name_of
 from racing.options import FLOOR, job_of, parser_of, process_of, read, result_name
 from racing.race import OURS, Contestant, Race
-from racing.record import aim, found, load_before, middle, record, settings_of, write
+from racing.record import aim, found, middle, run_benchmark
 
 DENSITY = 0.1
 FUSED, LAYER = (9216, 3072), [(576, 576), (192, 576), (192, 576)]
@@ -97,19 +95,17 @@ def main() -> None:
     asked = read(parser_of(__doc__))
     if not asked.quick:
         asked.model = "smollm2"  # the shapes stand above; only the file's name depends on it
-    load, started = load_before(), datetime.datetime.now(datetime.UTC)
-    rows: list[dict[str, Any]] = []
-    with Race(together=asked.quick) as race:
+
+    def measure(race: Race) -> dict[str, Any]:
+        rows: list[dict[str, Any]] = []
         for label in (*SELECTIONS, "gradient"):
             contestants = gradients(asked) if label == "gradient" else selecting(asked, label)
             measured = race.group(label, contestants, asked.rounds)
             checked(race, contestants, measured, "same gradient" if label == "gradient" else "same top")
             rows += measured
-    about = record("bench_select.py", {str(asked.out): "OUT"}, settings_of(asked), started, load, race.versions, race.about)
-    wrong = check(rows, 1e-5 if asked.dtype == "float32" else 1e-2)
-    write({**about, "rows": rows, "targets": targets(rows), "wrong": wrong}, asked.out, result_name(asked, "select"))
-    if wrong:
-        sys.exit("\n".join(wrong))
+        return {"rows": rows, "targets": targets(rows), "wrong": check(rows, 1e-5 if asked.dtype == "float32" else 1e-2)}
+
+    run_benchmark("bench_select.py", asked, result_name(asked, "select"), measure)
 
 
 if __name__ == "__main__":

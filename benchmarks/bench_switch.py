@@ -11,15 +11,13 @@ sums it; that of switching overwrites and reads as many entries of flat tensors 
 """
 
 import argparse
-import datetime
-import shutil
 import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from racing.options import FLOOR, job_of, parser_of, read, result_name
 from racing.race import OURS, Contestant, Race
-from racing.record import aim, found, load_before, middle, record, settings_of, write
+from racing.record import aim, found, middle, run_benchmark
 
 DENSITY, RANK = 0.1, 64
 SWITCHES = 4  # in a run; an even number ends where it began
@@ -32,7 +30,7 @@ SHAPES = {
 # Library, name, script, what it does, and whose base weights are then compared.
 SWITCHING = [
     (OURS, "unmerge and merge", "by_sparselet.py", "merge"),
-    (OURS, "resident.applied, in and out", "by_sparselet.py", "enter and exit"),
+    (OURS, "apply_temporarily, in and out", "by_sparselet.py", "enter and exit"),
     (OURS, "set_adapter (unmerged)", "by_sparselet.py", "set_adapter"),
     ("PEFT", "LoRA r 64, unmerge and merge", "by_peft.py", "merge"),
     ("PEFT", "LoRA r 64, set_adapter (unmerged)", "by_peft.py", "set_adapter"),
@@ -58,7 +56,7 @@ def loading(asked: argparse.Namespace, work: str) -> list[Contestant]:
     """The floor first."""
     shared = {**job_of(asked), "work": work}
     floor = Contestant(
-        FLOOR, "read and sum", "by_torch.py", {"do": "read", **shared, "adapter": f"{work}/sparse-b"}, "by_torch.py"
+        FLOOR, "read and sum", "by_torch.py", {"do": "read", **shared, "adapters": [f"{work}/sparse-b"]}, "by_torch.py"
     )
     return [floor, *(Contestant(lib, name, script, {"do": do, **shared}, script) for lib, name, script, do in LOADING)]
 
@@ -98,20 +96,18 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     asked = read(parser_of(__doc__))
-    load, started = load_before(), datetime.datetime.now(datetime.UTC)
-    work = tempfile.mkdtemp(prefix="bench-switch-")
-    try:
-        with Race(together=asked.quick) as race:
+
+    def measure(race: Race) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="bench-switch-") as work:
             prepared(asked, race, work)
             rows = race.group("load", loading(asked, work), asked.rounds)
             switchers = switching(asked, work)
             switched = race.group("switch", switchers, asked.rounds)
             exactness(race, switchers, switched)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    about = record("bench_switch.py", {str(asked.out): "OUT"}, settings_of(asked), started, load, race.versions, race.about)
-    rows += switched
-    write({**about, "rows": rows, "targets": targets(rows)}, asked.out, result_name(asked, "switch"))
+        rows += switched
+        return {"rows": rows, "targets": targets(rows)}
+
+    run_benchmark("bench_switch.py", asked, result_name(asked, "switch"), measure)
 
 
 if __name__ == "__main__":

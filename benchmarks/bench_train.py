@@ -12,14 +12,12 @@ Needs Linux, and nothing else to be running: the script warns if something is.
 """
 
 import argparse
-import datetime
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from racing.options import FLOOR, job_of, parser_of, process_of, read, result_name
 from racing.race import OURS, Contestant, Race
-from racing.record import aim, found, load_before, middle, record, settings_of, write
+from racing.record import aim, found, middle, run_benchmark
 
 # (density, block size) of the adapters; tiles must fit the model's targets.
 MASKS = [(0.1, 1), (0.1, 16), (0.1, 64), (0.1, 128), (0.01, 1)]
@@ -120,17 +118,14 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--steps", action="store_true", help=f"of {', '.join(STAYING[1:])} and the floor only")
     asked = read(parser)
-    load, started = load_before(), datetime.datetime.now(datetime.UTC)
-    entrants = only_steps(contestants(asked)) if asked.steps else contestants(asked)
-    with Race(together=asked.quick) as race:
+
+    def measure(race: Race) -> dict[str, Any]:
+        entrants = only_steps(contestants(asked)) if asked.steps else contestants(asked)
         rows = race.group("step", entrants, asked.rounds)
-    about = record("bench_train.py", {str(asked.out): "OUT"}, settings_of(asked), started, load, race.versions, race.about)
-    wrong = check(rows)
-    aims = [one for one in targets(rows) if one["found"] is not None or not asked.steps]
-    name = result_name(asked, "train_steps" if asked.steps else "train")
-    write({**about, "rows": rows, "targets": aims, "wrong": wrong}, asked.out, name)
-    if wrong:
-        sys.exit("\n".join(wrong))
+        aims = [one for one in targets(rows) if one["found"] is not None or not asked.steps]
+        return {"rows": rows, "targets": aims, "wrong": check(rows)}
+
+    run_benchmark("bench_train.py", asked, result_name(asked, "train_steps" if asked.steps else "train"), measure)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Write the measured tables of README.md, docs/results.md and docs/performance.md from benchmarks/results/*.json.
+"""Write the measured tables of README.md, docs/results.md and docs/performance.md from benchmarks/results/*.json, and beside
+each benchmark's JSON a Markdown file with all its contestants.
 
     python benchmarks/tables.py            rewrite them
-    python benchmarks/tables.py --check    fail if a table is not what the results say
+    python benchmarks/tables.py --check    fail if a table differs from the results
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME.json holds its figures, or of NAME-MACHINE-DATE.json
 the one with the latest date.
@@ -91,31 +92,6 @@ def rows_table(results: dict[str, Any]) -> str:
     return markdown(list(next(iter(results.values()))), results)
 
 
-def race_tables(results: dict[str, Any]) -> str:
-    """What `bench_merge.py` measured: command and machine, what was aimed at, and every contestant."""
-    settings = results["settings"]
-    versions: dict[str, str] = {}
-    for found in results["versions"].values():
-        versions |= found if isinstance(found, dict) else {}
-    lines = heading(results, versions, ("sparselet", "torch", "mergekit", "peft"))
-    for aim in results["targets"]:
-        lines.append(f"| {aim['what']} | {aim['aim']} | {aim['found']:.1f}{' (missed)' if aim['met'] is False else ''} |")
-    part = settings["layers"] / settings["layers_of_model"]
-    scaled = f" scaled to {settings['layers_of_model']} layers |" if part < 1 else ""
-    lines += ["", f"| | method | result | seconds (least to most) |{scaled} × floor | MB |"]
-    lines += ["| --- | --- | --- |" + " ---: |" * (4 if scaled else 3)]
-    for row in results["rows"]:
-        parameters = ", ".join(f"{name} {value}" for name, value in row["parameters"].items() if name != "weight")
-        cells = [row["library"], f"{row['method']} ({parameters})" if parameters else row["method"], row["how"]]
-        cells.append(f"{row['median']:.2f} ({row['min']:.2f} to {row['max']:.2f})")
-        cells += [f"{row['median'] / part:.1f}"] if scaled else []
-        lines.append(f"| {' | '.join(cells)} | {row['times_floor']:.1f} | {row['peak_bytes'] / 1e6:.0f} |")
-    differences = [f"{row['method']} {row['difference']:.0e}" for row in results["rows"] if "difference" in row]
-    if differences:
-        lines += ["", f"mergekit's merged deltas differ from sparselet's by (ℓ2, relative): {', '.join(differences)}."]
-    return "\n".join(lines) + "\n"
-
-
 def merge_methods_table(results: dict[str, Any]) -> str:
     """Rouge-L of experts by themselves, and of each kind of expert merged by each method."""
     tasks = list(results["base"])
@@ -133,16 +109,27 @@ def kinds_table(results: dict[str, Any]) -> str:
     return loss_table(rows)
 
 
-def turns_tables(results: dict[str, Any]) -> str:
-    """What one of the benchmarks of training measured: command and machine, what was aimed at, and every contestant."""
-    where = results["machine"].get("gpu") if results["settings"]["device"] == "cuda" else None
-    lines = heading(results, results["versions"], ("sparselet", "torch", "transformers", "peft"), where)
+def aims_table(results: dict[str, Any]) -> str:
+    """A benchmark's command, machine and aims, and a link to the table of all contestants, which `contestants_page` writes."""
+    where = results["machine"].get("gpu") if results["settings"].get("device") == "cuda" else None
+    lines = heading(results, results["versions"], ("sparselet", "torch", "transformers", "peft", "mergekit"), where)
     for aim in results["targets"]:
         value = "not measured" if aim["found"] is None else short(aim["found"])
         lines.append(f"| {aim['what']} | {aim['aim']} | {value}{' (missed)' if aim['met'] is False else ''} |")
+    return "\n".join(lines) + f"\n\n[All contestants](../benchmarks/results/{results['stem']}.md)\n"
+
+
+def contestants_page(results: dict[str, Any]) -> str:
+    """The Markdown file beside a benchmark's JSON: a table of each group."""
+    lines = [f"`{results['command']}`, {results['date']}. Written by benchmarks/tables.py from {results['stem']}.json."]
     for group in dict.fromkeys(row["group"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["group"] == group]
         lines += ["", *(memory_rows(rows) if group == "memory" else time_rows(group, rows))]
+    different = [
+        f"{r['name']} {r['value']['difference']:.0e}" for r in results["rows"] if (r.get("value") or {}).get("difference")
+    ]
+    if different and results["rows"][0]["group"] == "merge":
+        lines += ["", f"mergekit's merged deltas differ from sparselet's by (ℓ2, relative): {'; '.join(different)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -193,6 +180,11 @@ def study(results: dict[str, Any]) -> str:
 
 
 TRAINING = ("train", "memory", "switch")  # also measured on a GPU, by model
+BENCHMARKS = (
+    *("merge", "merge_phi3", "train_steps", "select", "end_to_end", "evaluate", *TRAINING),
+    *(f"{name}_cuda_{model}" for name in TRAINING for model in ("smollm2", "phi3")),
+    *(f"{name}_cuda_smollm2" for name in ("select", "end_to_end", "evaluate")),
+)
 
 TABLES = {
     "learning_rate_baselines": kinds_table,
@@ -201,11 +193,7 @@ TABLES = {
     "demo": demo_table,
     "real_tasks": scores_table,
     "learning_rate": loss_table,
-    "merge": race_tables,
-    "merge_phi3": race_tables,
-    **dict.fromkeys((*TRAINING, "train_steps", "select", "end_to_end", "evaluate"), turns_tables),
-    **dict.fromkeys((f"{name}_cuda_{model}" for name in TRAINING for model in ("smollm2", "phi3")), turns_tables),
-    **dict.fromkeys((f"{name}_cuda_smollm2" for name in ("select", "end_to_end", "evaluate")), turns_tables),
+    **dict.fromkeys(BENCHMARKS, aims_table),
     **dict.fromkeys((f"study_{preset}" for preset in ("small", "medium")), study),
 }
 
@@ -217,29 +205,34 @@ def file_of(name: str) -> Path:
     return dated[-1] if dated else results / f"{name}.json"
 
 
+def load(file: Path) -> dict[str, Any]:
+    """A file of results, with `stem`, its name, if it is a benchmark's."""
+    results = json.loads(file.read_text())
+    return {**results, "stem": file.stem} if "rows" in results else results
+
+
 def fill(text: str) -> str:
     """The page with every table it has a place for; a place without a result says so."""
     for name, draw in TABLES.items():
         place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if place.search(text):
             file = file_of(name)
-            table = draw(json.loads(file.read_text())) if file.exists() else "Not measured yet.\n"
+            table = draw(load(file)) if file.exists() else "Not measured yet.\n"
             text = place.sub(lambda match, table=table: f"{match.group(1)}{table}{match.group(2)}", text)
     return text
 
 
 def main() -> None:
-    wrong = []
-    for page in PAGES:
-        path = ROOT / page
-        text = path.read_text()
-        filled = fill(text)
-        if "--check" in sys.argv[1:]:
-            wrong += [page] if filled != text else []
-        else:
-            path.write_text(filled)
-    if wrong:
-        sys.exit(f"the tables of {', '.join(wrong)} are not what benchmarks/results says; run {Path(__file__).name}")
+    pages = {ROOT / page: fill((ROOT / page).read_text()) for page in PAGES}
+    files = [file for name in BENCHMARKS if (file := file_of(name)).exists()]
+    pages |= {file.with_suffix(".md"): contestants_page(load(file)) for file in files}
+    if "--check" in sys.argv[1:]:
+        wrong = [str(path.relative_to(ROOT)) for path, text in pages.items() if not path.exists() or path.read_text() != text]
+        if wrong:
+            sys.exit(f"{', '.join(wrong)} differ from benchmarks/results; run {Path(__file__).name}")
+        return
+    for path, text in pages.items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

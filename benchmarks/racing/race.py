@@ -1,4 +1,4 @@
-"""Everyone in turn, round after round, a run of the floor before each; and peaks of memory in processes of their own."""
+"""The runner: all contestants in turn, round after round, the floor before each; and peaks of memory."""
 
 import dataclasses
 import statistics
@@ -16,10 +16,10 @@ ALL = "by_all.py"
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """A job of a script in benchmarks/training, and which process does it.
+    """A job of a script in benchmarks/contestants, and which process does it.
 
     library: "floor", "sparselet" or a peer's name. process: contestants with one name share a process that stays; None is a
-    new one for each run.
+    new one for each run. rounds: fewer than the others', for jobs that take minutes. python: of another environment.
     """
 
     library: str
@@ -27,6 +27,8 @@ class Contestant:
     script: str
     job: dict[str, Any]
     process: str | None
+    rounds: int | None = None
+    python: str = sys.executable
 
     def __str__(self) -> str:
         return f"{self.library}: {self.name}"
@@ -57,7 +59,7 @@ class Race:
         for one in contestants:
             script, process = (ALL, ALL) if self._together else (one.script, one.process)
             if process is not None and process not in self._workers:
-                self._workers[process] = self._open.enter_context(Worker(BENCHMARKS / "training" / script))
+                self._workers[process] = self._open.enter_context(Worker(BENCHMARKS / "contestants" / script, one.python))
 
     def ask(self, one: Contestant, **more: Any) -> dict[str, Any]:
         """One run. A failure ends the benchmark; of a peer it is the answer."""
@@ -66,7 +68,7 @@ class Race:
             self.start([one])
             answer = self._do(self._workers[ALL], {**job, "do": f"{one.script} {job['do']}"})
         elif one.process is None:
-            with Worker(BENCHMARKS / "training" / one.script) as worker:
+            with Worker(BENCHMARKS / "contestants" / one.script, one.python) as worker:
                 answer = self._do(worker, job)
         else:
             self.start([one])
@@ -90,7 +92,7 @@ class Race:
         answers: dict[int, list[dict[str, Any]]] = {place: [] for place in range(len(contestants)) if place not in errors}
         for number in range(rounds):
             for place, one in enumerate(contestants[1:], 1):
-                if place in errors:
+                if place in errors or number >= (one.rounds or rounds):
                     continue
                 floor = self.ask(contestants[0])
                 answer = self.ask(one)
@@ -130,7 +132,7 @@ class Race:
 
     def _do(self, worker: Worker, job: dict[str, Any]) -> dict[str, Any]:
         about = dict(worker.about)
-        self.versions |= about.pop("versions")
+        self.versions = about.pop("versions") | self.versions  # another environment's torch is not ours
         self.about |= about
         return worker.do(job)
 

@@ -9,11 +9,12 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from racing.process import progress
+from racing.race import Race
 
 BUSY = 0.5  # a load above this means that something else is running
 WITHIN = {"at most": operator.le, "at least": operator.ge}
@@ -70,41 +71,44 @@ def middle(ratios: Mapping[str, Sequence[float]] | None, kind: str) -> float | N
     return None if not ratios else ratios[kind][1]
 
 
-def record(
+def run_benchmark(
     script: str,
-    places: Mapping[str, str],
-    settings: Mapping[str, Any],
-    started: datetime.datetime,
-    load: float,
-    versions: Mapping[str, str],
-    about: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What stands above the rows: command, date, machine, versions, settings."""
-    return {
-        "command": command_of(script, places),
+    asked: argparse.Namespace,
+    name: str,
+    measure: Callable[[Race], dict[str, Any]],
+    places: Mapping[str, str] | None = None,
+) -> None:
+    """Measure, and write NAME-MACHINE-DATE.json: command, machine, versions, settings, and `rows` and `targets` of `measure`.
+
+    places: names for paths in the command. Exits with the list `wrong` of `measure`, if it is not empty.
+    """
+    load, started = load_before(), datetime.datetime.now(datetime.UTC)
+    with Race(together=asked.quick) as race:
+        content = measure(race)
+    results = {
+        "command": command_of(script, {str(asked.out): "OUT", **(places or {})}),
         "date": started.date().isoformat(),
         "minutes": round((datetime.datetime.now(datetime.UTC) - started).total_seconds() / 60, 1),
-        "machine": {**machine(), **about, "load_before": load},
-        "versions": {"python": platform.python_version(), **versions},
-        "settings": dict(settings),
+        "machine": {**machine(), **race.about, "load_before": load},
+        "versions": {"python": platform.python_version(), **race.versions},
+        "settings": settings_of(asked),
+        **content,
     }
-
-
-def write(results: Mapping[str, Any], out: Path, name: str) -> None:
-    """Write NAME-MACHINE-DATE.json, and say what became of the aims."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}-{slug(results)}-{results['date']}.json").write_text(json.dumps(results, indent=2) + "\n")
-    tell(results["targets"])
+    asked.out.mkdir(parents=True, exist_ok=True)
+    (asked.out / f"{name}-{slug(results)}-{results['date']}.json").write_text(json.dumps(results, indent=2) + "\n")
+    print_targets(results["targets"])
+    if results.get("wrong"):
+        sys.exit("\n".join(results["wrong"]))
 
 
 def slug(results: Mapping[str, Any]) -> str:
     """The machine in a file's name: `amd-epyc-2-cores`, or the GPU that was measured, `nvidia-h100-80gb-hbm3`."""
     about = results["machine"]
-    gpu = about.get("gpu") if results["settings"]["device"] == "cuda" else None
+    gpu = about.get("gpu") if results["settings"].get("device") == "cuda" else None
     return re.sub("[^a-z0-9]+", "-", (gpu or f"{about['processor']} {about['cores']} cores").lower()).strip("-")
 
 
-def tell(targets: Sequence[Mapping[str, Any]]) -> None:
+def print_targets(targets: Sequence[Mapping[str, Any]]) -> None:
     for target in targets:
         verdict = {True: "met", False: "MISSED", None: ""}[target["met"]]
         value = "not measured" if target["found"] is None else f"{target['found']:.3g}"

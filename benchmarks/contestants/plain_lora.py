@@ -1,6 +1,6 @@
 """An expert as one would train and measure it without sparselet: PEFT's LoRA, transformers' Trainer, model.generate.
 
-    python benchmarks/training/plain_lora.py --model MODEL --task TASK --out OUT
+    python benchmarks/contestants/plain_lora.py --model MODEL --task TASK --out OUT
 
 Everything that no option sets is left at its default. The loss is on the answer and its end token. The collator is
 DataCollatorForSeq2Seq, which pads to the longest row of a batch, and does not hide the end token from the loss where it is also

@@ -1,6 +1,6 @@
 """What no adapter's training can go below: forward and backward of the frozen model over the same rows, in a fresh process.
 
-    python benchmarks/training/frozen_job.py --model MODEL --task TASK
+    python benchmarks/contestants/frozen_job.py --model MODEL --task TASK
 
 Batches, their order and their shared beginnings are those of `sparselet train`; the gradient goes back to the embeddings and
 stops there. There is no optimizer, no selection of a mask, no validation, no checkpoint.

@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from contestants.models import DTYPES
+from contestants.plain_lora import generate, load_tokenizer, read_rows
 from sparselet import models
 from sparselet.evaluation import EvalSettings, evaluate
 from sparselet.tasks.task import load_task
-from training.models import DTYPES
-from training.plain_lora import generate, load_tokenizer, read_rows
 
 
 def by_sparselet(job: dict[str, Any]) -> Callable[[], dict[str, int]]:
@@ -102,6 +102,7 @@ def _written(job: dict[str, Any], answers: list[list[str]]) -> dict[str, int]:
     return {"rows": sum(map(len, answers))}
 
 
+JOBS = {"sparselet": by_sparselet, "plain": plainly, "products": products}
+
 if __name__ == "__main__":
-    jobs = {"sparselet": by_sparselet, "plain": plainly, "products": products}
-    serve(jobs, ("sparselet", "torch", "transformers", "peft"), threads=torch.get_num_threads())
+    serve(JOBS, ("sparselet", "torch", "transformers", "peft"), threads=torch.get_num_threads())

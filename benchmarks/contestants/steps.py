@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.models import make_batch, make_model
+from contestants.models import make_batch, make_model
 
 RATE = 1e-4
 

@@ -9,8 +9,8 @@ from peft import LoraConfig, PeftModel, ShiraConfig, SupertuningConfig, get_peft
 from peft.utils.hotswap import hotswap_adapter
 from racing.worker import serve
 
-from training.models import equal_rank, make_model, target_names, targets
-from training.steps import Training, model_and_batch, step_job, swap_merged, trained
+from contestants.models import equal_rank, make_model, target_names, targets
+from contestants.steps import Training, model_and_batch, step_job, swap_merged, trained
 
 A, B, NEW = "a", "b", "new"
 
@@ -110,6 +110,28 @@ def changed(job: dict[str, Any]) -> Callable[[], dict[str, int]]:
     return start
 
 
+@functools.cache
+def with_adapters(model: str, rank: int, adapters: int) -> PeftModel:
+    """A model with random LoRA adapters expert-0, expert-1, …; scale 1."""
+    torch.manual_seed(0)
+    plain = make_model(model, "float32", "cpu")
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=target_names(plain), init_lora_weights=False)
+    wrapped = get_peft_model(plain, config, adapter_name="expert-0")
+    for i in range(1, adapters):
+        wrapped.add_adapter(f"expert-{i}", config)
+    return wrapped
+
+
+def add_weighted_adapter(job: dict[str, Any]) -> Callable[[], None]:
+    """A merge of LoRA adapters that are loaded already. The weights are 1 each, beside the method's own parameters."""
+    names = [f"expert-{i}" for i in range(len(job["adapters"]))]
+    model = with_adapters(job["model"], job["rank"], len(names))
+    if "merged" in model.peft_config:
+        model.delete_adapter("merged")
+    more = {"combination_type": job["method"], **job["parameters"]}
+    return lambda: model.add_weighted_adapter(names, [1.0] * len(names), "merged", **more)
+
+
 def _layers(model: PeftModel) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "merged_adapters")]
 
@@ -127,6 +149,7 @@ JOBS = {
     "set_adapter": set_adapter,
     "hotswap": hotswap,
     "changed": changed,
+    "merge in memory": add_weighted_adapter,
 }
 
 if __name__ == "__main__":

@@ -1,22 +1,28 @@
 """What sparselet does: steps and their parts, selection of masks, loading and switching."""
 
 import functools
+import os
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from racing.worker import serve
+from safetensors.torch import load_file as load_file_of
 from torch import Tensor
 
-from sparselet import SparseAdapter, SparseDelta, SparseletConfig, freeze_masks, kernels, reselect
+from contestants.inputs import gradient_inputs, random_scores
+from contestants.models import make_model, random_entries, targets
+from contestants.steps import Training, kept, model_and_batch, several, step_job, swap_merged, trained
+from sparselet import SparseAdapter, SparseDelta, SparseletConfig, freeze_masks, kernels, merging, reselect
 from sparselet.apply import apply_temporarily
 from sparselet.fingerprint import fingerprint_weight
+from sparselet.formats.checkpoint.write import export_checkpoint
 from sparselet.masks import blocks_to_keep, top_k, top_k_global
+from sparselet.models import load_model, load_tokenizer
 from sparselet.tuner import SparseletLayer, sparselet_layers
-from training.inputs import gradient_inputs, random_scores
-from training.models import make_model, random_entries, targets
-from training.steps import Training, kept, model_and_batch, several, step_job, swap_merged, trained
 
 NAME = "default"  # PEFT's name for the only adapter
 A, B, NEW = "a", "b", "new"
@@ -270,7 +276,55 @@ def _blocks(shape: tuple[int, int], density: float, side: int, device: str) -> T
     return torch.randperm(total, generator=generator)[: blocks_to_keep(density, total)].sort().values.to(torch.int32).to(device)
 
 
+# Merging
+
+
+def merge_in_memory(job: dict[str, Any]) -> Callable[[], SparseAdapter]:
+    return lambda: merging.merge(job["adapters"], job["method"], parameters=job["parameters"])
+
+
+def merge_to_file(job: dict[str, Any]) -> Callable[[], Path]:
+    _clear(job["out"])
+    return lambda: merging.merge_to(job["out"], job["adapters"], job["method"], parameters=job["parameters"])
+
+
+def merge_to_checkpoint(job: dict[str, Any]) -> Callable[[], Path]:
+    """What `sparselet export` does with a merge: the base model is loaded within the measurement."""
+    _clear(job["out"])
+
+    def start() -> Path:
+        merged = merge_in_memory(job)()
+        return export_checkpoint(load_model(job["model"]), load_tokenizer(job["model"]), merged, job["out"])
+
+    return start
+
+
+def merge_difference(job: dict[str, Any]) -> Callable[[], dict[str, float]]:
+    """‖ΔW − (checkpoint − base)‖ / ‖ΔW‖ over all targets, ΔW being our merge and `checkpoint` another library's."""
+
+    def start() -> dict[str, float]:
+        theirs, base = (load_file_of(f"{directory}/model.safetensors") for directory in (job["checkpoint"], job["model"]))
+        squares = [0.0, 0.0]
+        for name, delta in merge_in_memory(job)().items():
+            ours, change = delta.to_dense().double(), theirs[f"{name}.weight"].double() - base[f"{name}.weight"].double()
+            squares[0] += float((ours - change).square().sum())
+            squares[1] += float(ours.square().sum())
+        return {"difference": (squares[0] / squares[1]) ** 0.5}
+
+    return start
+
+
+def _clear(directory: str) -> None:
+    """Remove an output of an earlier run, and wait for the disk."""
+    shutil.rmtree(directory, ignore_errors=True)
+    os.sync()
+
+
 JOBS = {
+    "merge in memory": merge_in_memory,
+    "merge to a file": merge_to_file,
+    "merge to a checkpoint": merge_to_checkpoint,
+    "merge difference": merge_difference,
     "step": step_job(build),
     "select": select,
     "selection phase": selection_phase,

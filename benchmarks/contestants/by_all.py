@@ -1,13 +1,18 @@
-"""The jobs of all three scripts in one process, for quick runs: the imports take longer than all that is done."""
+"""The jobs of all scripts of this environment in one process, for quick runs: the imports take longer than all that is done."""
 
 from collections.abc import Callable
 from typing import Any
 
 from racing.worker import Job, serve
 
-from training import by_peft, by_sparselet, by_torch
+from contestants import by_evaluation, by_peft, by_sparselet, by_torch
 
-SCRIPTS = {"by_torch.py": by_torch.JOBS, "by_peft.py": by_peft.JOBS, "by_sparselet.py": by_sparselet.JOBS}
+SCRIPTS = {
+    "by_evaluation.py": by_evaluation.JOBS,
+    "by_torch.py": by_torch.JOBS,
+    "by_peft.py": by_peft.JOBS,
+    "by_sparselet.py": by_sparselet.JOBS,
+}
 
 
 def named(name: str, job: Job) -> Job:

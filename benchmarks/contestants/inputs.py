@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.models import DTYPES, random_entries
+from contestants.models import DTYPES, random_entries
 
 
 def random_scores(job: dict[str, Any]) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ def to_checkpoint(job: dict[str, Any]) -> Callable[[], None]:
 def in_memory(job: dict[str, Any]) -> Callable[[], float]:
     """`merge_tensors` for each target, all its inputs being dense tensors in memory already."""
     base = safetensors.torch.load_file(Path(job["model"]) / TENSORS)
-    experts = [safetensors.torch.load_file(Path(path) / "adapter_model.safetensors") for path in job["experts"]]
+    experts = [safetensors.torch.load_file(Path(path) / "adapter_model.safetensors") for path in job["adapters"]]
     parameters = {**job["each"], **job["shared"]}
     names = sorted({tensor.removesuffix(".sparse_values") for tensor in experts[0] if tensor.endswith(".sparse_values")})
     targets = []
@@ -58,4 +58,7 @@ def dense(expert: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    serve({"to a checkpoint": to_checkpoint, "in memory": in_memory}, ("mergekit", "torch", "transformers", "safetensors"))
+    serve(
+        {"merge to a checkpoint": to_checkpoint, "merge in memory": in_memory},
+        ("mergekit", "torch", "transformers", "safetensors"),
+    )
