@@ -167,14 +167,14 @@ def test_what_it_refuses(refused, study, more, message):
     [(0, "0 s"), (99, "99 s"), (100, "2 min"), (5940, "99 min"), (6000, "1 h 40 min"), (7500, "2 h 05 min")],
 )
 def test_times_for_a_person(seconds, text):
-    assert study_view.clock(seconds) == text
+    assert study_view.format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0.0 kB"), (1500, "1.5 kB"), (25_000_000, "25 MB"), (999_600_000, "1.0 GB"), (10**13, "10000 GB")]
 )
 def test_sizes_for_a_person(count, text):
-    assert study_view.size(count) == text
+    assert study_view.format_bytes(count) == text
 
 
 def test_the_view_shows_what_runs_and_what_failed(units, tmp_path):

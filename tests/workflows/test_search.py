@@ -1,7 +1,7 @@
 """Searching weights, density and λ: never worse than what was asked for, the same for the same seed."""
 
-import builtins
 import importlib
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -219,14 +219,7 @@ def test_experts_that_are_open_are_not_opened_again(recipe, scores, monkeypatch)
 
 
 def test_without_optuna_the_extra_is_named(recipe, scores, monkeypatch):
-    imported = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "optuna":
-            raise ModuleNotFoundError(name)
-        return imported(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(MissingExtra, match=r"pip install 'sparselet\[search\]'"):
         run(recipe, SearchSettings("weights"))
 

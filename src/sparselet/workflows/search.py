@@ -1,5 +1,6 @@
-"""Choosing what a merge method leaves open, by the merged model's score on validation rows."""
+"""Weights or parameters of a merge, chosen by the merged model's score on validation rows."""
 
+import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,17 +18,17 @@ from sparselet.tasks.task import Task
 
 RANGES = {"weights": (0.0, 2.0), "density": (0.02, 1.0), "lambda": (0.0, 2.0)}
 LAMBDA = "scale"  # what the methods call λ
-What = Literal["weights", "density", "lambda"]
+Choice = Literal["weights", "density", "lambda"]
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What is searched, and for how long. Raises ConfigError."""
+    """What a search chooses, and for how long. Raises ConfigError."""
 
-    choose: What = "weights"
+    choose: Choice = "weights"
     """What to choose by the score on validation rows: the weights or one factor λ on all (0 to 2), or density (0.02 to 1)."""
     trials: int = 20
-    """Merges that a search tries; the first is the one that was asked for."""
+    """Merges that a search tries; the first is the given merge."""
     seconds: float | None = None
     """A search starts no trial but the first after this time."""
     seed: int = 0
@@ -46,7 +47,7 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class Trial:
-    """One merge that was tried: what was set, its mean Rouge-L over the tasks, and each task's."""
+    """A merge of a search: the chosen numbers, the mean Rouge-L over the tasks, and the Rouge-L of each task."""
 
     chosen: Mapping[str, float]
     score: float
@@ -82,8 +83,8 @@ def search(
     The first trial is the recipe as it is, so that the result is never worse on these rows. Rows should be of a validation
     split: what is measured on them afterwards is too good. Equal settings and seed give equal trials.
 
-    tasks, asked: what the merged model is asked. experts: those of the recipe, opened; it opens them itself where none is a
-        full checkpoint. progress: called with 1 after each trial.
+    tasks, eval_settings: the rows that the merged models answer, and how. experts: those of the recipe, opened; by default
+        they are opened here, which full checkpoints do not allow. progress: called with 1 after each trial.
     Raises ConfigError (no task, the method leaves nothing of this kind open), MissingExtra, and what merging and evaluating
     raise.
     """
@@ -100,27 +101,27 @@ def search(
     while len(trials) < settings.trials and (not trials or time.monotonic() < end):
         drawn = study.ask()
         chosen = {name: drawn.suggest_float(name, low, high) for name, (low, high) in ranges.items()}
-        tried = _with(recipe, settings.choose, chosen)
-        merged = merge(experts, tried.method, tried.weights, tried.parameters)
+        trial_recipe = _apply_choice(recipe, settings.choose, chosen)
+        merged = merge(experts, trial_recipe.method, trial_recipe.weights, trial_recipe.parameters)
         scores = {result.task: result.scores["rougeL"] for result in evaluate(model, tokenizer, tasks, merged, eval_settings)}
         trials.append(Trial(chosen, sum(scores.values()) / len(scores), scores))
         study.tell(drawn, trials[-1].score)
         if progress is not None:
             progress(1)
-    return SearchResult(_with(recipe, settings.choose, _best(trials).chosen), tuple(trials))
+    return SearchResult(_apply_choice(recipe, settings.choose, _best(trials).chosen), tuple(trials))
 
 
 def _best(trials: Sequence[Trial]) -> Trial:
     return max(trials, key=lambda trial: trial.score)
 
 
-def _start(recipe: MergeRecipe, what: What) -> dict[str, float]:
+def _start(recipe: MergeRecipe, choose: Choice) -> dict[str, float]:
     """The numbers to choose, with the recipe's own values. Raises ConfigError."""
-    if what == "weights":
+    if choose == "weights":
         start = {f"weight {i}": float(w) for i, w in enumerate(recipe.weights, 1) if not isinstance(w, Mapping)}
         if len(start) < len(recipe.weights):
             raise ConfigError("weights by pattern cannot be searched; give one number an expert.")
-    elif what == "density":
+    elif choose == "density":
         if "density" not in recipe.parameters:
             raise ConfigError(f"method {recipe.method} has no density to search; {_methods_with('density')} have.")
         start = {"density": float(recipe.parameters["density"])}
@@ -130,11 +131,11 @@ def _start(recipe: MergeRecipe, what: What) -> dict[str, float]:
         start = {LAMBDA: 1.0}
     else:
         raise ConfigError(f"method {recipe.method} has no lambda to search; overlap, {_methods_with(LAMBDA)} have.")
-    low, high = RANGES[what]
+    low, high = RANGES[choose]
     for name, value in start.items():
         if not low <= value <= high:
             raise ConfigError(
-                f"the search of {what} goes from {low:g} to {high:g}; the recipe starts outside: {name} {value:g}."
+                f"the search of {choose} goes from {low:g} to {high:g}; the recipe starts outside: {name} {value:g}."
             )
     return start
 
@@ -143,14 +144,14 @@ def _methods_with(parameter: str) -> str:
     return ", ".join(method for method in METHODS if parameter in METHODS[method].defaults)
 
 
-def _range(recipe: MergeRecipe, what: What, name: str, start: float) -> tuple[float, float]:
+def _range(recipe: MergeRecipe, choose: Choice, name: str, start: float) -> tuple[float, float]:
     """The part of the range around the recipe's own number that the method takes: DELLA's density ± epsilon is in [0, 1]."""
     if name not in recipe.parameters:
-        return RANGES[what]
+        return RANGES[choose]
 
     def taken(number: float) -> bool:
         try:
-            _with(recipe, what, {name: number})
+            _apply_choice(recipe, choose, {name: number})
         except ArgumentError:
             return False
         return True
@@ -162,13 +163,13 @@ def _range(recipe: MergeRecipe, what: What, name: str, start: float) -> tuple[fl
             inside, outside = (middle, outside) if taken(middle) else (inside, middle)
         return outside if taken(outside) else inside
 
-    low, high = RANGES[what]
+    low, high = RANGES[choose]
     return last_taken(low), last_taken(high)
 
 
-def _with(recipe: MergeRecipe, what: What, chosen: Mapping[str, float]) -> MergeRecipe:
+def _apply_choice(recipe: MergeRecipe, choose: Choice, chosen: Mapping[str, float]) -> MergeRecipe:
     """The recipe with the chosen numbers."""
-    if what == "weights":
+    if choose == "weights":
         return replace(recipe, weights=tuple(chosen.values()))
     if LAMBDA in chosen and LAMBDA not in recipe.parameters:
         return replace(recipe, weights=tuple(_times(weight, chosen[LAMBDA]) for weight in recipe.weights))
@@ -183,7 +184,7 @@ def _times(weight: Weight, factor: float) -> Weight:
 
 def _optuna() -> Any:
     try:
-        import optuna
+        optuna = importlib.import_module("optuna")
     except ModuleNotFoundError as error:
         raise MissingExtra("searching needs optuna: pip install 'sparselet[search]'.") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
