@@ -36,7 +36,6 @@ def public_names(tree: ast.Module) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
-@not_yet
 def test_no_public_class_or_constant_name_exists_twice():
     places = defaultdict(list)
     for name, tree in TREES.items():
@@ -60,7 +59,6 @@ def identifiers(tree: ast.AST) -> Counter[str]:
     return Counter({name.strip("_"): count for name, count in names.items()})
 
 
-@not_yet
 @every_file
 def test_no_name_is_vague(name):
     assert not {word for word in identifiers(TREES[name]) if word.lower() in VAGUE}
@@ -77,7 +75,6 @@ def is_exempt(name: str, function: ast.AST) -> bool:
     return "triton.jit" in decorators or (name.startswith("cli/") and bool(re.fullmatch(r"[a-z]+_", function.name)))
 
 
-@not_yet
 @every_file
 def test_no_function_is_long(name):
     functions = [node for node in ast.walk(TREES[name]) if isinstance(node, FUNCTION)]

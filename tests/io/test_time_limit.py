@@ -61,7 +61,7 @@ FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
     [FOREVER, "{{ 1 / 0 }}", "{{ raise_exception('\x1b[2J') }}", "{{", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"],
 )
 def test_a_template_that_loops_or_fails_is_refused(monkeypatch, template):
-    monkeypatch.setattr(prompts, "_SECONDS", 0.3)
+    monkeypatch.setattr(prompts, "_TEMPLATE_SECONDS", 0.3)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(ModelError, match="chat template cannot ask a user's question"):

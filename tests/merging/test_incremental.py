@@ -33,7 +33,7 @@ from sparselet.errors import (
     WrongBase,
 )
 from sparselet.merging import merge_with_counts, update_merge
-from sparselet.merging.incremental import COUNTS_FILE, MAX_SUM, STEP
+from sparselet.merging.incremental import COUNTS_FILE, MAX_SUM, SUM_STEP
 
 FILES = [CONFIG_FILE, WEIGHTS_FILE, COUNTS_FILE]
 
@@ -120,7 +120,7 @@ def test_sums_are_exact_and_counts_are_those_of_the_masks(experts, factors):
             dense = spelt_out(part)[0].tolist()
             for row in range(6):
                 for column in range(12):
-                    exact[row][column] += round(Fraction(dense[row][column] * factor) / Fraction(STEP))
+                    exact[row][column] += round(Fraction(dense[row][column] * factor) / Fraction(SUM_STEP))
         pairs = tensors[name + ".sums"].to(torch.int64)
         sums = (pairs[..., 1] << 32) + (pairs[..., 0] & 0xFFFFFFFF)
         found = SparseDelta(delta.shape, delta.indices, sums.double(), delta.block_size)  # below 2⁵³, so exact

@@ -28,7 +28,7 @@ __all__ = [
     "save_expert",
 ]
 
-KINDS = "sparse adapters (SPARSELET), PEFT's LORA, SHIRA and SUPERTUNING, and full checkpoints (config.json)"
+READABLE = "sparse adapters (SPARSELET), PEFT's LORA, SHIRA and SUPERTUNING, and full checkpoints (config.json)"
 
 
 def open_expert(path: str | Path, base: str | Path | BaseModel | None = None, without: Sequence[str] = ()) -> Expert:
@@ -50,7 +50,7 @@ def open_expert(path: str | Path, base: str | Path | BaseModel | None = None, wi
     if (directory / CONFIG_FILE).exists():
         return _open_adapter(directory, base, without)
     if not (directory / MODEL_CONFIG).exists():
-        raise MissingFile(f"{path} holds neither {CONFIG_FILE} nor {MODEL_CONFIG}. What can be read: {KINDS}.")
+        raise MissingFile(f"{path} holds neither {CONFIG_FILE} nor {MODEL_CONFIG}. What can be read: {READABLE}.")
     if base is None:
         raise ConfigError(f"{path} is a full checkpoint, which is an expert only against its base model; set `base` to that.")
     checkpoint = CheckpointFile(directory, base)
@@ -69,7 +69,7 @@ def _open_adapter(directory: Path, base: BaseModel | None, without: Sequence[str
         case ("SHIRA" | "SUPERTUNING") as kind:
             return EntriesFile(directory, config, SHIRA if kind == "SHIRA" else SUPER_TUNING, base, without)
         case other:
-            raise UnsupportedExpert(f"{file}: peft_type is {other!r:.60}. What can be read: {KINDS}.")
+            raise UnsupportedExpert(f"{file}: peft_type is {other!r:.60}. What can be read: {READABLE}.")
 
 
 def _placed(adapter: AdapterFile, base: BaseModel | None, without: Sequence[str]) -> Expert:
@@ -90,5 +90,5 @@ def _directory(path: str | Path) -> Path:
     """The local directory of a path or hub name. Raises MissingFile, ModelError."""
     directory = local_directory(path)
     if directory is None:
-        raise MissingFile(f"{path} is not a directory; an expert is a directory or a hub name. What can be read: {KINDS}.")
+        raise MissingFile(f"{path} is not a directory; an expert is a directory or a hub name. What can be read: {READABLE}.")
     return directory

@@ -55,7 +55,7 @@ from sparselet.merging.record import Digests, expert_digest, expert_record, meta
 
 COUNTS_FILE = "merge_counts.safetensors"
 COUNTS, SUMS = ".counts", ".sums"
-STEP = 2.0**-50
+SUM_STEP = 2.0**-50
 MAX_SUM = 4096.0  # an int64 holds up to 8192
 
 Record = Mapping[str, Any]
@@ -77,7 +77,7 @@ class OverlapSums:
 
     def delta(self) -> SparseDelta:
         """The merged delta: float32(sum) / count."""
-        values = (self.sums.double() * STEP).float()
+        values = (self.sums.double() * SUM_STEP).float()
         values /= per_block(self.counts, values)
         return SparseDelta(self.shape, self.blocks, values, self.block_size)
 
@@ -200,7 +200,7 @@ def overlap_sums(
     largest = 0.0
     if previous and len(previous.blocks):
         sums[merged.indices], counts[merged.indices] = previous.sums, previous.counts
-        largest = float(previous.sums.abs().max()) * STEP
+        largest = float(previous.sums.abs().max()) * SUM_STEP
     for delta, weight, sign in zip(deltas, weights, signs or [1] * len(deltas), strict=True):
         if not delta.nnz:
             continue
@@ -209,7 +209,7 @@ def overlap_sums(
         if largest > MAX_SUM:
             raise ArgumentError(f"{name}: sums can be stored up to {MAX_SUM:g}, got {largest:g}.")
         at = delta.indices.long()
-        sums.index_add_(0, at, (terms / STEP).round().to(torch.int64), alpha=sign)
+        sums.index_add_(0, at, (terms / SUM_STEP).round().to(torch.int64), alpha=sign)
         counts.index_add_(0, at, torch.full((len(at),), sign, dtype=torch.int32))
     if signs and -1 in signs and ((counts < 0).any() or sums[counts == 0].any()):
         raise ArgumentError(

@@ -53,9 +53,8 @@ def reselect(
     model: a `PeftModel` with exactly one active, trainable sparse adapter; or `DistributedDataParallel` around one. Each
         process then passes its own batches, the same number on all: gradients are averaged over the processes, all get the
         masks of the first, and the wrapper is rebuilt. Scoring passes use the module inside the wrapper.
-    batches: arguments of `loss`; by default keyword arguments of the model, whose output must have a `loss`. Not read where the
-        score needs no data.
-    progress: of the selection phase, from 0 to 1.
+    batches: arguments of `loss`; by default keyword arguments of the model, whose output must have a `loss`. Not read if the
+        score needs no data. progress: of the selection phase, from 0 to 1.
     Raises SelectionError (no batch, no loss, several adapters, an optimizer or a wrapper that does not support a changing
     mask), NonFiniteScore.
     """

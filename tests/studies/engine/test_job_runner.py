@@ -196,7 +196,7 @@ def test_a_task_without_a_place(sources, tmp_path):
 def test_an_unknown_setting(sources):
     (content,) = units_to_json([make_train(sources, ("third",))])
     content["settings"]["train"]["dencity"] = 0.1
-    with pytest.raises(ConfigError, match="train has no setting 'dencity'; it has batch_size"):
+    with pytest.raises(ConfigError, match="train has no setting 'dencity'; it has balance, batch_size"):
         units_from_json([content])
 
 

@@ -41,7 +41,7 @@ class Executor(Protocol):
 class _Worker:
     process: "subprocess.Popen[str]"
     stderr: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL))
-    ready: bool = False
+    is_started: bool = False
     job: Job | None = None
     ended: set[str] = field(default_factory=set)  # keys of the job's units that are done or failed
     attempts: int = 1
@@ -130,7 +130,7 @@ class LocalExecutor:
         if message is None:
             self._replace(worker)
         elif message["state"] == "ready":
-            worker.ready = True
+            worker.is_started = True
         elif message["state"] == "end":
             assert worker.job is not None
             self._waiting.append(Event("end", worker.job.key))
@@ -144,7 +144,7 @@ class LocalExecutor:
         """Replace a dead worker and run its job again; after the last attempt, fail the job's units."""
         self._workers.remove(worker)
         end, tail = _describe_exit(worker.process.returncode), " ".join("".join(worker.stderr).split())
-        if not worker.ready:
+        if not worker.is_started:
             raise WorkerFailed(f"a worker process could not start: it {end}. Its standard error: {tail or 'empty'}")
         if worker.job is None:
             return
