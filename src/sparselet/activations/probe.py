@@ -15,8 +15,8 @@ TOKENS = 2048  # of a batch, padded
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """Token ids of a text, of which the last `scored` are predicted for the loss; the state is that of the token before them, so
-    there is at least one token more."""
+    """Token ids of a text, of which the last `scored` are predicted for the loss. The state is that of the token before
+    them, so there is at least one token more."""
 
     tokens: tuple[int, ...]
     scored: int = 0

@@ -12,9 +12,9 @@ NULL_DRAWS = 4096
 class Sparsity:
     """One number a vector, float64 [n]; h is a vector of d channels, p = h²/Σh². All but `kurtosis` lie in [0, 1].
 
-    hoyer: (√d − ‖h‖₁/‖h‖₂)/(√d − 1) (Hoyer 2004). gini: of |h|. top5, top10: fraction of the energy in the largest 5 and 10 %
-    of the channels. effective_rank: exp(−Σ p ln p)/d, small where few channels hold the energy. kurtosis: E(h − h̄)⁴/Var², 3
-    of a Gaussian. above: fraction of channels with |h| above mean + standard deviation of |h|. channel: the largest channel's p.
+    hoyer: (√d − ‖h‖₁/‖h‖₂)/(√d − 1) (Hoyer 2004). gini: of |h|. top5, top10: fraction of the energy in the largest 5 and
+    10 % of the channels. effective_rank: exp(−Σ p ln p)/d, small where few channels hold the energy. kurtosis: E(h − h̄)⁴/Var²,
+    3 of a Gaussian. above: fraction of channels with |h| above mean + standard deviation of |h|. channel: the largest p.
     """
 
     hoyer: Tensor
