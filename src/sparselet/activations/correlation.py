@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RESAMPLES = 2000
-INTERVAL = (0.025, 0.975)
+BOOTSTRAP_DRAWS = 2000
+CONFIDENCE = (0.025, 0.975)
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ def _correlation(parts: list[tuple[np.ndarray, np.ndarray]], seed: int) -> Corre
 
     random = np.random.default_rng(seed)
     draws = []
-    for _ in range(RESAMPLES):
+    for _ in range(BOOTSTRAP_DRAWS):
         chosen = [random.integers(0, len(a), len(a)) for a, _ in parts]
         draws.append(of([(a[i], b[i]) for (a, b), i in zip(parts, chosen, strict=True)]))
-    low, high = np.quantile(draws, INTERVAL)
+    low, high = np.quantile(draws, CONFIDENCE)
     return Correlation(of(parts), float(low), float(high), int(sizes.sum()))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparselet.errors import ArgumentError
 
-TOKENS = 2048  # of a batch, padded
+PROBE_TOKENS = 2048  # of a batch, padded
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _batches(rows: Sequence[ProbeRow]) -> Iterator[list[int]]:
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
     batch: list[int] = []
     for i in order:
-        if batch and (len(batch) + 1) * len(rows[i].tokens) > TOKENS:
+        if batch and (len(batch) + 1) * len(rows[i].tokens) > PROBE_TOKENS:
             yield batch
             batch = []
         batch.append(i)

@@ -8,7 +8,7 @@ from torch import Tensor
 from sparselet.delta import SparseDelta
 from sparselet.masks import blocks_to_keep, check_density, top_k
 
-LARGEST = 0.001  # of the entries, which `top_without_largest` leaves out
+OUTLIER_FRACTION = 0.001  # of the entries, which `top_without_largest` leaves out
 
 
 def graft(delta: SparseDelta, part: str, fraction: float, generator: torch.Generator) -> SparseDelta:
@@ -45,7 +45,7 @@ def _rescaled(delta: SparseDelta, count: int, generator: torch.Generator) -> Spa
 
 def _without_largest(delta: SparseDelta, count: int, generator: torch.Generator) -> SparseDelta:
     """The k largest that come after the largest 0.1 % of the target's entries."""
-    largest = min(blocks_to_keep(LARGEST, delta.size), delta.nnz)
+    largest = min(blocks_to_keep(OUTLIER_FRACTION, delta.size), delta.nnz)
     inside = top_k(delta.values.abs(), min(delta.nnz, count + largest))
     first = top_k(delta.values.abs(), largest)
     return _at(delta, inside[~torch.isin(inside, first)])
