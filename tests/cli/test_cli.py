@@ -121,7 +121,7 @@ def test_version(cli):
         (["train", "--task", "x", "--out", "y", "--density", "much"], "much"),
         (["train", "--task", "x", "--out", "y", "--scope", "everything"], "everything"),
         (["train", "--task", "x", "--out", "y", "--dtype", "int8"], "int8"),
-        (["merge", "a", "--out", "x", "--as", "checkpoint"], "sparselet export MERGED --to checkpoint"),
+        (["merge", "a", "--out", "x", "--add", "b"], "sparselet update MERGED"),
         (["export", "a", "--out", "x", "--to", "picture"], "picture"),
         (["eval"], "--task"),
         (["inspect"], "ADAPTER"),
