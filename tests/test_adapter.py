@@ -13,6 +13,7 @@ from helpers.strategies import random_delta
 
 from sparselet import SparseAdapter, SparseDelta
 from sparselet.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFile, UnfinishedAdapterWarning
+from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.errors import BadDtype, NonFiniteValue, UnsafePath, WriteFailed
 from sparselet.fingerprint import fingerprint_weight
 
@@ -316,3 +317,10 @@ def test_saving_and_loading_never_pickles(tmp_path, monkeypatch):
             monkeypatch.setattr(module, name, refuse)
     for dtype in (torch.float32, torch.bfloat16):
         assert len(SparseAdapter.load(make("mixed").save(tmp_path / "a", dtype))) == 3
+
+
+def test_a_field_of_the_metadata_is_read_by_name():
+    metadata = AdapterMetadata(task="trec", extra={"lora": 1})
+    assert (metadata["task"], metadata["lora"]) == ("trec", 1)
+    with pytest.raises(KeyError, match="score"):
+        metadata["score"]

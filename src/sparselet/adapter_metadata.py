@@ -57,6 +57,10 @@ class AdapterMetadata:
         named = {name: value for name, value in vars(self).items() if name in _NAMED}
         return {**self.extra, **{name: value for name, value in named.items() if value is not None or name in self.nulls}}
 
+    def __getitem__(self, name: str) -> Any:
+        """A field by its name in the file. Raises KeyError where it is absent."""
+        return self.to_json()[name]
+
     def with_fields(self, content: Mapping[str, Any]) -> "AdapterMetadata":
         """The same metadata with the fields of `content`, which are written even where they are None."""
         return self.from_json({**self.to_json(), **content})
