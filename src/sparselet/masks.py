@@ -101,6 +101,16 @@ def layer_of(target: str) -> str:
     return match.group(0) if match else target
 
 
+def projection_of(target: str) -> str:
+    """A target's name without its layer's, such as `self_attn.q_proj`."""
+    return target.removeprefix(layer_of(target)).lstrip(".") or target
+
+
+def natural_order(name: str) -> list[tuple[int, int | str]]:
+    """A key that sorts numbers in names by value."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+
+
 def _at_threshold(scores: Tensor, threshold: Tensor, k: int) -> Tensor:
     """The ids of all scores above `threshold` and of the first that equal it, k together, ascending."""
     ids = kernels.selected(scores >= threshold)

@@ -65,11 +65,10 @@ class SelectionSettings:
         if self.when != "paper":
             self._check_sparse_start(score)
         elif self.initial_mask != "dense" and self.reselect_every and not score.ranks_untrained:
-            usable = ", ".join(name for name, score in SCORES.items() if score.ranks_untrained)
             raise ConfigError(
                 f"score {self.score!r} is 0 for entries that were never trained, and initial_mask {self.initial_mask!r} trains "
                 f"only entries in the mask, so it cannot move the mask every {self.reselect_every} steps. Set "
-                f"reselect_every=0, or one of these scores: {usable}."
+                f"reselect_every=0, or one of these scores: {_growing_scores()}."
             )
 
     def _check_sparse_start(self, score: Score) -> None:
@@ -79,10 +78,9 @@ class SelectionSettings:
         if self.when == "static" and self.reselect_every:
             raise ConfigError("reselect_every does not go with when='static', which selects once; take when='refresh'.")
         if not score.ranks_untrained:
-            usable = ", ".join(name for name, score in SCORES.items() if score.ranks_untrained)
             raise ConfigError(
                 f"score {self.score!r} is 0 for entries that were never trained, so it cannot choose with when={self.when!r}. "
-                f"Take one of these scores: {usable}."
+                f"Take one of these scores: {_growing_scores()}."
             )
 
     @property
@@ -94,6 +92,11 @@ class SelectionSettings:
             return self.reselect_every
         sparse_start = self.when == "paper" and self.initial_mask != "dense"
         return 0 if sparse_start and not get_score(self.score).ranks_untrained else 100
+
+
+def _growing_scores() -> str:
+    """The names of the scores that can rank untrained entries."""
+    return ", ".join(name for name, score in SCORES.items() if score.ranks_untrained)
 
 
 def selection_values(settings: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from sparselet.analysis.pairs import Overlap, overlap_of, subspace_overlap
 from sparselet.analysis.spectrum import lines, spectrum
 from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError
-from sparselet.masks import layer_of
+from sparselet.masks import layer_of, natural_order, projection_of
 
 SMALL = 1e-5  # |Δ| that counts as no change (Mukherjee et al. 2025)
 SMALL_RELATIVE = 1e-3  # |Δ| / |W|
@@ -189,16 +189,6 @@ def compare(
         by_target=tuple(largest),
         directions=(directions[0], directions[1]),
     )
-
-
-def projection_of(target: str) -> str:
-    """A target's name without its layer's, such as `self_attn.q_proj`."""
-    return target.removeprefix(layer_of(target)).lstrip(".") or target
-
-
-def natural_order(name: str) -> list[tuple[int, int | str]]:
-    """A key that sorts numbers in names by value."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
 
 
 def _parts(histograms: Mapping[str, Histogram], total: float) -> tuple[Part, ...]:

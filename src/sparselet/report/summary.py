@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sparselet.delta import SparseDelta
-from sparselet.masks import layer_of
+from sparselet.masks import layer_of, natural_order, projection_of
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,10 @@ class TargetSummary:
 def layer_table(adapter: Mapping[str, SparseDelta]) -> dict[str, dict[str, TargetSummary]]:
     """`{projection: {layer: TargetSummary}}`: query, key, value, then others by name; layers in numeric order."""
     table: dict[str, dict[str, TargetSummary]] = {}
-    for name in sorted(adapter, key=_numeric):
+    for name in sorted(adapter, key=natural_order):
         delta = adapter[name]
         rms = float((delta.values.double().square().sum() / delta.size).sqrt())
-        projection = name.removeprefix(layer_of(name)).lstrip(".") or name
-        table.setdefault(projection, {})[layer_of(name)] = TargetSummary(delta.nnz, delta.density, rms)
+        table.setdefault(projection_of(name), {})[layer_of(name)] = TargetSummary(delta.nnz, delta.density, rms)
     return {name: table[name] for name in sorted(table, key=_reading_order)}
 
 
@@ -31,7 +30,3 @@ def _reading_order(projection: str) -> tuple[int, str]:
     """Query, key, value, then the rest by name."""
     place = "qkv".find(projection.rpartition(".")[2][:1])
     return (place if place >= 0 else len("qkv"), projection)
-
-
-def _numeric(name: str) -> list[tuple[int, int | str]]:
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
