@@ -1,6 +1,7 @@
 """Checks of numbers and choices in settings, by the types of a dataclass's fields."""
 
 import math
+import re
 from collections.abc import Mapping
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -25,6 +26,15 @@ def check_at_least(settings: Any, bound: float, *names: str) -> None:
             raise ConfigError(f"{name} must be at least {bound}, got {value}.")
 
 
+def parse_count(name: str, value: Any) -> int | None:
+    """A count from a whole number or text such as "200k", "1.5M" or "1e6"; None stays. Raises ConfigError, naming the field."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([kM]?)", str(value).strip())
+    number = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6}[match[2]] if match and not isinstance(value, bool) else math.nan
+    if value is not None and not (number.is_integer() and number < LARGEST):
+        raise ConfigError(f"{name} must be a whole number below 2**32 such as 200k or 1.5M, got {value!r:.60}.")
+    return None if value is None else int(number)
+
+
 def check_seed(seed: Any) -> None:
     """Raise ConfigError unless `seed` is an integer in [0, 2³²)."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < LARGEST:
@@ -32,7 +42,10 @@ def check_seed(seed: Any) -> None:
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
-    types = set(get_args(hint)) or {hint}
+    literals = [part for part in get_args(hint) if get_origin(part) is Literal]
+    types = (set(get_args(hint)) or {hint}) - {*literals}
+    if any(value in get_args(literal) for literal in literals):
+        return
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise ConfigError(f"{name} must be one of {', '.join(map(str, get_args(hint)))}, got {value!r:.60}.")

@@ -103,6 +103,7 @@ def test_default_targets_of_chosen_layers_of_a_language_model_beside_a_tower():
         ("qkv", ["k_proj", "q_proj", "v_proj"]),
         ("attention", ["k_proj", "o_proj", "q_proj", "v_proj"]),
         ("mlp", ["down_proj", "gate_proj", "up_proj"]),
+        ("all", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
         ("all-linear", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
     ],
 )

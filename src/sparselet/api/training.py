@@ -11,6 +11,7 @@ from sparselet.adapter import SparseAdapter
 from sparselet.errors import ConfigError
 from sparselet.training import Trained, TrainSettings
 from sparselet.training import train as train_to
+from sparselet.training_recipes import with_recipe
 
 IN_MEMORY = ("sparse", "full-qkv")  # the methods whose result is a sparse adapter
 
@@ -18,6 +19,7 @@ IN_MEMORY = ("sparse", "full-qkv")  # the methods whose result is a sparse adapt
 def train(
     task: str | Sequence[str] | TrainSettings,
     *,
+    recipe: str | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     base: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
@@ -30,7 +32,7 @@ def train(
         expert.metadata.metrics
 
     task: directories, `builtin:NAME` or hub data sets; or all settings as one `TrainSettings`.
-    settings: fields of `TrainSettings`.
+    settings: fields of `TrainSettings`. recipe: the name of one of RECIPES, for the settings that are not given.
     out: the directory to write to, where `resume` can continue a stopped run; by default the expert is kept in memory and no
         file remains.
     base: the base model and tokenizer, if they are loaded. callbacks: of transformers' Trainer, such as a progress bar.
@@ -39,14 +41,16 @@ def train(
     Raises ConfigError and what `training.train` raises.
     """
     if isinstance(task, TrainSettings):
-        if settings:
+        if settings or recipe:
+            settings = with_recipe(recipe, settings)
             raise ConfigError(f"{min(settings)} is given beside TrainSettings; set it there.")
         chosen = task
     else:
         unknown = sorted(settings.keys() - TrainSettings.__dataclass_fields__.keys())
         if unknown:
             raise ConfigError(f"train has no setting {unknown[0]!r}; TrainSettings lists all.")
-        chosen = TrainSettings(task=task if isinstance(task, str) else tuple(task), **settings)
+        names = task if isinstance(task, str) else tuple(task)
+        chosen = TrainSettings(**with_recipe(recipe, {**settings, "task": names}))
     if out is not None:
         return train_to(chosen, out, resume=resume, base=base, callbacks=callbacks)
     if chosen.method not in IN_MEMORY:

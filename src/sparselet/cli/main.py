@@ -18,12 +18,15 @@ from sparselet.cli.streams import lenient_streams
 from sparselet.errors import ConfigError, SparseletError
 from sparselet.io.printable import printable, reason
 from sparselet.io.toml_settings import read_toml
+from sparselet.training_recipes import RECIPES, with_recipe
 
 HELP = """Sparse experts for language models: train one for each task, merge them into one model, measure it.
 
 Start with `sparselet demo`, which does all of this in a few minutes on a laptop. Every verb explains itself with --help,
 takes its settings from --config FILE.toml as well, and prints machine-readable output with --json.
 """
+
+RECIPE_HELP = f"Settings of train by name ({', '.join(RECIPES)}); flags and --config win over them."
 
 # Each is the function VERB_ of the module of this name. It is imported when it is used, since most need torch and transformers.
 VERBS = {
@@ -64,10 +67,15 @@ def _app(verb: str | None) -> App:
     def launch(
         *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
         config: Annotated[Path | None, Parameter(help="Settings as TOML; flags win over them.")] = None,
+        recipe: Annotated[str | None, Parameter(show=verb == "train", help=RECIPE_HELP)] = None,
         debug: Annotated[bool, Parameter(negative="", help="Show the traceback of an error.")] = False,
     ) -> Any:
-        if config is not None:
-            app.config = _settings(config)
+        sources = [] if config is None else [_settings(config)]
+        if recipe is not None:
+            if verb != "train":
+                raise ConfigError(f"`recipe` is a setting of train, not of {verb}.")
+            sources.append(Dict(with_recipe(recipe, {}), use_commands_as_keys=False, source=f"recipe {recipe}"))
+        app.config = sources
         return app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
 
     return app

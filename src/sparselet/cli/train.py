@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from sparselet.adapter import SparseAdapter
+from sparselet.adapter import CONFIG_FILE, SparseAdapter
 from sparselet.api.training import train
 from sparselet.cli.terminal import TrainingProgress, facts, note, print_json, quiet_libraries, say, word
 from sparselet.training import Trained, TrainSettings
@@ -65,15 +65,15 @@ def train_(
     if not is_first():
         return
     if json:
-        print_json(_as_json(trained, settings, out))
+        print_json(_as_json(trained, out))
     else:
         _show(trained, settings, out)
 
 
-def _as_json(trained: SparseAdapter | Trained, settings: TrainSettings, out: Path) -> dict[str, Any]:
+def _as_json(trained: SparseAdapter | Trained, out: Path) -> dict[str, Any]:
     if isinstance(trained, SparseAdapter):
         return {"adapter": str(out), "entries": trained.nnz, "density": trained.density, **(trained.metadata.metrics or {})}
-    kind = "adapter" if settings.method == "lora" else "checkpoint"
+    kind = "adapter" if (out / CONFIG_FILE).exists() else "checkpoint"
     return {kind: str(out), "method": trained.method, **trained.metrics}
 
 
@@ -95,7 +95,7 @@ def _show(trained: SparseAdapter | Trained, settings: TrainSettings, out: Path) 
         ]
     else:
         title, metrics = "Baseline", trained.metrics
-        if settings.method != "lora":
+        if not (out / CONFIG_FILE).exists():
             measure = f"sparselet eval --task {words} --model {word(out)}{bare}"
             merge = f"{merge} --model {model}"
     rows.append(("validation loss", f"{metrics['validation_loss']:.4f} at step {metrics['best_step']} of {metrics['steps']}"))

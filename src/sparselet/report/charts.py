@@ -23,7 +23,14 @@ from matplotlib.ticker import MaxNLocator
 from sparselet.report.figures import INK, MARKS, PAGE, chart_style
 
 WIDE, NARROW = 720, 344  # pixels; the narrow one fits a screen of 375
-MEASURES = {"rougeL": "Rouge-L", "exact_match": "exact match", "active_layers": "active layers"}  # those that are drawn
+# Measures that are drawn.
+MEASURES = {
+    "rougeL": "Rouge-L",
+    "exact_match": "exact match",
+    "active_layers": "active layers",
+    "validation_loss": "validation loss",
+}
+_SPANS = {"validation_loss": 0.05}  # the least range of a scale, where it is not 1
 _COUNTS = {"active_layers"}  # measures whose scale starts at 0
 _SHAPES = "osD^vPX*"
 
@@ -51,7 +58,7 @@ def scales(tables: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]
     for measure, numbers in values.items():
         numbers += [0.0] if measure in _COUNTS else []
         if measure in MEASURES and len(numbers) > 1:
-            ticks = _ticks().tick_values(min(numbers), max(*numbers, min(numbers) + 1))
+            ticks = _ticks().tick_values(min(numbers), max(*numbers, min(numbers) + _SPANS.get(measure, 1.0)))
             ranges[measure] = (float(ticks[0]), float(ticks[-1]))
     return ranges
 

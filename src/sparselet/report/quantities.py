@@ -2,14 +2,15 @@
 
 
 def format_number(number: float | None, measure: str = "rougeL", sign: bool = False, like: float | None = None) -> str:
-    """A number with one decimal; a number of parameters with none, a percentage below 10 with two. – for None.
+    """A number with one decimal; a number of parameters with none, a percentage below 10 with two, a loss
+    with three. – for None.
 
     sign: for differences; a number that is rounded to 0 has none. like: the number whose decimals are used, as for an error.
     """
     if number is None:
         return "–"
     small = abs(number if like is None else like) < 9.995
-    decimals = 0 if measure == "parameters" else 2 if measure == "percent" and small else 1
+    decimals = {"parameters": 0, "validation_loss": 3, "percent": 2 if small else 1}.get(measure, 1)
     number = round(number, decimals)
     return f"{number or 0.0:{'+' if sign and number else ''},.{decimals}f}".replace("-", "−")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparselet.errors import ConfigError, SparseletError
+from sparselet.errors import ConfigError, SparseletError, prefix_errors
 from sparselet.io.toml_settings import parse_table, read_toml
 from sparselet.masks import check_density
 from sparselet.merging.methods import complete_parameters
@@ -24,6 +24,7 @@ from sparselet.scores import get_score
 from sparselet.setting_checks import check_seed, check_settings
 from sparselet.tasks.builtin import BUILTIN
 from sparselet.tasks.task import BUILTIN_PREFIX, load_task
+from sparselet.training.settings import TrainSettings
 
 # Keys of `learning_rate`. `sparse` is also used to train all entries of the targets, `multitask` for all weights on all tasks.
 RATES = ("sparse", "block", "lora", "full", "multitask")
@@ -112,6 +113,10 @@ class StudySettings:
     """Numbers of experts to merge."""
     draws: int = 10
     """Random sets of experts for each number."""
+    arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """For tables of recipes: settings of training by the name of an arm; `learning_rates` has those to compare."""
+    finalists: tuple[str, ...] = ()
+    """Names of the arms that are trained on all held-in tasks."""
     first_stage_epochs: float | None = None
     """Epochs of the experts that a second stage starts from; by default `epochs`."""
     second_stage_epochs: tuple[float, ...] = (1.0, 5.0)
@@ -124,6 +129,7 @@ class StudySettings:
         for seed in self.seeds:
             check_seed(seed)
         self._check_tasks()
+        self._check_arms()
         values = vars(self)
         for name in (*("threads", "batch_size", "max_new_tokens", "block_size", "draws", "lora_rank", "epochs"), *_ROWS):
             value = values[name]
@@ -146,6 +152,21 @@ class StudySettings:
             raise ConfigError(f"n_experts must lie between 2 and the {len(self.held_in)} held_in tasks, got {self.n_experts}.")
         merges = {method: complete_parameters(method, parameters) for method, parameters in self.full_merges.items()}
         object.__setattr__(self, "full_merges", merges)
+
+    def _check_arms(self) -> None:
+        arms = {}
+        for name, arm in self.arms.items():
+            with prefix_errors(f"arms.{name}"):
+                if not {"learning_rate"} <= arm.keys() <= {*TrainSettings.__dataclass_fields__, "learning_rates"}:
+                    raise ConfigError("an arm has learning_rate, learning_rates and settings of train; got " + ", ".join(arm))
+                arms[name] = {key: tuple(value) if isinstance(value, list) else value for key, value in arm.items()}
+                for rate in (arm["learning_rate"], *arm.get("learning_rates", ())):
+                    changes = {**arms[name], "learning_rate": rate}
+                    TrainSettings(**{**{k: v for k, v in changes.items() if k != "learning_rates"}, "task": ("task", "other")})
+        object.__setattr__(self, "arms", arms)
+        unknown = [name for name in self.finalists if name not in arms]
+        if unknown:
+            raise ConfigError(f"finalists names {unknown[0]!r}, which is not in arms; there are {', '.join(arms) or 'none'}.")
 
     def _check_tasks(self) -> None:
         if len(self.held_in) < 2:

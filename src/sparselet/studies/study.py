@@ -21,6 +21,7 @@ from sparselet.studies.engine.unit import EvalUnit, MergeUnit, ModelSettings, Tr
 from sparselet.studies.settings import StudySettings
 from sparselet.studies.table import Cell
 from sparselet.training.settings import TrainSettings
+from sparselet.training_recipes import RECIPES
 
 # For each seed the expert of each task.
 Experts = tuple[Mapping[str, TrainUnit], ...]
@@ -51,6 +52,11 @@ class Study:
         """
         names = self._in_order(tasks or self.settings.held_in)
         return tuple({task: self._train_unit((task,), seed, changes) for task in names} for seed in self.settings.seeds)
+
+    def arm(self, name: str, tasks: Sequence[str] = (), learning_rate: float | None = None) -> Experts:
+        """The experts of one of the settings' arms, by default at its own learning rate."""
+        changes = {key: value for key, value in self.settings.arms[name].items() if key != "learning_rates"}
+        return self.experts(tasks, **{**changes, "learning_rate": learning_rate or changes["learning_rate"]})
 
     def dense(self) -> Experts:
         """Experts that train every entry of the targets: density 1."""
@@ -104,6 +110,10 @@ class Study:
         full = Cell(_units(self.experts(method="full")), "parameters")
         return Cell(_units(trained), "parameters", paper, percent_of=full)
 
+    def trained_numbers(self, trained: Experts | Subject) -> Cell:
+        """How many numbers are trained for one expert."""
+        return Cell(_units(trained), "parameters")
+
     def active_layers(self, experts: Experts, paper: float | None = None) -> Cell:
         """The number of layers in which an expert has entries."""
         return Cell(_units(experts), "active_layers", paper)
@@ -154,8 +164,9 @@ class Study:
             "learning_rate": settings.learning_rate[_learning_rate_name(changes)],
         }
         if changes.get("method", "sparse") == "sparse" and initial is None:
-            train |= {"density": settings.density, "score": settings.score}
-        elif changes.get("method") == "lora":
+            density = {} if "entries" in changes else {"density": settings.density}
+            train |= {**RECIPES["paper"], "score": settings.score, **density, "learning_rate": train["learning_rate"]}
+        elif changes.get("method") in ("lora", "shira"):
             train |= {"lora_rank": settings.lora_rank}
         train |= changes
         data = {task: self.data[task]["train"] for task in tasks}
@@ -181,7 +192,7 @@ def _learning_rate_name(changes: Mapping[str, Any]) -> str:
     method = changes.get("method", "sparse")
     if method == "sparse" and changes.get("block_size", 1) > 1:
         return "block"
-    return "sparse" if method == "full-qkv" else method
+    return {"full-qkv": "sparse", "super-tuning": "sparse", "shira": "sparse"}.get(method, method)
 
 
 def _units(trained: Experts | Subject) -> tuple[tuple[Any, ...], ...]:

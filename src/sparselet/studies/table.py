@@ -6,7 +6,7 @@ from typing import Literal
 
 from sparselet.studies.engine.unit import EvalUnit, TrainUnit
 
-Measure = Literal["rougeL", "exact_match", "parameters", "active_layers"]
+Measure = Literal["rougeL", "exact_match", "parameters", "active_layers", "validation_loss"]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 import safetensors.torch
 import torch
-from peft import LoraConfig, PeftConfig, TaskType, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, ShiraConfig, SupertuningConfig, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -36,7 +36,7 @@ from sparselet.training.sampling import balanced_rows
 from sparselet.training.schedule import MaskSchedule
 from sparselet.tuner import SparseletConfig, sparselet_layers, to_adapter
 from sparselet.tuner.model import versions
-from sparselet.tuner.targets import default_targets, describe_linear_layers, is_linear
+from sparselet.tuner.targets import describe_linear_layers, is_linear, with_named_targets
 
 ADAPTER = "default"  # PEFT's name for the only adapter
 
@@ -125,25 +125,43 @@ def sparse(context: TrainContext) -> Iterator[TrainableModel]:
         wrapped.unload()
 
 
-@contextlib.contextmanager
-def lora(context: TrainContext, lora_rank: int, lora_alpha: float | None) -> Iterator[TrainableModel]:
+def lora(context: TrainContext, lora_rank: int, lora_alpha: float | None) -> AbstractContextManager[TrainableModel]:
     """PEFT's LoRA on the targets, `ΔW = alpha / rank · BA` (Hu et al. 2021); a directory that PEFT loads."""
     targets, config = find_targets(context.model, context.config), context.config
-    lora_config = LoraConfig(
+    adapter = LoraConfig(
         task_type=config.task_type,
         r=lora_rank,
         lora_alpha=cast(int, lora_rank if lora_alpha is None else lora_alpha),
         lora_dropout=0.0,
         fan_in_fan_out=isinstance(context.model.get_submodule(targets[0]), Conv1D),
-        target_modules=_with_default_targets(context.model, config).target_modules,
+        target_modules=with_named_targets(context.model, config).target_modules,
         exclude_modules=config.exclude_modules,
         layers_to_transform=config.layers_to_transform,
     )
-    wrapped = _wrap(context.model, lora_config)
+    return _peft_adapter(context, adapter)
+
+
+def shira(context: TrainContext, lora_rank: int) -> AbstractContextManager[TrainableModel]:
+    """PEFT's SHiRA (Bhardwaj et al. 2024): rank · (rows + columns) random entries of each target, as many as LoRA's numbers."""
+    names, config = find_targets(context.model, context.config), context.config
+    adapter = ShiraConfig(task_type=config.task_type, r=lora_rank, random_seed=config.seed, target_modules=names)
+    return _peft_adapter(context, adapter)
+
+
+def super_tuning(context: TrainContext, density: float) -> AbstractContextManager[TrainableModel]:
+    """PEFT's Super-Tuning (arXiv 2607.09287): the entries of each target whose base weights are largest."""
+    names, config = find_targets(context.model, context.config), context.config
+    return _peft_adapter(context, SupertuningConfig(task_type=config.task_type, sparsity=1 - density, target_modules=names))
+
+
+@contextlib.contextmanager
+def _peft_adapter(context: TrainContext, adapter: PeftConfig) -> Iterator[TrainableModel]:
+    """An adapter of PEFT by its configuration; a directory that PEFT loads."""
+    wrapped = _wrap(context.model, adapter)
 
     def write(directory: Path, metadata: Mapping[str, Any]) -> None:
         # PEFT's `save_pretrained` orders names by the process's hash seed, and may send requests to the hub.
-        content = {**lora_config.to_dict(), "inference_mode": True}
+        content = {**adapter.to_dict(), "inference_mode": True}
         content["base_model_name_or_path"] = metadata["base_model_name_or_path"]
         write_json(directory / CONFIG_FILE, {k: sorted(v) if isinstance(v, set) else v for k, v in content.items()})
         state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
@@ -224,7 +242,7 @@ TRAIN_METHODS: dict[str, TrainMethod] = {
         sparse,
         "the masked entries of the targets",
         "a sparse adapter",
-        settings=(*SELECTION, *TARGETS),
+        settings=(*SELECTION, *TARGETS, "entries"),
         initial="entries",
         float16=True,
     ),
@@ -237,6 +255,22 @@ TRAIN_METHODS: dict[str, TrainMethod] = {
         initial=None,
         float16=True,
     ),
+    "shira": TrainMethod(
+        shira,
+        "PEFT's SHiRA, as many random entries as a LoRA has numbers",
+        "a directory that PEFT loads",
+        settings=(*TARGETS, "lora_rank"),
+        parameters=("lora_rank",),
+        initial=None,
+    ),
+    "super-tuning": TrainMethod(
+        super_tuning,
+        "PEFT's Super-Tuning, the entries of the largest base weights",
+        "a directory that PEFT loads",
+        settings=(*TARGETS, "density"),
+        parameters=("density",),
+        initial=None,
+    ),
     "full": TrainMethod(full, "all weights", "a checkpoint in float32"),
     "full-qkv": TrainMethod(full_qkv, "all entries of the targets", "a sparse adapter of density 1", settings=TARGETS),
     "multitask": TrainMethod(full, "all weights, on several tasks", "a checkpoint in float32", min_tasks=2),
@@ -248,7 +282,7 @@ def find_targets(model: nn.Module, config: SparseletConfig) -> list[str]:
 
     Raises NoTargets, and ArgumentError for a layer that is not linear.
     """
-    config = _with_default_targets(model, config)
+    config = with_named_targets(model, config)
     targets = {name: module for name, module in model.named_modules() if check_target_module_exists(config, name)}
     for name, module in targets.items():
         if not is_linear(module):
@@ -259,13 +293,6 @@ def find_targets(model: nn.Module, config: SparseletConfig) -> list[str]:
             f"layers {config.layers_to_transform}. The model's linear layers are: {describe_linear_layers(model)}."
         )
     return list(targets)
-
-
-def _with_default_targets(model: nn.Module, config: SparseletConfig) -> SparseletConfig:
-    """The configuration with `target_modules` set."""
-    config = copy.copy(config)
-    config.target_modules = config.target_modules or default_targets(model, config)
-    return config
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sparselet.errors import ConfigError
 from sparselet.selection_settings import SelectionSettings
-from sparselet.setting_checks import check_at_least
+from sparselet.setting_checks import check_at_least, parse_count
 from sparselet.training.methods import TRAIN_METHODS
 
 if TYPE_CHECKING:
@@ -41,19 +41,21 @@ class TrainSettings(SelectionSettings, TaskSettings):
     """
 
     target_modules: tuple[str, ...] = ()
-    """Names that the layers to adapt end in; by default the query, key and value projections."""
+    """Names that the layers to adapt end in, or one of qkv (the default), attention, mlp and all (linear layers)."""
     exclude_modules: tuple[str, ...] = ()
     """Names of layers to leave out."""
     layers: tuple[int, ...] = ()
     """Numbers of the layers to adapt; all by default."""
+    entries: int | str | None = None
+    """Entries to train over all targets, such as 1.5M, instead of `density`."""
 
     lora_rank: int = 128
     """Rank of the baseline lora."""
     lora_alpha: float | None = None
     """Its alpha, by which ΔW = alpha / rank · BA is scaled; by default the rank."""
 
-    learning_rate: float = 1e-4
-    """Peak learning rate of AdamW. Small models and little data want more, such as 1e-3."""
+    learning_rate: float | Literal["auto"] | None = None
+    """Peak learning rate of AdamW; by default one that depends on what is trained. auto tries several in short runs first."""
     epochs: float = 5.0
     """Passes over the training rows."""
     batch_size: int = 16
@@ -95,9 +97,10 @@ class TrainSettings(SelectionSettings, TaskSettings):
         check_at_least(self, 0, "patience", "save_steps", "weight_decay", "warmup")
         if not self.warmup < 1:
             raise ConfigError(f"warmup is a fraction of the steps, below 1; got {self.warmup}.")
-        for name in ("learning_rate", "epochs", "lora_alpha"):
+        object.__setattr__(self, "entries", parse_count("entries", self.entries))
+        for name in ("learning_rate", "epochs", "lora_alpha", "entries"):
             value = vars(self)[name]
-            if value is not None and not value > 0:
+            if value not in (None, "auto") and not value > 0:
                 raise ConfigError(f"{name} must be above 0, got {value}.")
         if self.batch_size % self.gradient_accumulation:
             raise ConfigError(
@@ -120,6 +123,8 @@ class TrainSettings(SelectionSettings, TaskSettings):
                 raise ConfigError(
                     f"{name} does not apply to method {self.method}; it is a setting of {', '.join(names)}. Leave it out."
                 )
+        if {"entries", "density"} <= changed:
+            raise ConfigError("entries stands instead of density; set one of them.")
         if len(self.tasks) < method.min_tasks:
             raise ConfigError(f"method {self.method} needs several tasks; for one task set method full.")
         if self.dtype == "float16" and not method.float16:

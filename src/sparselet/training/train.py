@@ -5,14 +5,16 @@ import hashlib
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import TaskType
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, SparseAdapter
+from sparselet.adapter_format import METHOD
 from sparselet.apply import target_weights
 from sparselet.errors import ConfigError
 from sparselet.generation.prompts import PromptFormat, prompt_format
@@ -26,7 +28,8 @@ from sparselet.models import load_model, load_tokenizer
 from sparselet.selection_settings import selection_values
 from sparselet.tasks.task import Task, load_task
 from sparselet.training.collate import Encoded, collator, encode
-from sparselet.training.methods import TRAIN_METHODS, TrainContext
+from sparselet.training.learning_rate import default_learning_rate, search_learning_rate
+from sparselet.training.methods import TRAIN_METHODS, TrainableModel, TrainContext, find_targets
 from sparselet.training.processes import (
     agreed,
     convert_lost_process,
@@ -53,6 +56,10 @@ from sparselet.training.settings import TrainSettings
 from sparselet.training.trainer import make_trainer
 from sparselet.tuner import SparseletConfig
 from sparselet.tuner.model import versions
+from sparselet.tuner.targets import PRESETS
+
+RATES = "learning_rate.json"  # in the work directory: the result of a search
+SHORT_STEPS, SHORT_ROWS = 32, 64  # optimizer steps and validation rows of a search's run
 
 LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -146,28 +153,13 @@ def _run(
     )
     if inputs.initial is not None:
         target_weights(model, inputs.initial)  # raises where it does not fit
-    set_seed(settings.seed)
-    form = prompt_format(model, tokenizer, settings.chat_template)
-    rows = _encode_rows(inputs.tasks, settings, form)
-    # Activations that are computed again in the backward pass cannot read a cache of keys and values.
-    collate = collator(model, form, share=not settings.gradient_checkpointing)
-    sizes = [len(task_rows) for task_rows in rows["train"].values()]
-    config = _adapter_config(settings, model, inputs.identity[DATA])
-    context = TrainContext(model, form, config, inputs.initial, sizes, keep=base is not None)
-    method = TRAIN_METHODS[settings.method]
-    parameters = {name: vars(settings)[name] for name in method.parameters}
-    with preserve_requires_grad(model), method.prepare(context, **parameters) as trainable:
-        with preserve_switches(model, settings), utf8_path(work) as directory:
-            trainer = make_trainer(trainable, collate, rows, settings, directory, callbacks)
-            with (
-                convert_lost_process(),
-                convert_write_errors(work, "Complete checkpoints are kept; set `resume=True` to continue."),
-            ):
-                trainer.train(resume_from_checkpoint=str(directory / checkpoint.name) if checkpoint else None)
-        state = trainer.state  # the model has the best weights
+    rate = _learning_rate(settings, inputs, (model, tokenizer), work, callbacks)
+    chosen = replace(settings, learning_rate=rate["peak"])
+    with _trained(chosen, inputs, (model, tokenizer), work, checkpoint, callbacks, keep=base is not None) as (trainable, state):
         metadata = _metadata(inputs, settings, state)
         record = {
             "settings": asdict(settings),
+            "learning_rate": rate,
             "versions": versions(),
             "seconds": time.time() - started,
             "started": started,
@@ -186,16 +178,100 @@ def _run(
     return _read_result(output) if adapter is None else adapter
 
 
+@contextlib.contextmanager
+def _trained(
+    settings: TrainSettings,
+    inputs: RunInputs,
+    base: LoadedModel,
+    work: Path,
+    checkpoint: Path | None,
+    callbacks: Sequence[TrainerCallback],
+    keep: bool,
+) -> Iterator[tuple[TrainableModel, TrainerState]]:
+    """Within the block the model is trained, with its best weights. keep: it has its own weights again afterwards."""
+    model, tokenizer = base
+    set_seed(settings.seed)
+    form = prompt_format(model, tokenizer, settings.chat_template)
+    rows = _encode_rows(inputs.tasks, settings, form)
+    # Activations that are computed again in the backward pass cannot read a cache of keys and values.
+    collate = collator(model, form, share=not settings.gradient_checkpointing)
+    sizes = [len(task_rows) for task_rows in rows["train"].values()]
+    context = TrainContext(model, form, _adapter_config(settings, model, inputs.identity[DATA]), inputs.initial, sizes, keep)
+    method = TRAIN_METHODS[settings.method]
+    parameters = {name: vars(settings)[name] for name in method.parameters}
+    with preserve_requires_grad(model), method.prepare(context, **parameters) as trainable:
+        with preserve_switches(model, settings), utf8_path(work) as directory:
+            trainer = make_trainer(trainable, collate, rows, settings, directory, callbacks)
+            with (
+                convert_lost_process(),
+                convert_write_errors(work, "Complete checkpoints are kept; set `resume=True` to continue."),
+            ):
+                trainer.train(resume_from_checkpoint=str(directory / checkpoint.name) if checkpoint else None)
+        yield trainable, trainer.state
+
+
+def _learning_rate(
+    settings: TrainSettings, inputs: RunInputs, base: LoadedModel, work: Path, callbacks: Sequence[TrainerCallback]
+) -> dict[str, Any]:
+    """`peak`: the learning rate of a run. If it was searched for: also `losses`, and the `seconds` that the search took.
+
+    A resumed run has the rate of its start.
+    """
+    if settings.learning_rate not in (None, "auto"):
+        return {"peak": settings.learning_rate}
+    start = default_learning_rate(settings.method, settings.density, base[0].config)
+    if settings.learning_rate is None:
+        return {"peak": start}
+    file = work / RATES
+    if file.is_file():
+        return read_object(file)
+    started, wanted = time.time(), SHORT_STEPS * settings.batch_size
+    rows = sum(len(task.rows("train", settings.train_rows)) for task in inputs.tasks)
+    short = replace(
+        settings,
+        train_rows=-(-min(wanted, rows) // len(inputs.tasks)),
+        validation_rows=min(SHORT_ROWS, settings.validation_rows or SHORT_ROWS),
+        epochs=max(1.0, wanted / rows),
+        patience=0,
+        save_steps=0,
+        report_to=(),
+    )
+
+    def loss_at(rate: float) -> float:
+        directory = work / f"rate-{rate:.2g}"
+        try:
+            run = replace(short, learning_rate=rate)
+            with _trained(run, inputs, base, directory, None, callbacks, keep=True) as (_, state):
+                return state.best_metric or 0.0
+        finally:
+            if is_first():
+                shutil.rmtree(directory, ignore_errors=True)
+
+    peak, losses = search_learning_rate(start, loss_at)
+    searched = {"peak": peak, "losses": {f"{r:.3g}": loss for r, loss in losses.items()}, "seconds": time.time() - started}
+    if is_first():
+        write_json(file, searched)
+    return searched
+
+
 def _adapter_config(settings: TrainSettings, model: PreTrainedModel, data_fingerprint: str) -> SparseletConfig:
-    """The settings of masks and targets as the tuner's configuration."""
-    return SparseletConfig(
+    """The settings of masks and targets as the tuner's configuration. Raises ConfigError, NoTargets, ArgumentError."""
+    names = list(settings.target_modules)
+    preset = names[0] if len(names) == 1 and names[0].lower() in PRESETS else None
+    config = SparseletConfig(
         task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
         **selection_values(settings),
-        target_modules=list(settings.target_modules) or None,
+        target_modules=preset or names or None,
         exclude_modules=list(settings.exclude_modules) or None,
         layers_to_transform=list(settings.layers) or None,
         data_fingerprint=data_fingerprint,
     )
+    if settings.entries is not None:
+        size = sum(cast(nn.Parameter, model.get_submodule(name).weight).numel() for name in find_targets(model, config))
+        if int(settings.entries) > size:
+            raise ConfigError(f"entries must be at most the {size} of the targets, got {settings.entries}.")
+        config.density = int(settings.entries) / size
+    return config
 
 
 def _load_inputs(settings: TrainSettings) -> RunInputs:
@@ -292,6 +368,6 @@ def _metadata(inputs: RunInputs, settings: TrainSettings, state: TrainerState) -
 def _read_result(output: Path) -> SparseAdapter | Trained:
     """The result of a finished run."""
     run = read_object(output / RUN_FILE)
-    if (output / CONFIG_FILE).is_file() and run["settings"]["method"] != "lora":
+    if (output / CONFIG_FILE).is_file() and read_object(output / CONFIG_FILE).get("peft_type") == METHOD:
         return SparseAdapter.load(output)
     return Trained(output, run["settings"]["method"], run["metrics"])

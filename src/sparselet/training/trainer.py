@@ -46,7 +46,10 @@ def make_trainer(
     work: Path,
     callbacks: Sequence[TrainerCallback],
 ) -> "RunTrainer":
-    """The Trainer of a run, which keeps its checkpoints in `work`. rows: of the splits `train` and `validation`, by task."""
+    """The Trainer of a run, which keeps its checkpoints in `work`. rows: of the splits `train` and `validation`, by task.
+
+    settings: with a number as `learning_rate`.
+    """
     share = share_of_batch(settings.batch_size, settings.gradient_accumulation)
     arguments = TrainingArguments(
         output_dir=str(work.absolute()),
@@ -55,7 +58,7 @@ def make_trainer(
         per_device_eval_batch_size=share,
         gradient_accumulation_steps=settings.gradient_accumulation,
         activation_checkpointing=settings.gradient_checkpointing,
-        learning_rate=settings.learning_rate,
+        learning_rate=cast(float, settings.learning_rate),
         lr_scheduler_type="linear",
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,

@@ -36,7 +36,8 @@ class SparseletConfig(PeftConfig):
     density to seed: the settings of mask selection; `SelectionSettings` explains them.
     target_modules: names the target layers end in, or one regular expression for their full names, or a preset: "qkv", the
         query, key and value projections of the language model, found by architecture (the default); "attention", these and
-        the linear layers beside them; "mlp", all others that text reaches but the output layer; "all-linear", as in PEFT.
+        the linear layers beside them; "mlp", all others that text reaches but the output layer; "all", all
+        linear layers but the output layer (PEFT's "all-linear").
     exclude_modules: the same, for layers to leave out.
     layers_to_transform: indices of the layers to adapt; all by default. Not together with a regular expression.
     layers_pattern: the name of the module list that these indices count, where a model has several.

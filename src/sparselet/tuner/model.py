@@ -23,7 +23,7 @@ from sparselet.tuner.layer import SparseletLayer, SparseletLinear
 from sparselet.tuner.resident import leased
 from sparselet.tuner.selection import select_without_data
 from sparselet.tuner.state import is_unread, load_target, module_keys, read_state
-from sparselet.tuner.targets import PRESETS, default_targets, describe_linear_layers, is_linear
+from sparselet.tuner.targets import describe_linear_layers, is_linear, with_named_targets
 
 TRL_REFERENCE = "ref"  # the name of the reference adapter that TRL adds
 
@@ -45,9 +45,7 @@ class SparseletModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> SparseletConfig:
         assert isinstance(peft_config, SparseletConfig)
-        names = peft_config.target_modules
-        if names is None or (isinstance(names, str) and names.lower() in PRESETS):
-            peft_config.target_modules = default_targets(self.model, peft_config)
+        peft_config.target_modules = with_named_targets(self.model, peft_config).target_modules
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

@@ -3,7 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
@@ -13,6 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparselet.errors import NoTargets
+
+ConfigT = TypeVar("ConfigT", bound=PeftConfig)
 
 # Names of the query, key and value projections in an attention module, separate or fused, and models that use them.
 LAYOUTS: tuple[tuple[str, ...], ...] = (
@@ -93,8 +95,19 @@ PRESETS: dict[str, Callable[[nn.Module], set[str]]] = {
     "qkv": _qkv,
     "attention": _attention,
     "mlp": _mlp,
+    "all": _all_linear,
     ALL_LINEAR: _all_linear,
 }
+
+
+def with_named_targets(model: nn.Module, config: ConfigT) -> ConfigT:
+    """The configuration, with the names of layers in the place of a preset or of no `target_modules`."""
+    names: Any = vars(config)["target_modules"]
+    if names is not None and not (isinstance(names, str) and names.lower() in PRESETS):
+        return config
+    named: Any = copy.copy(config)
+    named.target_modules = default_targets(model, config)
+    return named
 
 
 def find_qkv(model: nn.Module) -> tuple[list[str], list[str] | None]:

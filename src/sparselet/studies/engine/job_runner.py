@@ -221,16 +221,12 @@ def trained_result(output: Path, model: PreTrainedModel) -> TrainUnitResult:
     """The result of a training, from the directory that it wrote. model: the base model."""
     metrics = read_object(output / RUN_FILE)["metrics"]
     if (output / MODEL_CONFIG).exists():
-        weights = {name: p.numel() for name, p in model.named_parameters() if p.is_floating_point()}
-        size = MergeUnitResult(sum(weights.values()), _count_layers(weights))
-    else:
-        expert = open_expert(output)
-        if isinstance(expert, AdapterFile):
-            size = sparse_result(expert)
-        else:
-            parameters = sum(math.prod(shape) for shape in TensorFile(output / WEIGHTS_FILE).shapes.values())
-            size = MergeUnitResult(parameters, _count_layers(expert))
-    return TrainUnitResult(size.parameters, size.active_layers, metrics["validation_loss"], metrics["steps"])
+        sizes = {name: p.numel() for name, p in model.named_parameters() if p.is_floating_point()}
+    else:  # values, without indices
+        file = TensorFile(output / WEIGHTS_FILE)
+        sizes = {name: math.prod(shape) for name, shape in file.shapes.items() if file.dtypes[name].startswith(("F", "BF"))}
+    layers = _count_layers(name for name, size in sizes.items() if size)
+    return TrainUnitResult(sum(sizes.values()), layers, metrics["validation_loss"], metrics["steps"])
 
 
 def sparse_result(expert: AdapterFile) -> MergeUnitResult:

@@ -18,6 +18,8 @@ Kind = Literal["train", "merge", "evaluate"]
 KINDS: tuple[Kind, ...] = ("train", "merge", "evaluate")
 Settings = TypeVar("Settings", TrainSettings, EvalSettings)
 
+# Values that a unit's settings do not name: those of the defaults that have changed since, so that keys stay what they were.
+FIRST_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-4, "when": "paper", "score": "mcs"}
 # Fields of TrainSettings that depend on the machine. A unit has the names of its tasks and its initial merge instead.
 MACHINE_SETTINGS = ("model", "task", "init_from")
 
@@ -54,7 +56,7 @@ class TrainUnit:
         return () if self.initial is None else (self.initial,)
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON values: of `TrainSettings` what differs from its defaults."""
+        """The settings as JSON values: of `TrainSettings` what differs from its first defaults."""
         changed = {name: value for name, value in _changed(self.settings).items() if name not in MACHINE_SETTINGS}
         model = {**vars(self.model)}
         return {**model, "task": list(self.settings.tasks), "data": dict(self.data), "train": changed}
@@ -172,8 +174,8 @@ def _key(unit: Unit) -> str:
 
 
 def _changed(settings: TrainSettings | EvalSettings) -> dict[str, Any]:
-    """The fields that differ from their defaults, tuples as lists."""
-    defaults = {f.name: None if f.default is MISSING else f.default for f in fields(settings)}
+    """The fields that differ from their first defaults, tuples as lists."""
+    defaults = {f.name: None if f.default is MISSING else f.default for f in fields(settings)} | FIRST_DEFAULTS
     changed = {name: value for name, value in vars(settings).items() if value != defaults[name]}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
 
@@ -184,5 +186,6 @@ def _from_json(settings: type[Settings], name: str, values: Mapping[str, Any]) -
     for key in values:
         if key not in names:
             raise ConfigError(f"{name} has no setting {key!r}; it has {', '.join(sorted(names))}.")
-    fitted: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    first = {name: value for name, value in FIRST_DEFAULTS.items() if name in names}
+    fitted: dict[str, Any] = first | {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return settings(**fitted)

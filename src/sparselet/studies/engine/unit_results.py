@@ -32,6 +32,11 @@ class TrainUnitResult(MergeUnitResult):
     validation_loss: float | None
     steps: int
 
+    def measures(self) -> dict[str, float]:
+        """The numbers that a table's cell can show, by name."""
+        loss = {} if self.validation_loss is None else {"validation_loss": self.validation_loss}
+        return {**super().measures(), **loss}
+
 
 @dataclass(frozen=True)
 class EvalUnitResult:
