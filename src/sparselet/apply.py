@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +12,23 @@ from sparselet.adapter import as_expert
 from sparselet.delta import SparseDelta
 from sparselet.errors import NonFiniteValue, ShapeMismatch, UnsupportedExpert
 from sparselet.expert import ExpertOrDeltas
-from sparselet.fingerprint import fingerprint_weight, require_same_base
+from sparselet.fingerprint import Fingerprint, fingerprint_weight, require_same_base
 from sparselet.model_config import optional_field
 from sparselet.names import Names, as_rows, refuse_shared
 
 
 @contextlib.contextmanager
-def apply_temporarily(model: nn.Module, adapter: ExpertOrDeltas) -> Iterator[nn.Module]:
+def apply_temporarily(
+    model: nn.Module, adapter: ExpertOrDeltas, base: Mapping[str, Fingerprint] | None = None
+) -> Iterator[nn.Module]:
     """Within the block the model's weights are W + ΔW of `adapter`; afterwards they are W again, bit for bit.
 
     W + ΔW is summed in float32 (or wider) and rounded once to the weight's dtype, as in a merged checkpoint.
-    model: a base model without adapters. Raises UnknownTarget, UnsupportedExpert, ShapeMismatch, WrongBase before any weight is
-    changed, and NonFiniteValue, after restoring W, where the weight's dtype cannot hold W + ΔW.
+    model: a base model without adapters. base: its fingerprints by target, where they are known; by default they are computed.
+    Raises UnknownTarget, UnsupportedExpert, ShapeMismatch, WrongBase before any weight is changed, and NonFiniteValue, after
+    restoring W, where the weight's dtype cannot hold W + ΔW.
     """
-    weights = target_weights(model, adapter)
+    weights = target_weights(model, adapter, base)
     displaced: list[tuple[Tensor, Tensor, Tensor, int]] = []
     try:
         with torch.no_grad():
@@ -93,9 +96,12 @@ def _stays_wide(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
     return any(re.search(rf"(^|\.){part}($|\.)", name) for part in parts)
 
 
-def target_weights(model: nn.Module, adapter: ExpertOrDeltas) -> dict[str, Tensor]:
+def target_weights(
+    model: nn.Module, adapter: ExpertOrDeltas, base: Mapping[str, Fingerprint] | None = None
+) -> dict[str, Tensor]:
     """The model's weight of each of the adapter's targets, as the target's two sides (`names.as_rows`), if all of them fit.
 
+    base: the fingerprints of the model's own weights by target; by default those of the weights that are in it now.
     Raises UnknownTarget, UnsupportedExpert (modules trained in full, which only PEFT loads; a weight that is shared, see
     `names.refuse_shared`, or quantised), ShapeMismatch, WrongBase.
     """
@@ -121,7 +127,8 @@ def target_weights(model: nn.Module, adapter: ExpertOrDeltas) -> dict[str, Tenso
         if not weight.is_contiguous():
             raise UnsupportedExpert(f"{target} does not lie in one piece in memory, so it cannot be changed in place.")
         weights[name] = rows
-    require_same_base(expert.fingerprints, {name: fingerprint_weight(w) for name, w in weights.items()}, "adapter and model")
+    own = {name: fingerprint_weight(w) if base is None else base[targets[name]] for name, w in weights.items()}
+    require_same_base(expert.fingerprints, own, "adapter and model")
     return weights
 
 

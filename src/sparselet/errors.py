@@ -8,6 +8,7 @@ SparseletError
 │   ├── UnknownScore
 │   ├── UnknownMethod
 │   ├── NoTargets
+│   ├── RequestRefused                a field of a request to the server
 │   └── ConfigError                   a configuration file or field
 ├── FormatError                       a file is not what docs/format.md says
 │   ├── MissingFile
@@ -40,6 +41,8 @@ SparseletError
 ├── StudyIncomplete                   some of a study's units failed
 ├── NotEnoughMemory                   the work needs more memory than is available
 ├── WorkerFailed                      a worker process of a study cannot start, or one of a training run has ended
+├── UnknownExpert                     the server has no expert of this name
+├── ServerBusy                        the server's queue is full, or it is shutting down
 └── MissingExtra                      an optional dependency is not installed
 """
 
@@ -77,6 +80,14 @@ class UnknownMethod(ArgumentError):
 
 class NoTargets(ArgumentError):
     """No layer of the model is a target."""
+
+
+class RequestRefused(ArgumentError):
+    """A field of a request to the server is wrong. field: its name, empty for the whole request."""
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class ConfigError(ArgumentError):
@@ -205,6 +216,18 @@ class WorkerFailed(SparseletError):
 
 class NotEnoughMemory(SparseletError, MemoryError):
     """The work needs more memory than is available."""
+
+
+class UnknownExpert(SparseletError):
+    """The server has no expert of this name."""
+
+
+class ServerBusy(SparseletError):
+    """The server's queue is full, or it is shutting down. retry_after: seconds."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class MissingExtra(SparseletError, ImportError):

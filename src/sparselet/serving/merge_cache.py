@@ -1,0 +1,71 @@
+"""`MergeCache`: experts that are merged for a request, kept by the content of what is merged, within a bound of bytes."""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparselet.errors import RequestRefused
+from sparselet.merging import merge
+from sparselet.serving.served_expert import FitCheck, ServedExpert, serve_expert
+
+MAX_MEMBERS = 64
+
+
+class MergeCache:
+    """Merges by method, parameters, and each member's digest and weight. The least recently used ones leave first.
+
+    limit: bytes of all kept merges. fits: the check against the base model.
+    hits, misses: of `merged`. bytes: of what is kept now.
+    """
+
+    def __init__(self, limit: int, fits: FitCheck) -> None:
+        self.limit, self._fits = limit, fits
+        self.hits = self.misses = self.bytes = 0
+        self._kept: OrderedDict[str, ServedExpert] = OrderedDict()
+        self._lock, self._merging = threading.Lock(), threading.Lock()
+
+    def merged(self, members: Sequence[tuple[ServedExpert, float]], method: str, parameters: Mapping[str, Any]) -> ServedExpert:
+        """The merge of the members, computed at its first use, one merge at a time.
+
+        Raises RequestRefused (members without a change, more than 64, or more than the cache holds), and what `merge` raises.
+        """
+        adapters = [expert.adapter for expert, _ in members if expert.adapter is not None]
+        if not 0 < len(members) <= MAX_MEMBERS or len(adapters) < len(members):
+            raise RequestRefused(f"experts must be 1 to {MAX_MEMBERS} experts; the base model is in each of them.", "experts")
+        size = sum(expert.bytes for expert, _ in members)
+        if size > self.limit:
+            raise RequestRefused(
+                f"these experts have {size:,} bytes, and merges may have {self.limit:,}; merge them with `sparselet merge` "
+                "and serve the result.",
+                "experts",
+            )
+        weights = [weight for _, weight in members]
+        key = json.dumps([method, parameters, [expert.digest for expert, _ in members], weights], sort_keys=True, default=repr)
+        kept = self._find(key)
+        if kept is not None:
+            return kept
+        with self._merging:
+            kept = self._find(key)
+            if kept is None:
+                self.misses += 1
+                kept = serve_expert(merge(adapters, method, weights, parameters), self._fits)
+                self._keep(key, kept)
+        return kept
+
+    def _find(self, key: str) -> ServedExpert | None:
+        with self._lock:
+            kept = self._kept.get(key)
+            if kept is not None:
+                self._kept.move_to_end(key)
+                self.hits += 1
+            return kept
+
+    def _keep(self, key: str, expert: ServedExpert) -> None:
+        with self._lock:
+            self._kept[key] = expert
+            self.bytes += expert.bytes
+            while self.bytes > self.limit:
+                _, removed = self._kept.popitem(last=False)
+                self.bytes -= removed.bytes

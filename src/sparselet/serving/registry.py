@@ -1,0 +1,203 @@
+"""`ExpertRegistry`: the experts that requests may name, and the state file by which a restarted server has the same ones."""
+
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparselet.adapter_format import CONFIG_FILE
+from sparselet.errors import BadConfig, ConfigError, RequestRefused, SparseletError, UnknownExpert, UnsafePath
+from sparselet.expert import Expert
+from sparselet.io.json_files import read_object, write_json
+from sparselet.io.printable import printable
+from sparselet.serving.served_expert import FitCheck, ServedExpert, serve_expert
+
+logger = logging.getLogger("sparselet")
+
+BASE_NAME, ROUTE_NAME, MERGE_NAME = "base", "route", "merge"  # model names with a meaning of their own
+STATE_FILE, MERGED_DIRECTORY, STATE_VERSION = "serving.json", "merged", 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A name's expert, and the directory it was read from."""
+
+    expert: ServedExpert
+    path: Path
+
+
+class ExpertRegistry:
+    """Experts by name.
+
+    open_expert: opens a directory. fits: the check against the base model. base: the base model itself, served as `base`.
+    directories: each an expert, or a directory of experts, which are served by the names of their directories.
+    state: a directory of the registry's own; `serving.json` in it records every change, `merged/` holds saved merges.
+
+    An expert that cannot be read at the start is reported and left out; the others are served. Raises ConfigError for a
+    directory that does not exist, two experts of one name, and a name that cannot be served.
+    """
+
+    def __init__(
+        self,
+        open_expert: Callable[[Path], Expert],
+        fits: FitCheck,
+        base: ServedExpert,
+        directories: Sequence[Path],
+        state: Path,
+    ) -> None:
+        self.base, self.state = base, state
+        self._open, self._fits = open_expert, fits
+        self._lock = threading.Lock()
+        self._roots = [Path(os.path.realpath(directory)) for directory in (*directories, state / MERGED_DIRECTORY)]
+        self._registrations: dict[str, Registration] = {}
+        self._paths, self._unloaded = self._read_state()  # of all names, also of those that could not be read
+        for directory in directories:
+            for path in _experts_in(directory):
+                if path not in self._unloaded and path not in self._paths.values():
+                    self._refuse_twice(path)
+                    self._paths[path.name] = path
+        for name, path in self._paths.items():
+            try:
+                self._registrations[name] = Registration(self._read(path), path)
+            except SparseletError as error:
+                logger.warning("%s is not served: %s", name, printable(error))
+
+    def __getitem__(self, name: str) -> ServedExpert:
+        """The expert of this name, or the base model. Raises UnknownExpert."""
+        if name == BASE_NAME:
+            return self.base
+        registration = self._registrations.get(name)
+        if registration is None:
+            raise UnknownExpert(f"no expert is called {name!r:.100}; /v1/models lists the names.")
+        return registration.expert
+
+    def registrations(self) -> dict[str, Registration]:
+        """All experts by name, in the order of their names."""
+        return dict(sorted(self._registrations.copy().items()))
+
+    def load(self, name: str, path: str) -> ServedExpert:
+        """Read an expert from a directory in the served ones, in place of the one that has the name, if any.
+
+        path: absolute, or relative to a served directory. If the expert cannot be read or does not fit, the previous one stays.
+        Raises RequestRefused (the name), UnsafePath, and what opening and checking raise.
+        """
+        self._check_name(name)
+        place = self._inside(path)
+        expert = self._read(place)
+        with self._lock:
+            self._set({**self._paths, name: place}, self._unloaded - {place})
+            self._registrations[name] = Registration(expert, place)
+        return expert
+
+    def save(self, name: str, expert: ServedExpert) -> Path:
+        """Write an expert that was merged in memory into `state`, and serve it under a new name.
+
+        Raises RequestRefused for a name that is taken; WriteFailed.
+        """
+        self._check_name(name)
+        assert expert.adapter is not None
+        path = self.state / MERGED_DIRECTORY / expert.digest
+        if not path.exists():
+            expert.adapter.save(path)
+        with self._lock:
+            self._require_free(name)
+            self._set({**self._paths, name: Path(os.path.realpath(path))}, self._unloaded)
+            self._registrations[name] = Registration(expert, path)
+        return path
+
+    def unload(self, name: str) -> None:
+        """Serve this name no longer; requests that have begun are answered. Raises UnknownExpert."""
+        with self._lock:
+            self._require(name)
+            paths = dict(self._paths)
+            removed = paths.pop(name)
+            self._set(paths, self._unloaded if removed in paths.values() else self._unloaded | {removed})
+            self._registrations.pop(name, None)
+
+    def rename(self, name: str, new: str) -> None:
+        """Serve an expert under another name. Raises UnknownExpert, RequestRefused."""
+        self._check_name(new)
+        with self._lock:
+            self._require(name)
+            self._require_free(new)
+            self._set({new if key == name else key: path for key, path in self._paths.items()}, self._unloaded)
+            if name in self._registrations:
+                self._registrations[new] = self._registrations.pop(name)
+
+    def _read(self, path: Path) -> ServedExpert:
+        expert = serve_expert(self._open(path), self._fits)
+        same = [r.expert for r in self._registrations.copy().values() if r.expert.digest == expert.digest]
+        return same[0] if same else expert
+
+    def _set(self, paths: dict[str, Path], unloaded: set[Path]) -> None:
+        """Record the names and paths, on the disk first."""
+        experts = {name: str(path) for name, path in paths.items()}
+        content = {"version": STATE_VERSION, "experts": experts, "unloaded": sorted(map(str, unloaded))}
+        write_json(self.state / STATE_FILE, content)
+        self._paths, self._unloaded = paths, unloaded
+
+    def _read_state(self) -> tuple[dict[str, Path], set[Path]]:
+        """Names with paths, and paths that were unloaded. Raises BadConfig."""
+        file = self.state / STATE_FILE
+        if not file.exists():
+            return {}, set()
+        content = read_object(file)
+        experts, unloaded = content.get("experts"), content.get("unloaded")
+        if content.get("version") != STATE_VERSION or not isinstance(experts, dict) or not isinstance(unloaded, list):
+            raise BadConfig(f"{file} is no registry of version {STATE_VERSION}; remove it to begin with the directories alone.")
+        paths = {name: Path(str(path)) for name, path in experts.items() if _NAME.fullmatch(name)}
+        outside = [name for name, path in paths.items() if not self._is_inside(path)]
+        for name in outside:
+            logger.warning("%s is not served: %s is in none of the served directories now.", name, printable(paths[name]))
+        return {name: path for name, path in paths.items() if name not in outside}, {Path(str(path)) for path in unloaded}
+
+    def _inside(self, path: str) -> Path:
+        """The real path of a directory in the served ones. Raises UnsafePath."""
+        if "\0" not in path:
+            for root in self._roots:
+                place = Path(os.path.realpath(root / path))
+                if place.is_dir() and self._is_inside(place):
+                    return place
+        raise UnsafePath(f"{printable(path)!r:.200} is no directory in the served ones.")
+
+    def _is_inside(self, path: Path) -> bool:
+        return any(Path(os.path.realpath(path)).is_relative_to(root) for root in self._roots)
+
+    def _refuse_twice(self, path: Path) -> None:
+        """Raise ConfigError for a directory whose name is taken or cannot be served."""
+        if not _NAME.fullmatch(path.name) or path.name in (BASE_NAME, ROUTE_NAME, MERGE_NAME):
+            raise ConfigError(f"{path}: {_NAME_RULE} Rename the directory.")
+        if path.name in self._paths:
+            raise ConfigError(f"{path} and {self._paths[path.name]} are both called {path.name}; rename one directory.")
+
+    def _check_name(self, name: str) -> None:
+        if not _NAME.fullmatch(name) or name in (BASE_NAME, ROUTE_NAME, MERGE_NAME):
+            raise RequestRefused(f"{_NAME_RULE} Got {name!r:.100}.", "name")
+
+    def _require(self, name: str) -> None:
+        if name not in self._paths:
+            raise UnknownExpert(f"no expert is called {name!r:.100}; /v1/models lists the names.")
+
+    def _require_free(self, name: str) -> None:
+        if name in self._paths:
+            raise RequestRefused(f"an expert is called {name} already; unload or rename it first.", "name")
+
+
+_NAME_RULE = (
+    f"a name has 1 to 96 letters of A-Z, a-z, 0-9, '.', '_' and '-', begins with a letter or digit, and is not "
+    f"{BASE_NAME}, {ROUTE_NAME} or {MERGE_NAME}."
+)
+
+
+def _experts_in(directory: Path) -> list[Path]:
+    """The directory if it is an expert, else the experts in it. Raises ConfigError."""
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is not a directory; set `experts` to experts or directories of experts.")
+    if (directory / CONFIG_FILE).exists() or (directory / "config.json").exists():
+        return [Path(os.path.realpath(directory))]
+    children = sorted(child for child in directory.iterdir() if (child / CONFIG_FILE).exists())
+    return [place for child in children if (place := Path(os.path.realpath(child))).is_relative_to(os.path.realpath(directory))]

@@ -1,0 +1,121 @@
+"""`Service`: from names and texts to requests of the engine; what the HTTP server and a notebook use."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparselet.apply import target_weights
+from sparselet.errors import RequestRefused, TaskError
+from sparselet.expert import Expert
+from sparselet.fingerprint import fingerprint_weight
+from sparselet.formats import BaseModel, open_expert
+from sparselet.generation.prompts import PromptFormat, prompt_format, prompt_tokens
+from sparselet.models import load_model, load_tokenizer, local_path
+from sparselet.names import Names
+from sparselet.serving.engine import Engine
+from sparselet.serving.limits import ServingLimits
+from sparselet.serving.merge_cache import MergeCache
+from sparselet.serving.registry import BASE_NAME, MERGE_NAME, ROUTE_NAME, ExpertRegistry
+from sparselet.serving.request import GenerationRequest, Output, Sampling
+from sparselet.serving.served_expert import ServedExpert, base_digest
+from sparselet.tasks.rows import Message
+
+
+class Service:
+    """An engine with its registry of experts and its cache of merges.
+
+    open_expert: opens a directory as an expert under the model's names. directories, state: as in `ExpertRegistry`.
+    Raises what `Engine` and `ExpertRegistry` raise.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        open_expert: Callable[[Path], Expert],
+        directories: Sequence[Path],
+        state: Path,
+        limits: ServingLimits | None = None,
+    ) -> None:
+        base = {name: fingerprint_weight(layer.parameter) for name, layer in Names(model).layers.items()}
+
+        def fits(expert: Expert) -> object:
+            return target_weights(model, expert, base)
+
+        self.engine = Engine(model, tokenizer, base, limits)
+        self.registry = ExpertRegistry(open_expert, fits, ServedExpert(base_digest(base), None), directories, state)
+        self.merges = MergeCache(self.engine.limits.merge_cache_bytes, fits)
+        self._forms = {template: prompt_format(model, tokenizer, template) for template in (True, False)}
+
+    def resolve(
+        self, model: str | None, members: Sequence[tuple[str, float]] | None, method: str, parameters: Mapping[str, Any]
+    ) -> ServedExpert:
+        """The expert that a request names: `model`, or the merge of `members`, which are names with weights.
+
+        Raises UnknownExpert, RequestRefused, and what merging raises.
+        """
+        if members is not None:
+            if model not in (None, BASE_NAME, MERGE_NAME):
+                raise RequestRefused(f"model {model!r:.100} and experts name two things; set model to {MERGE_NAME!r}.", "model")
+            return self.merges.merged([(self.registry[name], weight) for name, weight in members], method, parameters)
+        if model is None or model == MERGE_NAME:
+            raise RequestRefused("name an expert in model, or several with their weights in experts.", "experts")
+        if model == ROUTE_NAME:
+            raise RequestRefused("no profiles of the experts are loaded, so none can be chosen by the prompt.", "model")
+        return self.registry[model]
+
+    def request(
+        self,
+        expert: ServedExpert,
+        prompt: str | Sequence[Message],
+        sampling: Sampling,
+        emit: Callable[[Output], None],
+        stream: bool = False,
+    ) -> GenerationRequest:
+        """A request for `Engine.submit`. prompt: the text as it is, or a conversation.
+
+        A conversation goes through the tokenizer's chat template. If there is none, or the expert was trained without one, it
+        must be a single user's message, whose text is the prompt, as in training.
+        Raises RequestRefused for a prompt that cannot be encoded, or leaves no position for `max_tokens`.
+        """
+        field = "prompt" if isinstance(prompt, str) else "messages"
+        form = self._forms[not isinstance(prompt, str) and expert.metadata.chat_template is not False]
+        if not isinstance(prompt, str) and not form.template:
+            if len(prompt) != 1 or prompt[0].role != "user":
+                raise RequestRefused("this expert was trained without a chat template: send one user's message.", "messages")
+            prompt = prompt[0].content
+        try:
+            tokens = prompt_tokens(form, prompt)
+        except TaskError as error:
+            raise RequestRefused(f"{field} {error}", field) from error
+        require_positions(form, len(tokens), sampling.max_tokens, field)
+        return GenerationRequest(expert, tokens, form.ends, sampling, emit, stream)
+
+
+def require_positions(form: PromptFormat, prompt: int, answer: int, field: str) -> None:
+    """Raise RequestRefused where a model's positions do not hold prompt and answer; the last token is not read."""
+    if form.positions is not None and prompt + answer - 1 > form.positions:
+        raise RequestRefused(
+            f"{field} has {prompt} tokens and max_tokens is {answer}; the model has {form.positions} positions.", field
+        )
+
+
+def open_service(
+    model: str,
+    experts: Sequence[str | Path],
+    state: Path,
+    *,
+    dtype: str = "float32",
+    limits: ServingLimits | None = None,
+) -> Service:
+    """Load a base model and the experts to serve.
+
+    model: a hub name, a directory, or `packaged:smollm2-135m`. experts: directories of experts, or experts themselves.
+    Raises ModelError, and what `Service` raises.
+    """
+    base = BaseModel(local_path(model))
+    directories = [Path(directory) for directory in experts]
+    loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
+    return Service(loaded, tokenizer, lambda path: open_expert(path, base), directories, state, limits)
