@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sparselet.api.exporting import convert, export
     from sparselet.api.hub import pull, push
     from sparselet.api.inspection import inspect
+    from sparselet.api.locating import locate
     from sparselet.api.merging import merge, merge_recipe, split, update
     from sparselet.api.opening import load
     from sparselet.api.searching import search
@@ -55,6 +56,7 @@ __all__ = [
     "freeze_masks",
     "inspect",
     "load",
+    "locate",
     "merge",
     "merge_recipe",
     "pull",
@@ -85,6 +87,7 @@ _LAZY = {
     "freeze_masks": "sparselet.tuner",
     "inspect": "sparselet.api.inspection",
     "load": "sparselet.api.opening",
+    "locate": "sparselet.api.locating",
     "merge": "sparselet.api.merging",
     "merge_recipe": "sparselet.api.merging",
     "pull": "sparselet.api.hub",

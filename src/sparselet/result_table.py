@@ -48,6 +48,20 @@ class ShownAsTable:
         return self.table()._repr_html_()
 
 
+class ShownAsTables:
+    """A result of several tables, which prints them one after another."""
+
+    @abstractmethod
+    def tables(self) -> tuple[ResultTable, ...]:
+        """The result as tables."""
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self.tables()))
+
+    def _repr_html_(self) -> str:
+        return "".join(table._repr_html_() for table in self.tables())
+
+
 def cell_text(cell: object) -> str:
     """A cell as text on one line, safe to show; a float to one decimal."""
     return f"{cell:.1f}" if isinstance(cell, float) else printable(cell)

@@ -60,6 +60,7 @@ def test_draws_show_their_null_within_sampling_error(null):
         assert result.top[share] == pytest.approx(energy, rel=0.02)
     assert result.gini == pytest.approx(expected.gini, abs=1e-3)
     assert result.hoyer == pytest.approx(expected.hoyer, abs=1e-3)
+    assert [y for _, y in result.lorenz] == pytest.approx([y for _, y in expected.lorenz], abs=5e-3)
 
 
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=2, max_size=50), st.integers(-8, 8), st.randoms())

@@ -3,7 +3,7 @@
 All statistics are of magnitudes; they do not change with scale, order or sign. N counts all entries, zeros included.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import exp, sqrt
 from statistics import NormalDist
@@ -14,6 +14,7 @@ from sparselet.analysis.histogram import Histogram
 
 CARRIED = (0.5, 0.9, 0.99)  # fractions of the energy
 TOP = (0.001, 0.01, 0.1)  # fractions of the entries
+POINTS = 65  # of a Lorenz curve
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def concentration(histogram: Histogram) -> Concentration:
         gini=_gini(histogram.counts, histogram.sums),
         hoyer=_hoyer(n, float(histogram.sums.sum()), energy),
         zeros=float(histogram.counts[0] / max(1, n)),
-        lorenz=[(float(x), float(np.interp(x, entries, carried))) for x in np.linspace(0, 1, 65)],
+        lorenz=[(float(x), float(np.interp(x, entries, carried))) for x in np.linspace(0, 1, POINTS)],
     )
 
 
@@ -85,6 +86,7 @@ class Null:
     top: dict[float, float]
     gini: float
     hoyer: float
+    lorenz: list[tuple[float, float]] = field(repr=False)
 
 
 def gaussian_null() -> Null:
@@ -95,7 +97,7 @@ def gaussian_null() -> Null:
         t = normal.inv_cdf(1 - fraction / 2)
         return 2 * t * normal.pdf(t) + fraction
 
-    return Null(_inverted(energy_of), {p: energy_of(p) for p in TOP}, sqrt(2) - 1, 1 - sqrt(2 / np.pi))
+    return _null(energy_of, sqrt(2) - 1, 1 - sqrt(2 / np.pi))
 
 
 def laplace_null() -> Null:
@@ -105,10 +107,16 @@ def laplace_null() -> Null:
         t = -np.log(fraction)
         return exp(-t) * (t * t + 2 * t + 2) / 2
 
-    return Null(_inverted(energy_of), {p: energy_of(p) for p in TOP}, 0.5, 1 - 1 / sqrt(2))
+    return _null(energy_of, 0.5, 1 - 1 / sqrt(2))
 
 
-def _inverted(energy_of) -> dict[float, float]:
+def _null(energy_of: Callable[[float], float], gini: float, hoyer: float) -> Null:
+    inside = [(float(x), energy_of(float(x))) for x in np.linspace(0, 1, POINTS)[1:-1]]
+    lorenz = [(0.0, 0.0), *inside, (1.0, 1.0)]
+    return Null(_inverted(energy_of), {p: energy_of(p) for p in TOP}, gini, hoyer, lorenz)
+
+
+def _inverted(energy_of: Callable[[float], float]) -> dict[float, float]:
     """By bisection, the fraction of entries that carries each of CARRIED."""
     carrying = {}
     for share in CARRIED:

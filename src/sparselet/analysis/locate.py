@@ -1,21 +1,25 @@
 """Where an expert's change lies: its concentration, whole and by layer and projection, target by target."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sparselet.analysis.concentration import Concentration, Null, concentration, gaussian_null, laplace_null
 from sparselet.analysis.histogram import Histogram
-from sparselet.analysis.pairs import Overlap, overlap_of, subspace_overlap
-from sparselet.analysis.spectrum import lines, spectrum
+from sparselet.analysis.lines import Lines, lines
+from sparselet.analysis.spectrum import BAND_ENTRIES, random_ranks, spectrum
+from sparselet.analysis.threads import one_thread
 from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError
+from sparselet.expert import ExpertOrDeltas
 from sparselet.masks import layer_of, natural_order, projection_of
 
 SMALL = 1e-5  # |Δ| that counts as no change (Mukherjee et al. 2025)
 SMALL_RELATIVE = 1e-3  # |Δ| / |W|
+
+Heads = tuple[int, int]  # the axis that a target's attention heads lie on, and how many lines of it each has
 
 
 @dataclass(frozen=True)
@@ -29,29 +33,26 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """Of one target: its ranks, the smaller side they cannot exceed, and the Gini coefficients of its rows and columns beside
-    those of its entries in random order."""
+class Structure:
+    """Of one target: its ranks beside those of independent entries, which the smaller side bounds, and how its energy lies over
+    rows, columns and heads."""
 
     name: str
     full_rank: int
     stable_rank: float
     effective_rank: float
-    rows: float
-    columns: float
-    shuffled_rows: float
-    shuffled_columns: float
+    random_stable_rank: float
+    random_effective_rank: float
+    lines: Lines
 
 
 @dataclass(frozen=True)
 class Unchanged:
-    """Fractions of all entries. zero: ΔW = 0. small: |ΔW| ≤ 10⁻⁵. Against the base weights, None without them: small_relative:
-    |ΔW| ≤ 10⁻³|W|; bf16: W and W + ΔW are one number in bfloat16."""
+    """Fractions of all entries. zero: no change. small: |Δ| ≤ 10⁻⁵. small_relative: |Δ| ≤ 10⁻³|W|, None without base."""
 
     zero: float
     small: float
     small_relative: float | None = None
-    bf16: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Location:
     """Where the change of one expert lies.
 
     whole: of all entries of its targets. selected: of those in its masks, which say more where the mask was imposed.
+    unchanged: of ΔW. unchanged_bf16: of bf16(W + ΔW) − bf16(W), the change that a checkpoint in bfloat16 holds; None without
+    base weights. cells: by target. structures: by target, without vectors such as norms.
     """
 
     expert: str
@@ -68,140 +71,118 @@ class Location:
     gaussian: Null
     laplace: Null
     unchanged: Unchanged
+    unchanged_bf16: Unchanged | None
     layers: tuple[Part, ...]
     projections: tuple[Part, ...]
     cells: tuple[Part, ...]
-    ranks: tuple[Ranks, ...]
+    structures: tuple[Structure, ...]
 
 
+@one_thread()
 def locate(
-    expert: Mapping[str, SparseDelta],
+    expert: ExpertOrDeltas,
     *,
     name: str = "",
     base: Callable[[str], Tensor] | None = None,
-    ranks: bool = True,
+    heads: Mapping[str, Heads] | None = None,
+    structure: bool = True,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Location:
     """Statistics of an expert's change, read target by target.
 
-    expert: any kind, as `load` opens it. base: reads the base weight [rows, columns] of a target. ranks: also the spectra,
-    which take most of the time. seed: of the shuffles. progress: is called with each target's name when it is done.
+    expert: any kind, as `load` opens it. base: reads the base weight [rows, columns] of a target. heads: of the targets that
+    have some. structure: also ranks, rows, columns and heads, which take most of the time. seed: of the permutations.
+    progress: is called with each target's name when it is done.
     Raises ArgumentError for an expert without targets, and what reading it raises.
     """
     if not len(expert):
         raise ArgumentError(f"{name or 'the expert'} has no targets to look at.")
-    whole, selected = Histogram.empty(), Histogram.empty()
-    by_layer: dict[str, Histogram] = {}
-    by_projection: dict[str, Histogram] = {}
-    cells, spectra = [], []
-    counts = {"small": 0, "relative": 0, "bf16": 0}
+    sums, outside = _Sums(), 0
+    structures = []
     for target in sorted(expert, key=natural_order):
-        delta = expert[target]
-        inside = Histogram.of(delta.values)
-        histogram = Histogram.of(delta.values, delta.size - delta.nnz)
-        layer, projection = layer_of(target), projection_of(target)
-        by_layer[layer] = by_layer.get(layer, Histogram.empty()) + histogram
-        by_projection[projection] = by_projection.get(projection, Histogram.empty()) + histogram
-        whole, selected = whole + histogram, selected + inside
-        cells.append((target, concentration(histogram)))
-        change = delta.to_dense(torch.float32) if ranks or base is not None else None
-        counts["small"] += delta.size - int((delta.values.abs() > SMALL).sum())
-        if base is not None and change is not None:
-            weight = base(target).float()
-            counts["relative"] += int((change.abs() <= SMALL_RELATIVE * weight.abs()).sum())
-            counts["bf16"] += int(((weight + change).bfloat16() == weight.bfloat16()).sum())
-        if ranks and change is not None:
-            spectra.append(_ranks_of(target, change, seed))
+        change, selected = _read(expert, target, sums)
+        outside += change.numel() - selected
+        if base is not None:
+            sums.compare(change, base(target))
+        if structure and min(change.shape) > 1:
+            structures.append(_structure(target, change, (heads or {}).get(target), seed))
         if progress is not None:
             progress(target)
+    whole = sums.whole()
     total = max(whole.energy, torch.finfo(torch.float64).tiny)
     return Location(
         expert=name,
         targets=len(expert),
         whole=concentration(whole),
-        selected=concentration(selected),
+        selected=concentration(whole.without_zeros(outside)),
         gaussian=gaussian_null(),
         laplace=laplace_null(),
-        unchanged=Unchanged(
-            zero=float(whole.counts[0] / whole.count),
-            small=counts["small"] / whole.count,
-            small_relative=None if base is None else counts["relative"] / whole.count,
-            bf16=None if base is None else counts["bf16"] / whole.count,
-        ),
-        layers=_parts(by_layer, total),
-        projections=_parts(by_projection, total),
-        cells=tuple(Part(target, c.entries, c.energy / total, c) for target, c in cells),
-        ranks=tuple(spectra),
+        unchanged=sums.unchanged("float32"),
+        unchanged_bf16=None if base is None else sums.unchanged("bfloat16"),
+        layers=_parts(sums.by_layer, total),
+        projections=_parts(sums.by_projection, total),
+        cells=tuple(Part(target, c.entries, c.energy / total, c) for target, c in sums.cells),
+        structures=tuple(structures),
     )
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two experts' changes on the targets that both have.
+@dataclass
+class _Sums:
+    """What is added up over the targets. counts: unchanged entries by dtype and bound."""
 
-    masks: of the masks. largest: of the largest entries of each by magnitude, at `density` of each target; by_target: the same
-    for each target. directions: mean cos² of the leading output directions, and its chance.
-    """
+    by_layer: dict[str, Histogram] = field(default_factory=dict)
+    by_projection: dict[str, Histogram] = field(default_factory=dict)
+    cells: list[tuple[str, Concentration]] = field(default_factory=list)
+    counts: dict[tuple[str, str], int] = field(default_factory=dict)
 
-    first: str
-    second: str
-    density: float
-    targets: tuple[str, ...]
-    masks: Overlap
-    largest: Overlap
-    by_target: tuple[Overlap, ...]
-    directions: tuple[float, float]
+    def add(self, target: str, delta: SparseDelta) -> None:
+        histogram = Histogram.of(delta.values, delta.size - delta.nnz)
+        for parts, part in ((self.by_layer, layer_of(target)), (self.by_projection, projection_of(target))):
+            parts[part] = parts[part] + histogram if part in parts else histogram
+        self.cells.append((target, concentration(histogram)))
+        self._count("float32", "zero", int(histogram.counts[0]))
+        larger = sum(int((band.abs() > SMALL).sum()) for band in delta.values.reshape(-1).split(BAND_ENTRIES))
+        self._count("float32", "small", delta.size - larger)
+
+    def compare(self, change: Tensor, weight: Tensor) -> None:
+        """Count against the base weight, some rows at a time."""
+        rows = max(1, BAND_ENTRIES // change.shape[1])
+        for difference, own in zip(change.split(rows), weight.split(rows), strict=True):
+            before = own.float()
+            bound = SMALL_RELATIVE * before.abs()
+            self._count("float32", "relative", int((difference.abs() <= bound).sum()))
+            rounded = ((before + difference).bfloat16().float() - before.bfloat16().float()).abs()
+            self._count("bfloat16", "zero", int((rounded == 0).sum()))
+            self._count("bfloat16", "small", int((rounded <= SMALL).sum()))
+            self._count("bfloat16", "relative", int((rounded <= bound).sum()))
+
+    def whole(self) -> Histogram:
+        return sum(self.by_layer.values(), Histogram.empty())
+
+    def unchanged(self, dtype: str) -> Unchanged:
+        entries = sum(concentrated.entries for _, concentrated in self.cells)
+        shares = {bound: count / entries for (own, bound), count in self.counts.items() if own == dtype}
+        return Unchanged(shares["zero"], shares["small"], shares.get("relative"))
+
+    def _count(self, dtype: str, bound: str, count: int) -> None:
+        self.counts[dtype, bound] = self.counts.get((dtype, bound), 0) + count
 
 
-def compare(
-    first: Mapping[str, SparseDelta],
-    second: Mapping[str, SparseDelta],
-    *,
-    names: Sequence[str] = ("first", "second"),
-    density: float = 0.01,
-    rank: int = 8,
-    progress: Callable[[str], None] | None = None,
-) -> Comparison:
-    """Where two experts' changes meet. density: of the largest entries. rank: leading directions of each target.
+def _read(expert: ExpertOrDeltas, target: str, sums: _Sums) -> tuple[Tensor, int]:
+    """A target's change, dense, once it is added up, and its selected entries. Its indices are no longer in memory then."""
+    delta = expert[target]
+    sums.add(target, delta)
+    if delta.nnz == delta.size and delta.block_size == 1:
+        return delta.values.view(delta.shape), delta.nnz
+    return delta.to_dense(torch.float32), delta.nnz
 
-    Raises ArgumentError where they share no target, ShapeMismatch, DensityOutOfRange.
-    """
-    targets = sorted(set(first) & set(second), key=natural_order)
-    if not targets:
-        raise ArgumentError(f"{names[0]} and {names[1]} have no target in common.")
-    masks, largest, angles = [], [], []
-    for target in targets:
-        a, b = first[target], second[target]
-        masks.append(overlap_of(a, b))
-        largest.append(overlap_of(a, b, density))
-        angles.append(subspace_overlap(a.to_dense(), b.to_dense(), min(rank, a.shape[0])))
-        if progress is not None:
-            progress(target)
-    directions = tuple(sum(column) / len(angles) for column in zip(*angles, strict=True))
-    return Comparison(
-        first=names[0],
-        second=names[1],
-        density=density,
-        targets=tuple(targets),
-        masks=_added(masks),
-        largest=_added(largest),
-        by_target=tuple(largest),
-        directions=(directions[0], directions[1]),
-    )
+
+def _structure(target: str, change: Tensor, heads: Heads | None, seed: int) -> Structure:
+    ranks, by_chance = spectrum(change), random_ranks(*change.shape)
+    concentrated = lines(change, torch.Generator().manual_seed(seed), heads)
+    return Structure(target, min(change.shape), ranks.stable_rank, ranks.effective_rank, *by_chance, concentrated)
 
 
 def _parts(histograms: Mapping[str, Histogram], total: float) -> tuple[Part, ...]:
     return tuple(Part(n, h.count, h.energy / total, concentration(h)) for n, h in histograms.items())
-
-
-def _ranks_of(target: str, change: Tensor, seed: int) -> Ranks:
-    ranks, concentrated = spectrum(change), lines(change, torch.Generator().manual_seed(seed))
-    return Ranks(target, min(change.shape), ranks.stable_rank, ranks.effective_rank, *vars(concentrated).values())
-
-
-def _added(overlaps: Sequence[Overlap]) -> Overlap:
-    total = overlaps[0]
-    for overlap in overlaps[1:]:
-        total = total + overlap
-    return total

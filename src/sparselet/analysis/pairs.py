@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparselet.analysis.spectrum import gram
 from sparselet.delta import SparseDelta
 from sparselet.errors import ShapeMismatch
 from sparselet.masks import blocks_to_keep, top_k
@@ -75,6 +76,8 @@ def overlap_of(first: SparseDelta, second: SparseDelta, density: float | None = 
 
 def _shared(first: SparseDelta, second: SparseDelta) -> tuple[Tensor, Tensor]:
     """The values of both at the entries that both have."""
+    if first.nnz == second.nnz and torch.equal(first.indices, second.indices):
+        return first.values, second.values
     inside = torch.isin(first.indices, second.indices, assume_unique=True)
     return first.values[inside], second.values[torch.searchsorted(second.indices, first.indices[inside])]
 
@@ -84,8 +87,14 @@ def subspace_overlap(first: Tensor, second: Tensor, rank: int) -> tuple[float, f
 
     cos² = ‖U₁ᵀU₂‖²_F / rank (Björck & Golub 1973); of two random subspaces of R^rows it is rank / rows.
     """
-    bases = [torch.linalg.eigh((m := matrix.double()) @ m.T).eigenvectors[:, -rank:] for matrix in (first, second)]
+    bases = [_leading(matrix, rank) for matrix in (first, second)]
     return float((bases[0].T @ bases[1]).square().sum() / rank), rank / first.shape[0]
+
+
+def _leading(change: Tensor, rank: int) -> Tensor:
+    """The output directions [rows, rank] of the largest singular values."""
+    vectors = torch.linalg.eigh(gram(change)).eigenvectors[:, -rank:]
+    return vectors if change.shape[0] <= change.shape[1] else torch.linalg.qr(change.float() @ vectors).Q
 
 
 def _largest(delta: SparseDelta, count: int) -> SparseDelta:

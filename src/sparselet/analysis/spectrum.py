@@ -1,18 +1,19 @@
-"""The rank of a change: how many directions carry it, and how its energy lies over rows and columns."""
+"""The rank of a change: how many directions carry it, beside what independent entries of any one distribution would show."""
 
 from dataclasses import dataclass
+from math import exp, sqrt
 
 import torch
 from torch import Tensor
 
-from sparselet.analysis.concentration import gini
+BAND_ENTRIES = 2**20  # of a target that are looked at together
 
 
 @dataclass(frozen=True)
 class Spectrum:
     """Of ΔW [rows, columns] with singular values σ.
 
-    stable_rank: Σσ²/σ₁². effective_rank: exp(−Σ p ln p), p = σ²/Σσ² (Roy & Vetterli 2007, of energies). energies: σ²,
+    stable_rank: Σσ²/σ₁². effective_rank: exp(−Σ p ln p), p = σ²/Σσ² (Roy & Vetterli 2007, of energies). energies: σ², float32,
     descending.
     """
 
@@ -22,29 +23,31 @@ class Spectrum:
 
 
 def spectrum(change: Tensor) -> Spectrum:
-    """By the eigenvalues of the smaller Gram matrix, in float64; ranks of a change that is 0 are 0. change: dense."""
-    matrix = change.double()
-    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min_(0)
-    total = energies.sum()
+    """By the eigenvalues of the smaller Gram matrix; ranks of a change that is 0 are 0. change: dense."""
+    energies = torch.linalg.eigvalsh(gram(change)).flip(0).clamp_min_(0)
+    total = energies.double().sum()
     if not total:
         return Spectrum(0.0, 0.0, energies)
-    p = energies / total
+    p = energies.double() / total
     return Spectrum(float(total / energies[0]), float(torch.special.entr(p).sum().exp()), energies)
 
 
-@dataclass(frozen=True)
-class Lines:
-    """Gini coefficients of the energies of rows and of columns, and what they are when the entries are shuffled."""
+def random_ranks(rows: int, columns: int) -> tuple[float, float]:
+    """Stable and effective rank of a large matrix of independent entries with mean 0 and one variance.
 
-    rows: float
-    columns: float
-    shuffled_rows: float
-    shuffled_columns: float
+    With m ≤ n the two sides: σ₁² → (√m + √n)² of Σσ² = mn (Marchenko & Pastur 1967), and the effective
+    rank → m·e^(−m/2n) (Page 1993).
+    """
+    m, n = sorted((rows, columns))
+    return m * n / (sqrt(m) + sqrt(n)) ** 2, m * exp(-m / (2 * n))
 
 
-def lines(change: Tensor, generator: torch.Generator) -> Lines:
-    """change: dense. The shuffle is one random permutation of all entries, which keeps their magnitudes."""
-    energies = change.float().square()
-    shuffled = energies.reshape(-1)[torch.randperm(energies.numel(), generator=generator)].view_as(energies)
-    return Lines(*(gini(matrix.sum(axis).numpy()) for matrix in (energies, shuffled) for axis in (1, 0)))
+def gram(change: Tensor) -> Tensor:
+    """ΔW ΔWᵀ or ΔWᵀ ΔW, whichever is smaller, band by band. change: dense; products are in float32."""
+    wide = change.shape[0] <= change.shape[1]
+    side = min(change.shape)
+    total = torch.zeros(side, side)
+    for band in change.split(max(1, BAND_ENTRIES // side), dim=1 if wide else 0):
+        part = band.float()
+        total += part @ part.T if wide else part.T @ part
+    return total

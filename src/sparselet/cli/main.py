@@ -37,6 +37,7 @@ VERBS = {
     "split": "Write what a merge leaves of each expert.",
     "eval": "Measure a base model, adapters or checkpoints on tasks.",
     "inspect": "Show what is in an adapter.",
+    "locate": "Measure where an expert's change lies, and where two meet.",
     "import": "Turn a LoRA, SHiRA or Super-Tuning adapter or a checkpoint into a sparse adapter.",
     "export": "Write an adapter for PEFT, for llama.cpp, or as a checkpoint.",
     "push": "Upload an adapter to the hub, with a model card.",

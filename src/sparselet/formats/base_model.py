@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from sparselet.errors import MissingFile, ModelError, SparseletError, WrongBase
+from sparselet.errors import MissingFile, MissingTensor, ModelError, SparseletError, WrongBase
 from sparselet.formats.checkpoint.model_files import ModelFiles
+from sparselet.formats.checkpoint.model_weights import ModelWeights
 from sparselet.hub.sources import is_hub_name, local_directory
 from sparselet.io.printable import reason
 from sparselet.model_config import read_config
-from sparselet.names import Names, as_rows, refuse_shared
+from sparselet.names import Names, as_rows, refuse_shared, target_name
 
 
 class BaseModel:
@@ -56,6 +58,18 @@ class BaseModel:
         """(rows, columns) of a target."""
         rows, columns = as_rows(self.names.layers[target].parameter).shape
         return rows, columns
+
+    @cached_property
+    def _weights(self) -> ModelWeights:
+        return ModelWeights(self.files, self.names)
+
+    def read(self, target: str) -> Tensor:
+        """The weight of a target [rows, columns], of those that share it the one that is stored. Raises MissingTensor."""
+        state = {target_name(name): name for name in self.names.model.state_dict()}
+        stored = next((state[name] for name in self.names.shared[target] if state[name] in self._weights), None)
+        if stored is None:
+            raise MissingTensor(f"{self.files.path}: the weight of {target} is missing.")
+        return as_rows(self._weights.read(stored))
 
     def targets(self, names: Iterable[str], where: str) -> dict[str, str]:
         """The base model's target that each name of an adapter means, once none shares its weight with another layer.

@@ -66,7 +66,7 @@ def scales(tables: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]
 def shared_styles(charts: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[str, Style]:
     """A style for each series that is in several charts. charts: tables with their charts."""
     counts = Counter(name for table, chart in charts for name in _series_names(table, chart))
-    return {name: _style(k) for k, (name, n) in enumerate(counts.most_common(len(MARKS))) if n > 1}
+    return {name: series_style(k) for k, (name, n) in enumerate(counts.most_common(len(MARKS))) if n > 1}
 
 
 def draw(
@@ -120,14 +120,14 @@ def _series_names(table: Mapping[str, Any], chart: Mapping[str, Any]) -> list[st
     return [table["columns"][j] for j in _columns(table, chart)]
 
 
-def _style(k: int) -> Style:
+def series_style(k: int) -> Style:
     return Style(MARKS[k % len(MARKS)], _SHAPES[k % len(_SHAPES)], k >= len(MARKS))
 
 
 def _complete_styles(shared: Mapping[str, Style], names: Sequence[str]) -> dict[str, Style]:
     """Styles of all names: the shared ones, and unused ones for the other names."""
     styles = {name: shared[name] for name in names if name in shared}
-    unused = (style for style in map(_style, range(len(names) + len(shared))) if style not in styles.values())
+    unused = (style for style in map(series_style, range(len(names) + len(shared))) if style not in styles.values())
     return {name: styles[name] if name in styles else next(unused) for name in names}
 
 
@@ -147,7 +147,7 @@ def _draw_dots(
     labels = {m: [_wrap(row["label"], 0.42 * width) for row in rows[m]] for m in columns}
     heights = {m: [max(10 + 9 * len(columns[m]), 10 + 15 * label.count("\n") + 15) for label in labels[m]] for m in columns}
     legend = [table["columns"][j] for _, j in panels] if any(len(own) > 1 for own in columns.values()) else []
-    figure = _figure(width, sum(map(sum, heights.values())) + 64 * len(columns), legend, styles, linestyle="none")
+    figure = figure_with_legend(width, sum(map(sum, heights.values())) + 64 * len(columns), legend, styles, linestyle="none")
     ratios = [sum(heights[m]) for m in columns]
     all_axes = figure.subplots(len(columns), 1, squeeze=False, height_ratios=ratios)[:, 0]
     for axes, (measure, own) in zip(all_axes, columns.items(), strict=True):
@@ -170,9 +170,9 @@ def _draw_dots(
 def _plot_cell(axes: Axes, cell: Row | None, y: float, style: Style) -> None:
     """A dot with its error at height y, and the paper's figure as a hollow dot."""
     if cell and cell.get("paper") is not None:
-        axes.plot(cell["paper"], y, **_marker(style, hollow=True))
+        axes.plot(cell["paper"], y, **marker_look(style, hollow=True))
     if cell and _has_mean(cell):
-        axes.errorbar(cell["mean"], y, xerr=cell.get("error") or 0.0, elinewidth=1.5, **_marker(style))
+        axes.errorbar(cell["mean"], y, xerr=cell.get("error") or 0.0, elinewidth=1.5, **marker_look(style))
 
 
 def _draw_lines(
@@ -187,7 +187,7 @@ def _draw_lines(
     across = 2 if width == WIDE and len(panels) > 1 else 1
     down = math.ceil(len(panels) / across)
     names = list(styles) if len(styles) > 1 else []
-    figure = _figure(width, down * (300 if across == 1 and width == WIDE else 250), names, styles)
+    figure = figure_with_legend(width, down * (300 if across == 1 and width == WIDE else 250), names, styles)
     xs = sorted({float(x) for x in chart["x"] if x is not None})
     log = bool(chart.get("log")) and min(xs, default=0) > 0
     for k, (measure, j) in enumerate(panels):
@@ -219,15 +219,17 @@ def _plot_series(
             if x is None and _has_mean(cell):
                 axes.axhline(cell["mean"], color=style.colour, linewidth=1.25, linestyle=(0, (4, 3)))
             elif x is not None and cell and cell.get("paper") is not None:
-                axes.plot(x, cell["paper"], **_marker(style, hollow=True))
+                axes.plot(x, cell["paper"], **marker_look(style, hollow=True))
         drawn = [(x, cell["mean"], cell.get("error") or 0.0) for x, cell in points if x is not None and _has_mean(cell)]
         if drawn:
             x, means, errors = zip(*drawn, strict=True)
             line = {"linestyle": (0, (4, 3)) if style.dashed else "-", "linewidth": 1.75, "elinewidth": 1.25}
-            axes.errorbar(x, means, yerr=errors, **{**_marker(style), **line})
+            axes.errorbar(x, means, yerr=errors, **{**marker_look(style), **line})
 
 
-def _figure(width: int, height: float, names: Sequence[str], styles: Mapping[str, Style], linestyle: Any = "-") -> Figure:
+def figure_with_legend(
+    width: int, height: float, names: Sequence[str], styles: Mapping[str, Style], linestyle: Any = "-"
+) -> Figure:
     """An empty figure with a legend of these names above, in as many columns as fit."""
     texts = [_wrap(name, width - 60) for name in names]
     columns = max(1, int((width - 16) // (max(map(_text_width, texts), default=1) + 48)))
@@ -239,7 +241,7 @@ def _figure(width: int, height: float, names: Sequence[str], styles: Mapping[str
             Line2D(
                 [],
                 [],
-                **{**_marker(styles[n]), "linestyle": (0, (4, 3)) if styles[n].dashed and linestyle == "-" else linestyle},
+                **{**marker_look(styles[n]), "linestyle": (0, (4, 3)) if styles[n].dashed and linestyle == "-" else linestyle},
             )
             for n in names
         ]
@@ -249,7 +251,7 @@ def _figure(width: int, height: float, names: Sequence[str], styles: Mapping[str
     return figure
 
 
-def _marker(style: Style, hollow: bool = False) -> dict[str, Any]:
+def marker_look(style: Style, hollow: bool = False) -> dict[str, Any]:
     """Arguments of a filled dot with a rim in the page's colour, or of a hollow dot."""
     face, edge = (PAGE, style.colour) if hollow else (style.colour, PAGE)
     size = 9.5 if style.shape == "*" else 6.5 if style.shape in "sD" else 7.5

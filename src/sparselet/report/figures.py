@@ -2,11 +2,12 @@
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 # Name of a CSS variable: its colour on white and on near-black. The first six distinguish series: hues of Okabe and Ito's
@@ -83,6 +84,16 @@ def to_inline_svg(file: str, name: str) -> str:
     element = file[file.index("<svg") :]
     element = re.sub(r"\s*<metadata>.*?</metadata>|\s*<defs>\s*<style.*?</style>\s*</defs>", "", element, flags=re.DOTALL)
     return re.sub(r"\s*\n\s*", "\n", re.sub(r"<[^>]*>", lambda tag: _adapt_tag(tag.group(), name), element)).strip()
+
+
+def inline_both(name: str, files: Mapping[str, str], label: str) -> Markup:
+    """A figure at both widths, `{"wide": SVG, "narrow": SVG}`, as elements; the page's CSS shows one of them."""
+    elements = []
+    for kind, file in files.items():
+        element = to_inline_svg(file, f"{name}-{kind}")
+        opening = Markup('<svg class="{}" role="img" aria-label="{}"').format(kind, label)
+        elements.append(opening + Markup(element.removeprefix("<svg")))
+    return Markup("\n").join(elements)
 
 
 def _adapt_tag(tag: str, name: str) -> str:

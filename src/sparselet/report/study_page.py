@@ -39,7 +39,7 @@ def write_report(out: Path, results: Mapping[str, Any], cost: Mapping[str, Any])
             write_text(check_inside(directory, f"{file}.svg"), picture)
             with atomic_write(check_inside(directory, f"{file}.png")) as png:
                 png.write(figures.to_png(wide))
-            both = _inline_both(file, {"wide": picture, "narrow": figures.to_svg(narrow)}, _chart_label(table, chart))
+            both = figures.inline_both(file, {"wide": picture, "narrow": figures.to_svg(narrow)}, _chart_label(table, chart))
             drawn[name].append({"svg": both, "has_paper": charts.has_paper(table, chart)})
     page = out / "report.html"
     write_text(page, _page(results, cost, drawn))
@@ -65,16 +65,6 @@ def _page(results: Mapping[str, Any], cost: Mapping[str, Any], drawn: Mapping[st
 
 
 # Charts
-
-
-def _inline_both(name: str, files: Mapping[str, str], label: str) -> Markup:
-    """A chart at both widths; the page's CSS shows one of them."""
-    elements = []
-    for kind, file in files.items():
-        element = figures.to_inline_svg(file, f"{name}-{kind}")
-        opening = Markup('<svg class="{}" role="img" aria-label="{}"').format(kind, label)
-        elements.append(opening + Markup(element.removeprefix("<svg")))
-    return Markup("\n").join(elements)
 
 
 def _chart_label(table: Mapping[str, Any], chart: Mapping[str, Any]) -> str:

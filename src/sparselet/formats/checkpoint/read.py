@@ -94,7 +94,7 @@ class CheckpointFile(ExpertFile):
         tuned, base = self._parameters[name]
         first, second = self._tuned.read(tuned), self._base.read(base)
         wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
-        return (first.to(wide) - second.to(wide)).to(torch.float32)
+        return first.to(wide).sub_(second).to(torch.float32)  # both were read for this alone
 
     def _survey(self) -> dict[str, tuple[bool, bool]]:
         """Of each target whether it changed, and whether its values are to be looked at closely."""
