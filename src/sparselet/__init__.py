@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sparselet.adapter import SparseAdapter
     from sparselet.api.evaluation import evaluate
     from sparselet.api.exporting import convert, export
+    from sparselet.api.grafting import graft
     from sparselet.api.hub import pull, push
     from sparselet.api.inspection import inspect
     from sparselet.api.locating import locate
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from sparselet.training.schedule import MaskSchedule
     from sparselet.training.settings import TrainSettings
     from sparselet.tuner import SparseletConfig, SparseletModel, freeze_masks, reselect, to_adapter
+    from sparselet.workflows.graft import GraftSettings
     from sparselet.workflows.search import SearchSettings
 
 __version__ = "0.1.0"
@@ -42,6 +44,7 @@ __all__ = [
     "METHODS",
     "SCORES",
     "EvalSettings",
+    "GraftSettings",
     "MaskSchedule",
     "SearchSettings",
     "SparseAdapter",
@@ -54,6 +57,7 @@ __all__ = [
     "evaluate",
     "export",
     "freeze_masks",
+    "graft",
     "inspect",
     "load",
     "locate",
@@ -74,6 +78,7 @@ _LAZY = {
     "METHODS": "sparselet.merging",
     "SCORES": "sparselet.scores",
     "EvalSettings": "sparselet.evaluation",
+    "GraftSettings": "sparselet.workflows.graft",
     "MaskSchedule": "sparselet.training.schedule",
     "SearchSettings": "sparselet.workflows.search",
     "SparseAdapter": "sparselet.adapter",
@@ -85,6 +90,7 @@ _LAZY = {
     "evaluate": "sparselet.api.evaluation",
     "export": "sparselet.api.exporting",
     "freeze_masks": "sparselet.tuner",
+    "graft": "sparselet.api.grafting",
     "inspect": "sparselet.api.inspection",
     "load": "sparselet.api.opening",
     "locate": "sparselet.api.locating",

@@ -24,6 +24,7 @@ from sparselet.cli import demo, terminal
 from sparselet.cli import train as train_verb
 from sparselet.cli.eval import eval_
 from sparselet.cli.export import export_
+from sparselet.cli.graft import graft_
 from sparselet.cli.import_ import import_
 from sparselet.cli.inspect import inspect_
 from sparselet.cli.locate import locate_
@@ -40,7 +41,7 @@ from sparselet.training import TrainSettings
 
 FUNCTIONS = {"train": train_verb.train_, "merge": merge_, "eval": eval_, "inspect": inspect_, "demo": demo.demo_}
 FUNCTIONS |= {"push": push_, "pull": pull_, "import": import_, "export": export_, "study": study_}
-FUNCTIONS |= {"update": update_, "search": search_, "split": split_, "locate": locate_}
+FUNCTIONS |= {"update": update_, "search": search_, "split": split_, "locate": locate_, "graft": graft_}
 FAST = ["--epochs", "2", "--batch-size", "2", "--learning-rate", "1e-2", "--score", "gm"]
 
 pytestmark = pytest.mark.usefixtures("loud_again")

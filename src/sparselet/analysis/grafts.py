@@ -12,14 +12,17 @@ OUTLIER_FRACTION = 0.001  # of the entries, which `top_without_largest` leaves o
 
 
 def graft(delta: SparseDelta, part: str, fraction: float, generator: torch.Generator) -> SparseDelta:
-    """One part of a change, by entries: k = max(1, round(fraction · size)) of the target's, at most as many as there are.
+    """One part of a change, by entries: k = max(1, round(fraction · n)) of the n in its mask.
+
+    Of a change that is dense n is the target's size; of a sparse expert, whose mask is imposed, the parts are of that mask.
 
     part: a name of PARTS. generator: for the random ones. Raises KeyError for another name, DensityOutOfRange.
     """
     entries = delta.expand()
-    count = min(blocks_to_keep(check_density(fraction), delta.size), entries.nnz)
     if not entries.nnz:
+        check_density(fraction)
         return entries
+    count = blocks_to_keep(check_density(fraction), entries.nnz)
     return PARTS[part](entries, count, generator)
 
 
@@ -44,8 +47,8 @@ def _rescaled(delta: SparseDelta, count: int, generator: torch.Generator) -> Spa
 
 
 def _without_largest(delta: SparseDelta, count: int, generator: torch.Generator) -> SparseDelta:
-    """The k largest that come after the largest 0.1 % of the target's entries."""
-    largest = min(blocks_to_keep(OUTLIER_FRACTION, delta.size), delta.nnz)
+    """The k largest that come after the largest 0.1 % of the entries."""
+    largest = blocks_to_keep(OUTLIER_FRACTION, delta.nnz)
     inside = top_k(delta.values.abs(), min(delta.nnz, count + largest))
     first = top_k(delta.values.abs(), largest)
     return _at(delta, inside[~torch.isin(inside, first)])

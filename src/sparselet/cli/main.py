@@ -38,6 +38,7 @@ VERBS = {
     "eval": "Measure a base model, adapters or checkpoints on tasks.",
     "inspect": "Show what is in an adapter.",
     "locate": "Measure where an expert's change lies, and where two meet.",
+    "graft": "Measure which part of an expert's change is enough.",
     "import": "Turn a LoRA, SHiRA or Super-Tuning adapter or a checkpoint into a sparse adapter.",
     "export": "Write an adapter for PEFT, for llama.cpp, or as a checkpoint.",
     "push": "Upload an adapter to the hub, with a model card.",
