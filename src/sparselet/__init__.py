@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sparselet.api.merging import merge, merge_recipe, split, update
     from sparselet.api.opening import load
     from sparselet.api.searching import search
+    from sparselet.api.serving import serve
     from sparselet.api.studying import study
     from sparselet.api.training import train
     from sparselet.delta import SparseDelta
@@ -67,6 +68,7 @@ __all__ = [
     "push",
     "reselect",
     "search",
+    "serve",
     "split",
     "study",
     "to_adapter",
@@ -100,6 +102,7 @@ _LAZY = {
     "push": "sparselet.api.hub",
     "reselect": "sparselet.tuner",
     "search": "sparselet.api.searching",
+    "serve": "sparselet.api.serving",
     "split": "sparselet.api.merging",
     "study": "sparselet.api.studying",
     "to_adapter": "sparselet.tuner",
@@ -114,7 +117,8 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
-        raise MissingExtra(f"sparselet.{name} needs {error.name}: pip install 'sparselet[train]'.") from error
+        _extra = "serve" if name == "serve" else "train"
+        raise MissingExtra(f"sparselet.{name} needs {error.name}: pip install 'sparselet[{_extra}]'.") from error
 
 
 def __dir__() -> list[str]:

@@ -43,6 +43,7 @@ VERBS = {
     "export": "Write an adapter for PEFT, for llama.cpp, or as a checkpoint.",
     "push": "Upload an adapter to the hub, with a model card.",
     "pull": "Download an adapter or checkpoint from the hub.",
+    "serve": "Serve many experts of one base model over OpenAI's API.",
     "study": "Run a whole study: train, merge and evaluate what its tables need, and draw a report.",
     "demo": "Train, merge and compare three experts on built-in tasks.",
 }

@@ -95,9 +95,9 @@ class Engine:
         return sum(len(group.running) for group in list(self.scheduler.groups.values()))
 
     @property
-    def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+    def accepts(self) -> bool:
+        """Whether requests are accepted and answered."""
+        return self._thread.is_alive() and not self._closing
 
     def _run(self) -> None:
         try:

@@ -79,7 +79,7 @@ class ExpertRegistry:
         """All experts by name, in the order of their names."""
         return dict(sorted(self._registrations.copy().items()))
 
-    def load(self, name: str, path: str) -> ServedExpert:
+    def load(self, name: str, path: str) -> Registration:
         """Read an expert from a directory in the served ones, in place of the one that has the name, if any.
 
         path: absolute, or relative to a served directory. If the expert cannot be read or does not fit, the previous one stays.
@@ -87,35 +87,34 @@ class ExpertRegistry:
         """
         self._check_name(name)
         place = self._inside(path)
-        expert = self._read(place)
+        registration = Registration(self._read(place), place)
         with self._lock:
-            self._set({**self._paths, name: place}, self._unloaded - {place})
-            self._registrations[name] = Registration(expert, place)
-        return expert
+            self._set({**self._paths, name: place})
+            self._registrations[name] = registration
+        return registration
 
-    def save(self, name: str, expert: ServedExpert) -> Path:
+    def save(self, name: str, expert: ServedExpert) -> Registration:
         """Write an expert that was merged in memory into `state`, and serve it under a new name.
 
         Raises RequestRefused for a name that is taken; WriteFailed.
         """
         self._check_name(name)
         assert expert.adapter is not None
-        path = self.state / MERGED_DIRECTORY / expert.digest
-        if not path.exists():
-            expert.adapter.save(path)
+        path = Path(os.path.realpath(self.state / MERGED_DIRECTORY / expert.digest))
+        registration = Registration(expert, path)
         with self._lock:
             self._require_free(name)
-            self._set({**self._paths, name: Path(os.path.realpath(path))}, self._unloaded)
-            self._registrations[name] = Registration(expert, path)
-        return path
+            if not path.exists():
+                expert.adapter.save(path)
+            self._set({**self._paths, name: path})
+            self._registrations[name] = registration
+        return registration
 
     def unload(self, name: str) -> None:
         """Serve this name no longer; requests that have begun are answered. Raises UnknownExpert."""
         with self._lock:
             self._require(name)
-            paths = dict(self._paths)
-            removed = paths.pop(name)
-            self._set(paths, self._unloaded if removed in paths.values() else self._unloaded | {removed})
+            self._set({key: path for key, path in self._paths.items() if key != name})
             self._registrations.pop(name, None)
 
     def rename(self, name: str, new: str) -> None:
@@ -124,7 +123,7 @@ class ExpertRegistry:
         with self._lock:
             self._require(name)
             self._require_free(new)
-            self._set({new if key == name else key: path for key, path in self._paths.items()}, self._unloaded)
+            self._set({new if key == name else key: path for key, path in self._paths.items()})
             if name in self._registrations:
                 self._registrations[new] = self._registrations.pop(name)
 
@@ -133,8 +132,9 @@ class ExpertRegistry:
         same = [r.expert for r in self._registrations.copy().values() if r.expert.digest == expert.digest]
         return same[0] if same else expert
 
-    def _set(self, paths: dict[str, Path], unloaded: set[Path]) -> None:
-        """Record the names and paths, on the disk first."""
+    def _set(self, paths: dict[str, Path]) -> None:
+        """Record the names and paths, and the paths that have no name any more, on the disk first."""
+        unloaded = (self._unloaded | {*self._paths.values()}) - {*paths.values()}
         experts = {name: str(path) for name, path in paths.items()}
         content = {"version": STATE_VERSION, "experts": experts, "unloaded": sorted(map(str, unloaded))}
         write_json(self.state / STATE_FILE, content)

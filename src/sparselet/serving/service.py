@@ -1,6 +1,7 @@
 """`Service`: from names and texts to requests of the engine; what the HTTP server and a notebook use."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,24 @@ from sparselet.errors import RequestRefused, TaskError
 from sparselet.expert import Expert
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.formats import BaseModel, open_expert
-from sparselet.generation.prompts import PromptFormat, prompt_format, prompt_tokens
+from sparselet.generation.prompts import prompt_format, prompt_tokens
 from sparselet.models import load_model, load_tokenizer, local_path
 from sparselet.names import Names
 from sparselet.serving.engine import Engine
 from sparselet.serving.limits import ServingLimits
 from sparselet.serving.merge_cache import MergeCache
 from sparselet.serving.registry import BASE_NAME, MERGE_NAME, ROUTE_NAME, ExpertRegistry
-from sparselet.serving.request import GenerationRequest, Output, Sampling
 from sparselet.serving.served_expert import ServedExpert, base_digest
 from sparselet.tasks.rows import Message
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt's tokens, the tokens that end its answer, and the most tokens that the answer may have."""
+
+    tokens: tuple[int, ...]
+    ends: frozenset[int]
+    room: int
 
 
 class Service:
@@ -66,40 +75,28 @@ class Service:
             raise RequestRefused("no profiles of the experts are loaded, so none can be chosen by the prompt.", "model")
         return self.registry[model]
 
-    def request(
-        self,
-        expert: ServedExpert,
-        prompt: str | Sequence[Message],
-        sampling: Sampling,
-        emit: Callable[[Output], None],
-        stream: bool = False,
-    ) -> GenerationRequest:
-        """A request for `Engine.submit`. prompt: the text as it is, or a conversation.
+    def encode(self, expert: ServedExpert, prompt: str | Sequence[Message]) -> EncodedPrompt:
+        """The tokens of a prompt for an expert: a text as it is, or a conversation.
 
         A conversation goes through the tokenizer's chat template. If there is none, or the expert was trained without one, it
         must be a single user's message, whose text is the prompt, as in training.
-        Raises RequestRefused for a prompt that cannot be encoded, or leaves no position for `max_tokens`.
+        Raises RequestRefused for a prompt that cannot be encoded, or fills the model's positions.
         """
         field = "prompt" if isinstance(prompt, str) else "messages"
         form = self._forms[not isinstance(prompt, str) and expert.metadata.chat_template is not False]
         if not isinstance(prompt, str) and not form.template:
             if len(prompt) != 1 or prompt[0].role != "user":
-                raise RequestRefused("this expert was trained without a chat template: send one user's message.", "messages")
+                raise RequestRefused("this expert answers without a chat template: send one user's message.", "messages")
             prompt = prompt[0].content
         try:
             tokens = prompt_tokens(form, prompt)
         except TaskError as error:
             raise RequestRefused(f"{field} {error}", field) from error
-        require_positions(form, len(tokens), sampling.max_tokens, field)
-        return GenerationRequest(expert, tokens, form.ends, sampling, emit, stream)
-
-
-def require_positions(form: PromptFormat, prompt: int, answer: int, field: str) -> None:
-    """Raise RequestRefused where a model's positions do not hold prompt and answer; the last token is not read."""
-    if form.positions is not None and prompt + answer - 1 > form.positions:
-        raise RequestRefused(
-            f"{field} has {prompt} tokens and max_tokens is {answer}; the model has {form.positions} positions.", field
-        )
+        longest = self.engine.limits.max_tokens
+        room = longest if form.positions is None else min(longest, form.positions + 1 - len(tokens))
+        if room < 1:
+            raise RequestRefused(f"{field} has {len(tokens)} tokens; the model has {form.positions} positions.", field)
+        return EncodedPrompt(tuple(tokens), form.ends, room)
 
 
 def open_service(

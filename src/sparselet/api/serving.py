@@ -1,0 +1,77 @@
+"""`serve`: an OpenAI-compatible server of many experts of one base model."""
+
+import contextlib
+import ipaddress
+import logging
+import os
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import uvicorn
+
+from sparselet.errors import ConfigError
+from sparselet.io.paths import cache_directory
+from sparselet.io.printable import reason
+from sparselet.serving.app import create_app
+from sparselet.serving.limits import ServingLimits
+from sparselet.serving.service import Service, open_service
+
+logger = logging.getLogger("sparselet")
+
+DRAIN_SECONDS = 60
+
+
+def serve(
+    model: str,
+    experts: Sequence[str | Path],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    admin_key: str | None = None,
+    state: str | Path | None = None,
+    dtype: str = "float32",
+    limits: ServingLimits | None = None,
+    on_start: Callable[[str, Service], None] | None = None,
+) -> None:
+    """Serve experts over HTTP until SIGTERM or Ctrl-C; then what has begun is answered, for at most a minute.
+
+        sl.serve("packaged:smollm2-135m", ["experts"])
+
+    model: the base model. experts: directories of experts, or experts themselves, called by the names of their directories.
+    port: 0 takes a free one. api_key: what clients must send; None lets everyone ask. admin_key: the same for changes of the
+    registry, which are closed without one. state: a directory for the registry and saved merges; by default one in the cache,
+    by model and experts. dtype: of the model. on_start: called with the address and the service when clients may connect.
+    Raises ConfigError for an address that cannot be served, and what `open_service` raises.
+    """
+    config = uvicorn.Config(
+        "", host, port, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS
+    )
+    service = open_service(model, experts, _state(model, experts, state), dtype=dtype, limits=limits)
+    config.app = create_app(service, api_key, admin_key)
+    try:
+        listener = config.bind_socket()
+    except (SystemExit, OSError) as error:  # uvicorn exits
+        raise ConfigError(f"cannot serve on `host` {host} and `port` {port}: {reason(error.__context__ or error)}.") from error
+    if api_key is None and not _is_loopback(host):
+        logger.warning("Everyone who reaches %s may ask; set `api_key`.", host)
+    if on_start is not None:
+        on_start(f"http://{host}:{listener.getsockname()[1]}", service)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn repeats the signal after the drain
+        uvicorn.Server(config).run([listener])
+
+
+def _state(model: str, experts: Sequence[str | Path], state: str | Path | None) -> Path:
+    """The registry's directory."""
+    if state is not None:
+        return Path(state)
+    key = "\n".join([model, *sorted(os.path.realpath(directory) for directory in experts)])
+    return cache_directory() / "serving" / sha256(key.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
