@@ -22,7 +22,7 @@ DENSITY = 0.1
 FUSED, LAYER = (9216, 3072), [(576, 576), (192, 576), (192, 576)]
 SELECTIONS = {"one of 9216×3072": [FUSED], "SmolLM2's 90": LAYER * 30, "eight of 9216×3072": [FUSED] * 8}
 SQUARE, TOKENS = (2048, 2048), 1024
-MASKS = [(density, block) for density in (0.1, 0.01) for block in (1, 16, 32, 64, 128)]
+MASKS = [(density, block) for density in (0.1, 0.01) for block in (1, 16, 32, 64, 128, "row", "column")]
 ANY = "torch.topk, in no order"
 
 

@@ -32,7 +32,7 @@ def assert_same(found, expected):
     assert list(found) == list(expected)
     for name, delta in expected.items():
         assert found[name].shape == delta.shape
-        assert found[name].block_size == delta.block_size or delta.nnz == 0
+        assert found[name].block == delta.block or delta.nnz == 0
         for one, other in ((found[name].indices, delta.indices), (found[name].values, delta.values)):
             assert one.dtype == other.dtype
             assert torch.equal(one, other)

@@ -11,7 +11,7 @@ from sparselet.errors import ShapeMismatch, UnknownTarget, UnsupportedExpert, Wr
 
 INTEGER = {2: torch.int16, 4: torch.int32}
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-every_block = pytest.mark.parametrize("block_size", [1, 4], ids=["element", "tiles"])
+every_block = pytest.mark.parametrize("block_size", [1, 4, "row", "column"], ids=["element", "tiles", "rows", "columns"])
 FIRST = "model.layers.0.self_attn.q_proj"
 
 

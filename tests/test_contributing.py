@@ -32,9 +32,9 @@ def help_of(cli, verb):
 
 
 def test_a_score(base_dir, task_dir, monkeypatch):
-    def largest_gradient(gradient: torch.Tensor, block_size: int) -> torch.Tensor:
+    def largest_gradient(gradient: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
         """The signed gradient."""
-        assert block_size == 1
+        assert block == (1, 1)
         return gradient.flatten()
 
     with pytest.raises(ArgumentError, match="no score is called 'signed'"):

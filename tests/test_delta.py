@@ -1,13 +1,15 @@
 """SparseDelta against dense tensors."""
 
+import math
+
 import pytest
 import torch
-from helpers.strategies import BLOCKS, SHAPES, assert_is, deltas, few, random_delta, same_shape, spelt_out, tile_sums
+from helpers.strategies import BLOCKS, SHAPES, assert_is, deltas, few, random_delta, same_shape, spelt_out, block_sums
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparselet import SparseDelta
-from sparselet.delta import MAX_SIDE, check_indices, index_dtype
+from sparselet.delta import MAX_SIDE, block_for, check_indices, index_dtype
 from sparselet.errors import (
     AbsurdShape,
     BadDtype,
@@ -23,6 +25,11 @@ from sparselet.errors import (
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+def size_of(delta):
+    """The `block_size` of its blocks."""
+    return next(size for size in BLOCKS if block_for(size, delta.shape) == delta.block)
+
+
 @few
 @given(deltas())
 def test_to_dense_and_mask_are_the_blocks_spelt_out(delta):
@@ -34,7 +41,7 @@ def test_to_dense_and_mask_are_the_blocks_spelt_out(delta):
 @few
 @given(deltas())
 def test_from_dense_with_its_mask_is_the_same_delta(delta):
-    again = SparseDelta.from_dense(delta.to_dense(), delta.mask(), delta.block_size)
+    again = SparseDelta.from_dense(delta.to_dense(), delta.mask(), size_of(delta))
     assert torch.equal(again.indices, delta.indices)
     assert torch.equal(again.values, delta.values)
 
@@ -48,18 +55,19 @@ def test_from_dense_without_a_mask_keeps_what_is_not_zero(delta):
 
 @few
 @given(deltas(), st.sampled_from(BLOCKS))
-def test_from_dense_in_tiles_keeps_each_tile_with_a_selected_entry(delta, block_size):
+def test_from_dense_in_blocks_keeps_each_block_with_a_selected_entry(delta, block_size):
     dense, mask = spelt_out(delta)
-    tiles = (tile_sums(mask.int(), block_size) > 0).view(delta.shape[0] // block_size, -1)
-    whole = tiles.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
+    h, w = block_for(block_size, delta.shape)
+    tiles = (block_sums(mask.int(), block_size) > 0).view(delta.shape[0] // h, -1)
+    whole = tiles.repeat_interleave(h, 0).repeat_interleave(w, 1)
     made = SparseDelta.from_dense(dense, mask, block_size)
-    assert made.block_size == block_size
+    assert made.block == (h, w)
     assert_is(made, dense, whole)
     assert_is(SparseDelta.from_dense(dense, tiles, block_size), dense, whole)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("block_size", [1, 3])
+@pytest.mark.parametrize("block_size", [1, 3, "row", "column"])
 def test_values_keep_their_dtype(dtype, block_size):
     delta = random_delta((6, 12), block_size, dtype=dtype)
     assert delta.to_dense().dtype == dtype
@@ -68,7 +76,7 @@ def test_values_keep_their_dtype(dtype, block_size):
     assert delta.to_dense(torch.float64).dtype == torch.float64
 
 
-@pytest.mark.parametrize("block_size", [1, 2])
+@pytest.mark.parametrize("block_size", [1, 2, "row", "column"])
 def test_a_selected_zero_stays_selected(block_size):
     delta = SparseDelta.from_dense(torch.zeros(4, 6), torch.ones(4, 6, dtype=torch.bool), block_size)
     assert delta.nnz == 24
@@ -79,7 +87,7 @@ def test_a_selected_zero_stays_selected(block_size):
 
 def test_from_dense_reads_a_transposed_tensor_in_its_own_order():
     dense = torch.arange(24.0).view(4, 6).t()
-    for block_size in (1, 2):
+    for block_size in (1, 2, "row", "column"):
         delta = SparseDelta.from_dense(dense, torch.ones(6, 4, dtype=torch.bool), block_size)
         assert torch.equal(delta.to_dense(), dense)
 
@@ -90,7 +98,7 @@ def test_sizes_count_selected_entries(delta):
     _, mask = spelt_out(delta)
     assert delta.nnz == int(mask.sum())
     assert delta.size == mask.numel()
-    assert delta.blocks * delta.block_size**2 == delta.size
+    assert delta.blocks * math.prod(delta.block) == delta.size
     assert delta.density == int(mask.sum()) / mask.numel()
 
 
@@ -98,7 +106,7 @@ def test_sizes_count_selected_entries(delta):
 @given(deltas())
 def test_expand_has_the_same_entries_under_an_element_mask(delta):
     expanded = delta.expand()
-    assert expanded.block_size == 1
+    assert expanded.block == (1, 1)
     assert_is(expanded, *spelt_out(delta))
 
 
@@ -133,9 +141,10 @@ def test_sum_is_dense_on_the_union_of_the_masks(pair):
     assert_is(pair[0] + pair[1], dense + other_dense, mask | other)
 
 
-def test_tiles_stay_tiles_between_deltas_of_one_block_size():
-    first, second = random_delta((6, 12), 3, 0.5, 1), random_delta((6, 12), 3, 0.5, 2)
-    assert (first + second).block_size == first.restrict(second).block_size == 3
+@pytest.mark.parametrize("block_size", [3, "row", "column"])
+def test_blocks_stay_blocks_between_deltas_of_the_same_blocks(block_size):
+    first, second = (random_delta((6, 12), block_size, 0.5, seed) for seed in (1, 2))
+    assert (first + second).block == first.restrict(second).block == block_for(block_size, (6, 12))
 
 
 def test_sum_takes_the_wider_dtype():
@@ -166,7 +175,8 @@ def test_indices_are_int32_until_they_cannot_number_the_blocks():
 
 
 def test_repr_says_shape_mask_and_size():
-    assert repr(random_delta((6, 12), 3, density=1.0)) == "SparseDelta(6×12, block 3, nnz 72, density 1)"
+    assert repr(random_delta((6, 12), 3, density=1.0)) == "SparseDelta(6×12, block 3×3, nnz 72, density 1)"
+    assert repr(random_delta((6, 12), "row", density=1.0)) == "SparseDelta(6×12, block 1×12, nnz 72, density 1)"
 
 
 def element(indices, values=None, shape=(4, 6)):
@@ -180,9 +190,10 @@ def test_an_index_outside_the_target_is_refused(index):
         element(sorted([3, index]))
 
 
-def test_a_tile_outside_the_target_is_refused():
-    with pytest.raises(IndexOutOfBounds, match="which has 6 blocks"):
-        SparseDelta((4, 6), torch.tensor([6]), torch.ones(1, 2, 2), 2)
+@pytest.mark.parametrize(("block", "blocks"), [((2, 2), 6), ((1, 6), 4), ((4, 1), 6)])
+def test_a_block_outside_the_target_is_refused(block, blocks):
+    with pytest.raises(IndexOutOfBounds, match=f"which has {blocks} blocks"):
+        SparseDelta((4, 6), torch.tensor([blocks]), torch.ones(1, *block))
 
 
 def test_unsorted_indices_are_refused():
@@ -202,19 +213,31 @@ def test_indices_at_the_end_of_int32_are_compared_without_wrapping():
 
 
 @pytest.mark.parametrize(
-    ("indices", "values", "block_size"),
+    ("indices", "values"),
     [
-        ([1, 2], torch.ones(3), 1),
-        ([1, 2], torch.ones(2, 1), 1),
-        ([[1, 2]], torch.ones(2), 1),
-        ([1, 2], torch.ones(2), 2),
-        ([1, 2], torch.ones(2, 2, 3), 2),
-        ([1, 2], torch.ones(2, 3, 3), 2),
+        ([1, 2], torch.ones(3)),
+        ([1, 2], torch.ones(2, 1)),
+        ([1, 2], torch.ones(2, 1, 1)),
+        ([[1, 2]], torch.ones(2)),
+        ([1, 2], torch.ones(3, 2, 2)),
+        ([1, 2], torch.ones(2, 2, 2, 2)),
+        ([1, 2], torch.tensor(1.0)),
     ],
 )
-def test_values_and_indices_that_do_not_belong_together_are_refused(indices, values, block_size):
+def test_values_and_indices_that_do_not_belong_together_are_refused(indices, values):
     with pytest.raises(BadShape, match="do not belong together"):
-        SparseDelta((4, 6), torch.tensor(indices), values, block_size)
+        SparseDelta((4, 6), torch.tensor(indices), values)
+
+
+@pytest.mark.parametrize("block", [(3, 3), (1, 4), (3, 1), (0, 2), (2, 0), (8, 8), (1, 12)])
+def test_blocks_that_do_not_divide_the_target_are_refused(block):
+    with pytest.raises(BlockSizeError, match=f"blocks of {block[0]}×{block[1]} do not divide the sides of a target of 4×6"):
+        SparseDelta((4, 6), torch.tensor([0]), torch.ones(1, *block))
+
+
+def test_rows_and_columns_are_of_outputs_and_inputs():
+    assert block_for("row", (4, 6)) == block_for("column", (4, 6), transposed=True) == (1, 6)
+    assert block_for("column", (4, 6)) == block_for("row", (4, 6), transposed=True) == (4, 1)
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 6, 2), (0, 6), (-4, 6), (4.0, 6), (True, 6), ("4", 6)])
@@ -243,11 +266,11 @@ def test_indices_of_another_dtype_are_refused(dtype):
 
 @pytest.mark.parametrize("block_size", [4, 5, 16])
 def test_a_block_size_that_does_not_divide_names_those_that_fit(block_size):
-    with pytest.raises(BlockSizeError, match=rf"block_size {block_size} does not divide .* Sizes that fit: 1, 2, 3, 6\."):
+    with pytest.raises(BlockSizeError, match=rf"block_size {block_size} does not divide .* Sizes that fit: 1, 2, 3, 6, and"):
         SparseDelta.from_dense(torch.ones(6, 18), block_size=block_size)
 
 
-@pytest.mark.parametrize("block_size", [0, -2, 2.0, True, None])
+@pytest.mark.parametrize("block_size", [0, -2, 2.0, True, None, "tile", (1, 6)])
 def test_a_block_size_that_is_no_positive_integer_is_refused(block_size):
     with pytest.raises(BlockSizeError, match="positive integer"):
         SparseDelta.from_dense(torch.ones(6, 18), block_size=block_size)

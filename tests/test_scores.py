@@ -1,12 +1,14 @@
 """Each score against its formula on dense matrices."""
 
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.strategies import tile_sums
+from helpers.strategies import BLOCKS, block_sums
 
+from sparselet.delta import block_for
 from sparselet.errors import UnknownScore
 from sparselet.masks import top_k
 from sparselet.scores import REPLACED, SCORES, Candidate, Score, get_score, score_help
@@ -35,7 +37,7 @@ def candidate(shape=(6, 12), block_size=1, kept=8, mask=None, seed=0):
     weight, squares = torch.randn(shape, generator=generator), torch.rand(shape, generator=generator)
     return Candidate(
         shape=shape,
-        block_size=block_size,
+        block=block_for(block_size, shape),
         kept=kept,
         generator=torch.Generator().manual_seed(seed),
         mask=mask,
@@ -47,20 +49,20 @@ def candidate(shape=(6, 12), block_size=1, kept=8, mask=None, seed=0):
     )
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 3, 6])
+@pytest.mark.parametrize("block_size", BLOCKS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", FORMULAS)
-def test_a_score_is_its_formula_summed_over_tiles(name, shape, block_size):
+def test_a_score_is_its_formula_summed_over_blocks(name, shape, block_size):
     c = candidate(shape, block_size)
-    expected = tile_sums(FORMULAS[name](c.values, c.gradient), block_size)
+    expected = block_sums(FORMULAS[name](c.values, c.gradient), block_size)
     torch.testing.assert_close(SCORES[name](c), expected)
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 3, 6])
+@pytest.mark.parametrize("block_size", BLOCKS)
 @pytest.mark.parametrize("name", BASE_FORMULAS)
-def test_a_score_of_the_weight_is_its_formula_summed_over_tiles(name, block_size):
+def test_a_score_of_the_weight_is_its_formula_summed_over_blocks(name, block_size):
     c = candidate((6, 12), block_size)
-    torch.testing.assert_close(SCORES[name](c), tile_sums(BASE_FORMULAS[name](c), block_size))
+    torch.testing.assert_close(SCORES[name](c), block_sums(BASE_FORMULAS[name](c), block_size))
 
 
 @pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
@@ -79,22 +81,22 @@ def test_a_score_reads_transposed_matrices_in_their_own_order(name):
 
 @pytest.mark.parametrize("name", SCORES)
 def test_a_score_is_one_number_a_block_and_changes_nothing(name):
-    for block_size in (1, 3):
+    for block_size in (1, 3, "row", "column"):
         c = candidate((6, 12), block_size, kept=3, mask=torch.tensor([0, 2, 5]))
         before = c.values.clone(), c.gradient.clone(), c.mask.clone()
-        assert SCORES[name](c).shape == (72 // block_size**2,)
+        assert SCORES[name](c).shape == (72 // math.prod(c.block),)
         assert all(torch.equal(*pair) for pair in zip(before, (c.values, c.gradient, c.mask), strict=True))
 
 
-@pytest.mark.parametrize("block_size", [1, 2])
+@pytest.mark.parametrize("block_size", [1, 2, "row", "column"])
 @pytest.mark.parametrize("kept", [1, 2, 5, 9])
 @pytest.mark.parametrize("seed", range(4))
 def test_grow_and_drop_exchanges_the_least_moved_for_the_steepest_outside(block_size, kept, seed):
-    blocks = 72 // block_size**2
+    blocks = 72 // math.prod(block_for(block_size, (6, 12)))
     mask = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))[:kept].sort().values.int()
     c = candidate((6, 12), block_size, kept, mask, seed)
-    moved = tile_sums(c.values.abs(), block_size).tolist()
-    growth = tile_sums(c.gradient.abs(), block_size).tolist()
+    moved = block_sums(c.values.abs(), block_size).tolist()
+    growth = block_sums(c.gradient.abs(), block_size).tolist()
     inside = set(mask.tolist())
     stay = set(sorted(inside, key=lambda u: -moved[u])[: kept - round(REPLACED * kept)])
     outside = sorted(set(range(blocks)) - inside, key=lambda u: -growth[u])
@@ -103,7 +105,7 @@ def test_grow_and_drop_exchanges_the_least_moved_for_the_steepest_outside(block_
 
 def test_grow_and_drop_without_a_mask_keeps_what_moved_most():
     c = candidate(block_size=2)
-    torch.testing.assert_close(SCORES["gd"](c), tile_sums(c.values.abs(), 2))
+    torch.testing.assert_close(SCORES["gd"](c), block_sums(c.values.abs(), 2))
 
 
 def test_grow_and_drop_takes_dropped_blocks_back_only_when_nothing_else_is_left():

@@ -18,6 +18,7 @@ from contestants.models import make_model, random_entries, targets
 from contestants.steps import Training, kept, model_and_batch, several, step_job, swap_merged, trained
 from sparselet import SparseAdapter, SparseDelta, SparseletConfig, freeze_masks, kernels, merging, reselect
 from sparselet.apply import apply_temporarily
+from sparselet.delta import BlockSize, block_for
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.formats.checkpoint.write import export_checkpoint
 from sparselet.masks import blocks_to_keep, top_k, top_k_global
@@ -98,13 +99,13 @@ def part(job: dict[str, Any]) -> Callable[[], Any]:
 
     def gather() -> None:
         for layer in layers:
-            kernels.gather(dense[layer.shape], layer.sparse_indices[NAME], layer.sparse_mask[NAME].block_size)
+            kernels.gather(dense[layer.shape], layer.sparse_indices[NAME], layer.sparse_mask[NAME].block)
 
     def gradient() -> None:
         for layer in layers:
             x, passed = passing[layer.in_features], passing[layer.out_features]
-            blocks, side = layer.sparse_indices[NAME], layer.sparse_mask[NAME].block_size
-            kernels.masked_weight_gradient(x, passed, blocks, side, layer.transposed)
+            blocks, block = layer.sparse_indices[NAME], layer.sparse_mask[NAME].block
+            kernels.masked_weight_gradient(x, passed, blocks, block, layer.transposed)
 
     def weights() -> None:
         for layer in layers:
@@ -252,28 +253,29 @@ def same_top(job: dict[str, Any]) -> Callable[[], dict[str, int]]:
 def masked_gradient(job: dict[str, Any]) -> Callable[[], Tensor]:
     """The masked entries of ∂L/∂W, at random blocks."""
     x, gradient = gradient_inputs(job)
-    blocks = _blocks(tuple(job["shape"]), job["density"], job["block"], job["device"])
-    return lambda: kernels.masked_weight_gradient(x, gradient, blocks, job["block"])
+    blocks, block = _blocks(tuple(job["shape"]), job["density"], job["block"], job["device"])
+    return lambda: kernels.masked_weight_gradient(x, gradient, blocks, block)
 
 
 def same_gradient(job: dict[str, Any]) -> Callable[[], dict[str, float]]:
     """The largest difference from the entries of the dense product, over the largest of these."""
     x, gradient = gradient_inputs(job)
-    blocks = _blocks(tuple(job["shape"]), job["density"], job["block"], job["device"])
+    blocks, block = _blocks(tuple(job["shape"]), job["density"], job["block"], job["device"])
 
     def start() -> dict[str, float]:
-        expected = kernels.gather((gradient.t() @ x).contiguous(), blocks, job["block"])
-        found = kernels.masked_weight_gradient(x, gradient, blocks, job["block"])
+        expected = kernels.gather((gradient.t() @ x).contiguous(), blocks, block)
+        found = kernels.masked_weight_gradient(x, gradient, blocks, block)
         return {"difference": float((found - expected).abs().max() / expected.abs().max())}
 
     return start
 
 
 @functools.cache
-def _blocks(shape: tuple[int, int], density: float, side: int, device: str) -> Tensor:
-    total = shape[0] * shape[1] // side**2
-    generator = torch.Generator().manual_seed(0)
-    return torch.randperm(total, generator=generator)[: blocks_to_keep(density, total)].sort().values.to(torch.int32).to(device)
+def _blocks(shape: tuple[int, int], density: float, block_size: BlockSize, device: str) -> tuple[Tensor, kernels.Block]:
+    block = block_for(block_size, shape)
+    total = shape[0] * shape[1] // (block[0] * block[1])
+    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[: blocks_to_keep(density, total)]
+    return chosen.sort().values.to(torch.int32).to(device), block
 
 
 # Merging

@@ -29,7 +29,7 @@ from sparselet.adapter_format import (
     check_tensors,
 )
 from sparselet.adapter_metadata import AdapterMetadata
-from sparselet.delta import SparseDelta
+from sparselet.delta import SparseDelta, common_block_size
 from sparselet.errors import BadDtype, MissingFile, NonFiniteValue, prefix_errors
 from sparselet.expert import Expert, ExpertOrDeltas
 from sparselet.io.atomic import atomic_directory, atomic_write, replaced_directory
@@ -199,7 +199,7 @@ class AdapterFile(Mapping[str, SparseDelta]):
         shape = self.shapes[name]
         with prefix_errors(f"{self._weights}: {name}"):
             indices, values = (self._file.read(PREFIX + name + suffix) for suffix in (INDICES, VALUES))
-            delta = SparseDelta(shape, indices, values, self._block_size(name))
+            delta = SparseDelta(shape, indices, values)
         require_finite(delta.values, f"{self._weights}: {name}")
         return delta
 
@@ -240,10 +240,6 @@ class AdapterFile(Mapping[str, SparseDelta]):
             and any(f".{module}." in f".{name.removeprefix(PREFIX)}" for module in self.trained_modules)
         }
 
-    def _block_size(self, name: str) -> int:
-        shape = self._file.shapes[PREFIX + name + VALUES]
-        return shape[1] if len(shape) == 3 else 1
-
 
 def as_expert(expert: ExpertOrDeltas) -> Expert:
     """The expert, or a `SparseAdapter` of a plain mapping from target names to deltas."""
@@ -252,10 +248,9 @@ def as_expert(expert: ExpertOrDeltas) -> Expert:
 
 def adapter_json(adapter: SparseAdapter) -> dict[str, Any]:
     """The content of adapter_config.json: the adapter's metadata, and the fields that follow from its deltas."""
-    blocks = {delta.block_size for delta in adapter.values() if delta.nnz}
     measured = {
         "density": adapter.density,
-        "block_size": blocks.pop() if len(blocks) == 1 else 1,
+        "block_size": common_block_size(delta.block for delta in adapter.values() if delta.nnz),
         "inference_mode": True,
         "target_modules": list(adapter),
     }

@@ -174,13 +174,16 @@ def _check_target(
     if dtypes[values] not in VALUE_DTYPES:
         raise BadDtype(f"{where}{VALUES} is {dtypes[values]}; expected one of {', '.join(VALUE_DTYPES)}.")
     shape, count = list(shapes[values]), list(shapes[indices])
-    tiles = len(shape) == 3 and shape[1] == shape[2] > 1
-    if len(count) != 1 or not (len(shape) == 1 or tiles) or shape[0] != count[0]:
-        raise BadShape(f"{where}: values {shape} and indices {count}; expected [n] or [n, B, B], and [n].")
-    side = shape[1] if tiles else 1
-    if rows % side or columns % side:
-        raise BadShape(f"{where}: tiles of {side}×{side} do not divide a target of {rows}×{columns}.")
-    blocks = rows * columns // side**2
+    h, w = shape[1:] if len(shape) == 3 else (1, 1)
+    rectangle = len(shape) == 3 and h * w > 1 and (h == w or (h, w) in ((1, columns), (rows, 1)))
+    if len(count) != 1 or not (len(shape) == 1 or rectangle) or shape[0] != count[0]:
+        raise BadShape(
+            f"{where}: values {shape} and indices {count}; expected [n], [n, B, B], [n, 1, {columns}] or [n, {rows}, 1], and "
+            "[n]."
+        )
+    if rows % h or columns % w:
+        raise BadShape(f"{where}: tiles of {h}×{w} do not divide a target of {rows}×{columns}.")
+    blocks = rows * columns // (h * w)
     if count[0] > blocks:
         raise BadShape(f"{where}: {count[0]} indices, but the target has only {blocks} blocks.")
     expected = "I32" if index_dtype(blocks) == torch.int32 else "I64"

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from sparselet.delta import BlockSize
+
 OF_TARGETS = frozenset({"peft_type", "format_version", "targets"})  # fields that follow from the deltas
 
 
@@ -23,7 +25,7 @@ class AdapterMetadata:
     task_type: str | None = None
     modules_to_save: Sequence[str] | None = None
     density: float | None = None
-    block_size: int | None = None
+    block_size: BlockSize | None = None
     score: str | None = None
     when: str | None = None
     balance: str | None = None

@@ -3,13 +3,15 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter, adapter_json, add_delta, require_finite, tensor_names
 from sparselet.adapter_metadata import AdapterMetadata
-from sparselet.delta import SparseDelta
+from sparselet.delta import SparseDelta, common_block_size
 from sparselet.io.atomic import atomic_write
 from sparselet.io.json_files import write_json
 from sparselet.io.tensor_files import TensorStream
+from sparselet.kernels import Block
 
 
 class AdapterStream:
@@ -19,7 +21,7 @@ class AdapterStream:
         self._directory, self._stream = directory, stream
         self._empty: dict[str, SparseDelta] = {}
         self._entries = 0
-        self._blocks: set[int] = set()
+        self._blocks: set[Block] = set()
 
     def add(self, name: str, delta: SparseDelta) -> None:
         """Write one target; values must be float32. Raises NonFiniteValue, BadDtype."""
@@ -27,14 +29,17 @@ class AdapterStream:
         add_delta(self._stream, name, delta)
         self._empty[name] = SparseDelta.empty(delta.shape)
         self._entries += delta.nnz
-        self._blocks |= {delta.block_size} if delta.nnz else set()
+        self._blocks |= {delta.block} if delta.nnz else set()
 
     def describe(self, metadata: AdapterMetadata, fingerprints: Mapping[str, Mapping[str, str] | None]) -> None:
-        """Write the configuration, after all targets: the metadata, with the density and block size that were written."""
-        measured = {
-            "density": self._entries / max(1, sum(delta.size for delta in self._empty.values())),
-            "block_size": next(iter(self._blocks)) if len(self._blocks) == 1 else 1,
-        }
+        """Write the configuration, after all targets: the metadata, with the density and block size that were written.
+
+        Of rows or columns the metadata says which they are.
+        """
+        measured: dict[str, Any] = {"density": self._entries / max(1, sum(delta.size for delta in self._empty.values()))}
+        block_size = common_block_size(self._blocks)
+        if block_size is not None:
+            measured["block_size"] = block_size
         described = SparseAdapter(self._empty, metadata.with_fields(measured), fingerprints)
         write_json(self._directory / CONFIG_FILE, adapter_json(described))
 

@@ -29,19 +29,19 @@ def apply_temporarily(
     restoring W, where the weight's dtype cannot hold W + ΔW.
     """
     weights = target_weights(model, adapter, base)
-    displaced: list[tuple[Tensor, Tensor, Tensor, int]] = []
+    displaced: list[tuple[Tensor, Tensor, Tensor]] = []
     try:
         with torch.no_grad():
             for name, weight in weights.items():
                 delta = adapter[name].to(weight.device)
-                before = kernels.gather(weight, delta.indices, delta.block_size)
-                displaced.append((weight, delta.indices, before, delta.block_size))
+                before = kernels.gather(weight, delta.indices, delta.block)
+                displaced.append((weight, delta.indices, before))
                 _add_to(weight, weight, delta, name)
         yield model
     finally:
         with torch.no_grad():
-            for weight, blocks, before, block_size in displaced:
-                kernels.write(weight, blocks, before, block_size)
+            for weight, blocks, before in displaced:
+                kernels.write(weight, blocks, before)
 
 
 def apply_in_place(model: nn.Module, adapter: ExpertOrDeltas, dtype: torch.dtype | None = None) -> None:
@@ -74,10 +74,10 @@ def apply_in_place(model: nn.Module, adapter: ExpertOrDeltas, dtype: torch.dtype
 def _add_to(weight: Tensor, base: Tensor, delta: SparseDelta, name: str) -> None:
     """Write base + delta into `weight` at the delta's mask. Raises NonFiniteValue."""
     delta = delta.to(weight.device)
-    total = add(kernels.gather(base, delta.indices, delta.block_size), delta.values, weight.dtype)
+    total = add(kernels.gather(base, delta.indices, delta.block), delta.values, weight.dtype)
     if not kernels.all_finite(total):
         _refuse_overflow(total, name)
-    kernels.write(weight, delta.indices, total, delta.block_size)
+    kernels.write(weight, delta.indices, total)
 
 
 def _refuse_overflow(values: Tensor, name: str) -> None:

@@ -19,7 +19,7 @@ def check_density(density: float) -> float:
 
 
 def blocks_to_keep(density: float, blocks: int) -> int:
-    """k = max(1, round(density · blocks)) (paper, Eq. 3, for tiles). Raises DensityOutOfRange."""
+    """k = max(1, round(density · blocks)) (paper, Eq. 3, for any block). Raises DensityOutOfRange."""
     return max(1, round(check_density(density) * blocks))
 
 

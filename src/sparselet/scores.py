@@ -1,7 +1,7 @@
 """How much each block of a target matters. A score is one function here and one line in `SCORES`.
 
-A block is an entry, or a tile whose score is the sum over its entries (paper, "Block Sparsity"). Ŵ is the delta being
-trained, W the weight that a pass uses (the base weight before the first step), g = ∂L/∂W with no mask applied.
+A block is an entry, or a tile, row or column, whose score is the sum over its entries (paper, "Block Sparsity"). Ŵ is the
+delta being trained, W the weight that a pass uses (the base weight before the first step), g = ∂L/∂W with no mask applied.
 """
 
 import inspect
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparselet.errors import UnknownScore
-from sparselet.kernels import tile_sum
+from sparselet.kernels import Block, block_sum
 
 REPLACED = 0.2  # fraction of the mask that grow-and-drop exchanges, SpIEL's default initial rate
 
@@ -22,7 +22,7 @@ class Candidate:
     """What a score may read of one target.
 
     shape: rows and columns of the target.
-    block_size: 1, or B for tiles.
+    block: rows and columns of a block: (1, 1) for entries, (B, B) for tiles.
     kept: number of blocks the mask will keep.
     generator: source of randomness, seeded by target and selection.
     mask: the current mask as ascending block ids, int [n]; None while all entries are trained, and before the first selection.
@@ -35,7 +35,7 @@ class Candidate:
     """
 
     shape: tuple[int, int]
-    block_size: int
+    block: Block
     kept: int
     generator: torch.Generator
     mask: Tensor | None = None
@@ -78,42 +78,42 @@ class Score:
         return (self.function.__doc__ or "").partition("\n")[0].removesuffix(".")
 
 
-def mcs(values: Tensor, gradient: Tensor, block_size: int) -> Tensor:
+def mcs(values: Tensor, gradient: Tensor, block: Block) -> Tensor:
     """Ŵ·g, the paper's maximum connection sensitivity as printed.
 
     Eq. 2, which has no absolute value. An entry that moves steadily downhill from zero has Ŵ·g < 0, so the printed sign
     prefers entries that the gradient now pushes back; `mcs_neg` is the other reading.
     """
-    return tile_sum(values * gradient, block_size)
+    return block_sum(values * gradient, block)
 
 
-def mcs_neg(values: Tensor, gradient: Tensor, block_size: int) -> Tensor:
+def mcs_neg(values: Tensor, gradient: Tensor, block: Block) -> Tensor:
     """−Ŵ·g, mcs with the opposite sign: entries that still move in the direction in which they have moved."""
-    return tile_sum(-(values * gradient), block_size)
+    return block_sum(-(values * gradient), block)
 
 
-def cs(values: Tensor, gradient: Tensor, block_size: int) -> Tensor:
+def cs(values: Tensor, gradient: Tensor, block: Block) -> Tensor:
     """|Ŵ·g|, connection sensitivity (SNIP, Lee et al. 2018; paper, Eq. 1)."""
-    return tile_sum((values * gradient).abs(), block_size)
+    return block_sum((values * gradient).abs(), block)
 
 
-def gm(gradient: Tensor, block_size: int) -> Tensor:
+def gm(gradient: Tensor, block: Block) -> Tensor:
     """|g|, gradient magnitude (paper, Section 4.2)."""
-    return tile_sum(gradient.abs(), block_size)
+    return block_sum(gradient.abs(), block)
 
 
-def wm(values: Tensor, block_size: int) -> Tensor:
+def wm(values: Tensor, block: Block) -> Tensor:
     """|Ŵ|, weight magnitude (paper, Section 4.2)."""
-    return tile_sum(values.abs(), block_size)
+    return block_sum(values.abs(), block)
 
 
-def gd(values: Tensor, gradient: Tensor, block_size: int, kept: int, mask: Tensor | None, replaced: float) -> Tensor:
+def gd(values: Tensor, gradient: Tensor, block: Block, kept: int, mask: Tensor | None, replaced: float) -> Tensor:
     """Grow by |g|, drop by |Ŵ| (Ansell et al. 2024).
 
     |Ŵ − Ŵ₀| with Ŵ₀ = 0; see `grow_and_drop`. Without a current mask the k blocks with the largest |Ŵ| are kept.
     """
-    moved = tile_sum(values.abs(), block_size)
-    return moved if mask is None else grow_and_drop(moved, tile_sum(gradient.abs(), block_size), mask, kept, replaced)
+    moved = block_sum(values.abs(), block)
+    return moved if mask is None else grow_and_drop(moved, block_sum(gradient.abs(), block), mask, kept, replaced)
 
 
 def grow_and_drop(moved: Tensor, growth: Tensor, mask: Tensor, kept: int, replaced: float) -> Tensor:
@@ -132,48 +132,48 @@ def grow_and_drop(moved: Tensor, growth: Tensor, mask: Tensor, kept: int, replac
     return score
 
 
-def random(shape: tuple[int, int], block_size: int, generator: torch.Generator) -> Tensor:
+def random(shape: tuple[int, int], block: Block, generator: torch.Generator) -> Tensor:
     """A uniform random number, the baseline.
 
     Drawn on the CPU, so that all devices choose the same mask. Fixed before the first step a random mask is a strong baseline
     (Xu & Zhang 2024; SHiRA, Bhardwaj et al. 2024).
     """
-    return torch.rand(shape[0] * shape[1] // block_size**2, generator=generator)
+    return torch.rand(shape[0] * shape[1] // (block[0] * block[1]), generator=generator)
 
 
-def snip(weight: Tensor, gradient: Tensor, block_size: int) -> Tensor:
+def snip(weight: Tensor, gradient: Tensor, block: Block) -> Tensor:
     """|W·g|, connection sensitivity of the weight itself (SNIP, Lee et al. 2019; in SHiRA, Bhardwaj et al. 2024)."""
-    return tile_sum((weight * gradient).abs(), block_size)
+    return block_sum((weight * gradient).abs(), block)
 
 
-def magnitude(weight: Tensor, block_size: int) -> Tensor:
+def magnitude(weight: Tensor, block: Block) -> Tensor:
     """|W|, magnitude of the weight (SHiRA, Bhardwaj et al. 2024; NeuroAda, Zhang et al. 2025, which balances it by row)."""
-    return tile_sum(weight.abs(), block_size)
+    return block_sum(weight.abs(), block)
 
 
-def lift(weight: Tensor, block_size: int, kept: int) -> Tensor:
+def lift(weight: Tensor, block: Block, kept: int) -> Tensor:
     """|U_r S_r V_rᵀ|, magnitude in the low-rank part of the weight (LIFT, Liu et al. 2025).
 
     r(m + n) is the number of entries kept, as published, but r ≥ 8 and at most the smaller side. The part is that of the exact
     singular value decomposition, by the eigenvectors of the smaller Gram matrix; published: a randomised one.
     """
     rows, columns = weight.shape
-    rank = min(rows, columns, max(8, round(kept * block_size**2 / (rows + columns))))
+    rank = min(rows, columns, max(8, round(kept * (block[0] * block[1]) / (rows + columns))))
     wide = weight.double()
     left = rows <= columns
     basis = torch.linalg.eigh(wide @ wide.T if left else wide.T @ wide).eigenvectors[:, -rank:]
     part = basis @ (basis.T @ wide) if left else (wide @ basis) @ basis.T
-    return tile_sum(part.abs().to(weight.dtype), block_size)
+    return block_sum(part.abs().to(weight.dtype), block)
 
 
-def wanda(weight: Tensor, inputs: Tensor, block_size: int) -> Tensor:
+def wanda(weight: Tensor, inputs: Tensor, block: Block) -> Tensor:
     """|W|·‖x_j‖₂, magnitude times the norm of the entry's input (Wanda, Sun et al. 2024; in Super-Tuning, 2026)."""
-    return tile_sum(weight.abs() * inputs, block_size)
+    return block_sum(weight.abs() * inputs, block)
 
 
-def fisher(squares: Tensor, block_size: int) -> Tensor:
+def fisher(squares: Tensor, block: Block) -> Tensor:
     """The mean of g² over the scoring batches, the diagonal of the empirical Fisher matrix (RoSA, Nikdan et al. 2024)."""
-    return tile_sum(squares, block_size)
+    return block_sum(squares, block)
 
 
 SCORES: dict[str, Score] = {

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from sparselet.errors import BlockSizeError, ConfigError
+from sparselet.delta import BlockSize, check_block_size
+from sparselet.errors import ConfigError
 from sparselet.masks import check_density
 from sparselet.scores import SCORES, Score, get_score, score_help
 from sparselet.setting_checks import check_at_least, check_seed, check_settings
@@ -23,8 +24,8 @@ class SelectionSettings:
 
     density: float = 0.1
     """Fraction of each target's entries to train, in (0, 1]; the paper's keep-ratio."""
-    block_size: int = 1
-    """1 trains single entries, B trains tiles of B×B (paper: 16)."""
+    block_size: BlockSize = 1
+    """1 trains single entries, B tiles of B×B (paper: 16), row whole output rows, column whole input columns."""
     score: str = field(default="mcs", metadata={"help": f"How entries are ranked: {score_help()}."})
     when: When = "paper"
     """Before the first step (static); then again and again, a fraction of the mask at a time (refresh); or as in the paper."""
@@ -52,8 +53,7 @@ class SelectionSettings:
     def __post_init__(self) -> None:
         check_density(self.density)
         score = get_score(self.score)
-        if type(self.block_size) is not int or self.block_size < 1:
-            raise BlockSizeError(f"block_size must be a positive integer, got {self.block_size!r}.")
+        check_block_size(self.block_size)
         check_settings(self)
         check_seed(self.seed)
         check_at_least(self, 0, "reselect_every", "selection_epochs")
@@ -62,6 +62,11 @@ class SelectionSettings:
             raise ConfigError(f"replaced is a fraction of the mask, from 0 to 1; got {self.replaced}.")
         if self.balance == "row" and self.scope == "global":
             raise ConfigError("balance='row' does not go with scope='global', which may leave rows and targets empty.")
+        if self.balance == "row" and isinstance(self.block_size, str):
+            raise ConfigError(
+                f"balance='row' spreads blocks over output rows; a block of block_size={self.block_size!r} is a row or a "
+                "part of all of them. Leave balance out."
+            )
         if self.when != "paper":
             self._check_sparse_start(score)
         elif self.initial_mask != "dense" and self.reselect_every and not score.ranks_untrained:

@@ -14,7 +14,7 @@ densities = st.sampled_from([0.05, 0.2, 0.3, 0.5, 0.9, 1.0])
 def normal(delta: SparseDelta, seed: int = 0) -> SparseDelta:
     """The same mask with normal values, whose magnitudes differ."""
     values = torch.randn(delta.values.shape, generator=torch.Generator().manual_seed(seed))
-    return SparseDelta(delta.shape, delta.indices, values, delta.block_size)
+    return SparseDelta(delta.shape, delta.indices, values)
 
 
 def distinct(smallest: int, largest: int) -> st.SearchStrategy[list[SparseDelta]]:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparselet import SparseAdapter
+from sparselet.delta import BlockSize
 from sparselet.fingerprint import fingerprint_weight
 
 Q, V, OTHER = "layers.0.q", "layers.0.v", "layers.1.q"
@@ -16,7 +17,7 @@ SHAPE = (6, 12)
 
 def expert(
     seed: int,
-    block_size: int = 1,
+    block_size: BlockSize = 1,
     names: tuple[str, ...] = (Q, V),
     shape: tuple[int, int] = SHAPE,
     base: Tensor | None = None,

@@ -1,4 +1,6 @@
-"""Random deltas for the algebra tests, and what they mean spelt out tile by tile."""
+"""Random deltas for the algebra tests, and what they mean spelt out block by block."""
+
+import math
 
 import torch
 from hypothesis import settings
@@ -6,28 +8,29 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparselet import SparseDelta
+from sparselet.delta import BlockSize, block_for
+from sparselet.kernels import values_shape
 
-SHAPES = ((6, 6), (6, 12), (12, 6))  # blocks of 1, 2, 3 and 6 divide them all
-BLOCKS = (1, 2, 3, 6)
+SHAPES = ((6, 6), (6, 12), (12, 6))  # tiles of 2, 3 and 6 divide them all
+BLOCKS = (1, 2, 3, 6, "row", "column")
 DENSITIES = (0.0, 0.1, 0.5, 1.0)
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def random_delta(
-    shape: tuple[int, int], block_size: int = 1, density: float = 0.3, seed: int = 0, dtype: torch.dtype = torch.float32
+    shape: tuple[int, int], block_size: BlockSize = 1, density: float = 0.3, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> SparseDelta:
     """A delta of small multiples of 1/4, so that sums are exact; some selected entries are 0."""
     generator = torch.Generator().manual_seed(seed)
-    blocks = shape[0] * shape[1] // block_size**2
-    indices = (torch.rand(blocks, generator=generator) < density).nonzero().squeeze(1)
-    tile = (block_size, block_size) if block_size > 1 else ()
-    values = torch.randint(-4, 5, (len(indices), *tile), generator=generator) / 4
-    return SparseDelta(shape, indices, values.to(dtype), block_size)
+    block = block_for(block_size, shape)
+    indices = (torch.rand(math.prod(shape) // math.prod(block), generator=generator) < density).nonzero().squeeze(1)
+    values = torch.randint(-4, 5, values_shape(len(indices), block), generator=generator) / 4
+    return SparseDelta(shape, indices, values.to(dtype))
 
 
 @st.composite
-def deltas(draw: st.DrawFn, shape: tuple[int, int] | None = None, block_size: int | None = None) -> SparseDelta:
+def deltas(draw: st.DrawFn, shape: tuple[int, int] | None = None, block_size: BlockSize | None = None) -> SparseDelta:
     return random_delta(
         shape or draw(st.sampled_from(SHAPES)),
         block_size or draw(st.sampled_from(BLOCKS)),
@@ -47,11 +50,11 @@ def spelt_out(delta: SparseDelta) -> tuple[Tensor, Tensor]:
     """ΔW in float64 and its mask, dense, written one block at a time."""
     dense = torch.zeros(delta.shape, dtype=torch.float64)
     mask = torch.zeros(delta.shape, dtype=torch.bool)
-    side = delta.block_size
+    h, w = delta.block
     for block, value in zip(delta.indices.tolist(), delta.values, strict=True):
-        row, column = (index * side for index in divmod(block, delta.shape[1] // side))
-        dense[row : row + side, column : column + side] = value.double()
-        mask[row : row + side, column : column + side] = True
+        row, column = block // (delta.shape[1] // w) * h, block % (delta.shape[1] // w) * w
+        dense[row : row + h, column : column + w] = value.double()
+        mask[row : row + h, column : column + w] = True
     return dense, mask
 
 
@@ -62,7 +65,8 @@ def assert_is(delta: SparseDelta, dense: Tensor, mask: Tensor) -> None:
     assert torch.equal(values, dense.double())
 
 
-def tile_sums(matrix: Tensor, block_size: int) -> Tensor:
-    """The sum over each non-overlapping tile of `matrix`, row by row."""
-    rows, columns = (range(0, side, block_size) for side in matrix.shape)
-    return torch.stack([matrix[r : r + block_size, c : c + block_size].sum() for r in rows for c in columns])
+def block_sums(matrix: Tensor, block_size: BlockSize) -> Tensor:
+    """The sum over each block of `matrix`, row by row."""
+    h, w = block_for(block_size, (matrix.shape[0], matrix.shape[1]))
+    rows, columns = range(0, matrix.shape[0], h), range(0, matrix.shape[1], w)
+    return torch.stack([matrix[r : r + h, c : c + w].sum() for r in rows for c in columns])

@@ -1,6 +1,7 @@
 """Models of a few thousand weights with a byte-level tokenizer, and tasks of a few rows, as directories."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -16,7 +17,9 @@ from transformers import (
 )
 
 from sparselet import SparseAdapter, SparseDelta
+from sparselet.delta import BlockSize, block_for
 from sparselet.fingerprint import fingerprint_weight
+from sparselet.kernels import values_shape
 
 PAD, END = "<pad>", "<end>"
 IDS = torch.tensor([[5, 9, 200, 31, 7]])
@@ -93,7 +96,7 @@ def save_task(directory: Path, train: int = 12, validation: int = 4, test: int =
 
 
 def make_adapter(
-    model: torch.nn.Module, block_size: int = 1, density: float = 0.25, seed: int = 1, **metadata
+    model: torch.nn.Module, block_size: BlockSize = 1, density: float = 0.25, seed: int = 1, **metadata
 ) -> SparseAdapter:
     """Random changes of the model's query, key and value projections, large enough to change its answers."""
     generator = torch.Generator().manual_seed(seed)
@@ -102,10 +105,10 @@ def make_adapter(
         if name.rpartition(".")[2] not in ("q_proj", "k_proj", "v_proj"):
             continue
         rows, columns = module.weight.shape
-        blocks = rows * columns // block_size**2
+        block = block_for(block_size, (rows, columns))
+        blocks = rows * columns // math.prod(block)
         chosen = torch.randperm(blocks, generator=generator)[: round(density * blocks)].sort().values
-        tile = (block_size, block_size) if block_size > 1 else ()
-        values = torch.randn((len(chosen), *tile), generator=generator)
-        deltas[name] = SparseDelta((rows, columns), chosen.to(torch.int32), values, block_size)
+        values = torch.randn(values_shape(len(chosen), block), generator=generator)
+        deltas[name] = SparseDelta((rows, columns), chosen.to(torch.int32), values)
         fingerprints[name] = fingerprint_weight(module.weight)
     return SparseAdapter(deltas, metadata, fingerprints)

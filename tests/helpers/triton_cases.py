@@ -111,13 +111,14 @@ def assert_is_gradient(
     found: Tensor, x: Tensor, grad_output: Tensor, blocks: Tensor, block_size: int, transposed: bool
 ) -> None:
     """Within the rounding of a sum in float32, and of the result."""
-    exact = reference.gather(autograds(x, grad_output, transposed), blocks, block_size)
-    summands = reference.gather(autograds(x.abs(), grad_output.abs(), transposed), blocks, block_size)
+    block = (block_size, block_size)
+    exact = reference.gather(autograds(x, grad_output, transposed), blocks, block)
+    summands = reference.gather(autograds(x.abs(), grad_output.abs(), transposed), blocks, block)
     assert found.shape == exact.shape
     allowed = 1e-6 * summands + 0.51 * torch.finfo(found.dtype).eps * exact.abs() + torch.finfo(found.dtype).tiny
     assert ((found.double() - exact).abs() <= allowed).all()
     # The reference has a rounding of its own.
-    expected = reference.masked_weight_gradient(x, grad_output, blocks, block_size, transposed)
+    expected = reference.masked_weight_gradient(x, grad_output, blocks, block, transposed)
     assert ((found.double() - expected.double()).abs() <= 2 * allowed + torch.finfo(expected.dtype).eps * exact.abs()).all()
 
 
@@ -257,7 +258,7 @@ def test_a_gradient_refuses_what_it_cannot_compute(kernel):
     if kernel == "tile":
         with pytest.raises(BlockSizeError, match=r"block_size is one of \(16, 32, 64, 128\) .* got 8"):
             call(x, grad_output, 8)
-        with pytest.raises(BlockSizeError, match=r"divides both sides of the weight \[16, 32\], got 32"):
+        with pytest.raises(BlockSizeError, match=r"divides both sides of the weight \[16, 32\], got \[32, 32\]"):
             call(x, grad_output, 32)
 
 
@@ -265,14 +266,15 @@ def test_a_gradient_refuses_what_it_cannot_compute(kernel):
 
 
 @st.composite
-def masked_weights(draw: st.DrawFn, dtype: torch.dtype, values_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, int]:
-    """weight, blocks, values, block_size. Half of the sums lie midway between two numbers of the weight's dtype."""
-    block_size = draw(st.sampled_from((1, 2, 3, 16)))
-    rows, columns = (draw(st.integers(1, 5)) * block_size for _ in range(2))
+def masked_weights(draw: st.DrawFn, dtype: torch.dtype, values_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """weight, blocks, values. Half of the sums lie midway between two numbers of the weight's dtype."""
+    side = draw(st.sampled_from((1, 2, 3, 16)))
+    rows, columns = (draw(st.integers(1, 5)) * side for _ in range(2))
+    block = draw(st.sampled_from(((side, side), (1, columns), (rows, 1))))
     seed, midway = draw(st.integers(0, 99)), draw(st.booleans())
     density, id_dtype = draw(st.sampled_from(DENSITIES)), draw(st.sampled_from((torch.int32, torch.int64)))
-    blocks = chosen(rows * columns // block_size**2, density, seed, id_dtype)
-    shape = (len(blocks), *((block_size, block_size) if block_size > 1 else ()))
+    blocks = chosen(rows * columns // (block[0] * block[1]), density, seed, id_dtype)
+    shape = reference.values_shape(len(blocks), block)
     if midway:
         generator = torch.Generator().manual_seed(seed)
         step = torch.finfo(dtype).eps
@@ -281,7 +283,7 @@ def masked_weights(draw: st.DrawFn, dtype: torch.dtype, values_dtype: torch.dtyp
     else:
         weight = random(rows, columns, dtype=torch.float64, seed=seed)
         values = random(*shape, dtype=torch.float64, seed=seed) * 2.0 ** draw(st.integers(-20, 8))
-    return weight.to(DEVICE, dtype), blocks.to(DEVICE), values.to(DEVICE, values_dtype), block_size
+    return weight.to(DEVICE, dtype), blocks.to(DEVICE), values.to(DEVICE, values_dtype)
 
 
 @runs
@@ -289,15 +291,15 @@ def masked_weights(draw: st.DrawFn, dtype: torch.dtype, values_dtype: torch.dtyp
 @few
 @given(st.data())
 def test_add_and_write_is_the_sum_rounded_once(dtype, values_dtype, data):
-    weight, blocks, values, block_size = data.draw(masked_weights(dtype, values_dtype))
-    displaced = reference.gather(weight, blocks, block_size)
+    weight, blocks, values = data.draw(masked_weights(dtype, values_dtype))
+    displaced = reference.gather(weight, blocks, reference.block_of(values))
     total = displaced.to(torch.promote_types(weight.dtype, values.dtype), copy=True) + values
     expected = weight.clone()
-    reference.write(expected, blocks, total, block_size)
+    reference.write(expected, blocks, total)
     kept = displaced.clone(), values.clone()
-    reference.write(weight, blocks, torch.full_like(values, torch.nan), block_size)
+    reference.write(weight, blocks, torch.full_like(values, torch.nan))
     version = weight._version
-    kernels.add_and_write(weight, blocks, displaced, values, block_size)
+    kernels.add_and_write(weight, blocks, displaced, values)
     assert torch.equal(weight, expected)
     assert torch.equal(displaced, kept[0])
     assert torch.equal(values, kept[1])
@@ -309,21 +311,21 @@ def test_add_and_write_is_the_sum_rounded_once(dtype, values_dtype, data):
 @few
 @given(st.data())
 def test_gather_and_write_are_the_references(dtype, values_dtype, data):
-    weight, blocks, values, block_size = data.draw(masked_weights(dtype, values_dtype))
+    weight, blocks, values = data.draw(masked_weights(dtype, values_dtype))
     before = weight.clone()
-    displaced = kernels.gather(weight, blocks, block_size)
+    displaced = kernels.gather(weight, blocks, reference.block_of(values))
     assert displaced.dtype == weight.dtype
-    assert torch.equal(displaced, reference.gather(weight, blocks, block_size))
+    assert torch.equal(displaced, reference.gather(weight, blocks, reference.block_of(values)))
     expected = weight.clone()
-    reference.write(expected, blocks, values, block_size)
-    kernels.write(weight, blocks, values, block_size)
+    reference.write(expected, blocks, values)
+    kernels.write(weight, blocks, values)
     assert torch.equal(weight, expected)
-    kernels.write(weight, blocks, displaced, block_size)
+    kernels.write(weight, blocks, displaced)
     assert torch.equal(weight, before)
 
 
 @runs
-@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("block_size", [1, 4, "row", "column"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_writes_by_the_kernel_what_it_writes_by_the_reference(dtype, block_size, monkeypatch):
     written, called = {}, []
@@ -353,8 +355,8 @@ def test_views_are_read_and_written_in_place():
     whole = torch.zeros(3, 32, 32, device=DEVICE)
     blocks = torch.arange(0, 4, device=DEVICE)[::2]
     values = torch.arange(512.0, device=DEVICE).view(16, 16, 2).permute(2, 1, 0)
-    kernels.write(whole[1], blocks, values, 16)
-    assert torch.equal(reference.gather(whole[1], blocks, 16), values)
+    kernels.write(whole[1], blocks, values)
+    assert torch.equal(reference.gather(whole[1], blocks, (16, 16)), values)
     assert not whole[::2].any()
 
 
@@ -394,7 +396,7 @@ def test_offsets_do_not_wrap_beyond_int32():
     assert big[-1, -1] == 3
     assert kernels.gather(big, entries).tolist() == [0, 1, 2, 3]
     tiles = torch.tensor([2**31 // 256 + 1], dtype=torch.int32, device=DEVICE)
-    kernels.add_and_write(big, tiles, torch.ones(1, 16, 16, device=DEVICE), torch.ones(1, 16, 16, device=DEVICE), 16)
+    kernels.add_and_write(big, tiles, torch.ones(1, 16, 16, device=DEVICE), torch.ones(1, 16, 16, device=DEVICE))
     assert (big[2**16 : 2**16 + 16, 16:32] == 2).all()
     x = big.view(-1)[2**4 :].as_strided((3, 16), (2**30, 1))
     x.fill_(1)
@@ -405,13 +407,13 @@ def test_offsets_do_not_wrap_beyond_int32():
 @runs
 def test_writing_refuses_what_would_reach_beyond_the_weight():
     weight, blocks = torch.zeros(4, 8, device=DEVICE), torch.arange(2, device=DEVICE)
-    with pytest.raises(ShapeMismatch, match=r"values of 2 blocks have the shape \[2, 2, 2\], got \[2\]"):
-        kernels.write(weight, blocks, torch.zeros(2, device=DEVICE), 2)
+    with pytest.raises(ShapeMismatch, match=r"values of 2 blocks have the shape \[2, 2, 2\], got \[3, 2, 2\]"):
+        kernels.write(weight, blocks, torch.zeros(3, 2, 2, device=DEVICE))
     with pytest.raises(ShapeMismatch, match=r"displaced of 2 blocks have the shape \[2\], got \[1\]"):
         kernels.add_and_write(weight, blocks, torch.zeros(1, device=DEVICE), torch.zeros(2, device=DEVICE))
-    for call in (kernels.gather, lambda *a: kernels.write(a[0], a[1], torch.zeros(2, 3, 3, device=DEVICE), a[2])):
-        with pytest.raises(BlockSizeError, match=r"divides both sides of the weight \[4, 8\], got 3"):
-            call(weight, blocks, 3)
+    for call in (kernels.gather, lambda *a: kernels.write(a[0], a[1], torch.zeros(2, 3, 3, device=DEVICE))):
+        with pytest.raises(BlockSizeError, match=r"divides both sides of the weight \[4, 8\], got \[3, 3\]"):
+            call(weight, blocks, (3, 3))
     with pytest.raises(ShapeMismatch, match="contiguous"):
         kernels.gather(weight.t(), blocks)
     with pytest.raises(ShapeMismatch, match="contiguous"):
@@ -473,7 +475,7 @@ def test_the_other_kernels_compile_and_read_16_bytes_at_a_time(launched):
         (kernels.gather, weight, blocks),
         (kernels.write, weight, blocks, values),
         (kernels.add_and_write, weight, blocks, values.bfloat16(), values),
-        (kernels.add_and_write, weight, blocks, tiles.bfloat16(), tiles, 16),
+        (kernels.add_and_write, weight, blocks, tiles.bfloat16(), tiles),
         (kernels.entry_gradient, weight, weight, blocks),
     ):
         ptx, _ = launched(function, *args)

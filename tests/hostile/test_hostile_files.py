@@ -408,11 +408,17 @@ def test_int32_indices_where_they_cannot_number_the_blocks(tmp_path):
         (torch.ones(3, 0, 0), torch.zeros(3)),
         (torch.ones(3, 2, 2, 1), torch.zeros(3)),
         (torch.ones(2, 2, 2), torch.zeros(3)),
+        (torch.ones(3, 1, 5), torch.zeros(3)),
+        (torch.ones(3, 1, 4), torch.zeros(3)),
+        (torch.ones(3, 6, 1), torch.zeros(3)),
+        (torch.ones(3, 1, 3), torch.zeros(3)),
+        (torch.ones(3, 4, 6), torch.zeros(3)),
+        (torch.ones(2, 1, 6), torch.zeros(3)),
     ],
 )
 def test_values_and_indices_that_do_not_belong_together(tmp_path, values, indices):
     path = write(tmp_path / "a", tensors={VALUES: values, INDICES: indices.int()})
-    assert_refused(path, BadShape, path / WEIGHTS, TARGET, "expected [n] or [n, B, B], and [n]")
+    assert_refused(path, BadShape, path / WEIGHTS, TARGET, "expected [n], [n, B, B], [n, 1, 6] or [n, 4, 1], and [n]")
 
 
 def test_more_indices_than_entries(tmp_path):
@@ -420,9 +426,11 @@ def test_more_indices_than_entries(tmp_path):
     assert_refused(path, BadShape, path / WEIGHTS, TARGET, "25 indices, but the target has only 24 blocks")
 
 
-def test_more_indices_than_tiles(tmp_path):
-    path = write(tmp_path / "a", tensors={VALUES: torch.ones(7, 2, 2), INDICES: torch.arange(7).int()})
-    assert_refused(path, BadShape, path / WEIGHTS, TARGET, "7 indices, but the target has only 6 blocks")
+@pytest.mark.parametrize(("block", "blocks"), [((2, 2), 6), ((1, 6), 4), ((4, 1), 6)], ids=["tiles", "rows", "columns"])
+def test_more_indices_than_blocks(tmp_path, block, blocks):
+    tensors = {VALUES: torch.ones(blocks + 1, *block), INDICES: torch.arange(blocks + 1).int()}
+    path = write(tmp_path / "a", tensors=tensors)
+    assert_refused(path, BadShape, path / WEIGHTS, TARGET, f"{blocks + 1} indices, but the target has only {blocks} blocks")
 
 
 @pytest.mark.parametrize("block_size", [3, 4, 5, 16])

@@ -1,5 +1,7 @@
 """Every version of an operation against the reference, and which is taken when."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,16 +19,17 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 6e-2}
 
 
 @st.composite
-def cases(draw):
-    """Inputs of a masked weight gradient, with masks that leave whole rows out and masks that leave nothing out."""
+def cases(draw, lines=False):
+    """Inputs of a masked weight gradient, with masks that leave whole rows out and masks that leave nothing out. lines: whole rows and columns too."""
     rows, columns = draw(SIZES)
-    side = draw(st.sampled_from([b for b in (1, 2, 3, 6) if rows % b == 0 and columns % b == 0]))
-    count = rows * columns // side**2
+    tiles = [(b, b) for b in (1, 2, 3, 6) if rows % b == 0 and columns % b == 0]
+    block = draw(st.sampled_from([*tiles, *(((1, columns), (rows, 1)) if lines else ())]))
+    count = rows * columns // math.prod(block)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     kept = round(draw(st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0])) * count)
     blocks = torch.randperm(count, generator=generator)[:kept]
     if draw(st.booleans()):
-        blocks = blocks[blocks // (columns // side) % 2 == 1]  # every other row is empty
+        blocks = blocks[blocks // (columns // block[1]) % 2 == 1]  # every other row is empty
     leading, dtype, transposed = draw(TOKENS), draw(st.sampled_from(list(TOLERANCE))), draw(st.booleans())
     inside, outside = (rows, columns) if transposed else (columns, rows)
     x, grad_output = (torch.randn(*leading, side, generator=generator, dtype=torch.float64) for side in (inside, outside))
@@ -35,14 +38,14 @@ def cases(draw):
         x = torch.cat([x, x], dim=-1)[..., :inside]
         grad_output = grad_output.transpose(0, -1).contiguous().transpose(0, -1)
     blocks = blocks.sort().values.to(draw(st.sampled_from([torch.int32, torch.int64])))
-    return x, grad_output, blocks, side, transposed
+    return x, grad_output, blocks, block, transposed
 
 
 @settings(deadline=None, max_examples=150)
 @given(case=cases(), height=st.sampled_from([1, 2, 5, 16, 100]))
 def test_bands_give_the_reference(case, height):
-    x, grad_output, blocks, side, transposed = case
-    expected = reference.masked_weight_gradient(x.double(), grad_output.double(), blocks, side, transposed)
+    x, grad_output, blocks, block, transposed = case
+    expected = reference.masked_weight_gradient(x.double(), grad_output.double(), blocks, block, transposed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bands, "HEIGHT", height)
         found = bands.banded_weight_gradient(*case)
@@ -52,10 +55,10 @@ def test_bands_give_the_reference(case, height):
 
 
 @settings(deadline=None, max_examples=50)
-@given(case=cases(), forced=st.sampled_from([None, "dense", "bands"]))
+@given(case=cases(lines=True), forced=st.sampled_from([None, "dense", "bands"]))
 def test_whichever_is_chosen_gives_the_reference(case, forced):
-    x, grad_output, blocks, side, transposed = case
-    expected = reference.masked_weight_gradient(x.double(), grad_output.double(), blocks, side, transposed)
+    x, grad_output, blocks, block, transposed = case
+    expected = reference.masked_weight_gradient(x.double(), grad_output.double(), blocks, block, transposed)
     with pytest.MonkeyPatch.context() as patch:
         if forced:
             patch.setenv(choice.FORCE, forced)
@@ -105,7 +108,16 @@ SQUARE, TALL = (2048, 2048), (192, 576)
 )
 def test_the_choice_is_what_was_measured_to_be_faster(shape, tokens, density, side, expected):
     blocks = round(density * shape[0] * shape[1] / side**2)
-    assert choose(shape, tokens, blocks, side, CPU) == expected
+    assert choose(shape, tokens, blocks, (side, side), CPU) == expected
+
+
+@pytest.mark.parametrize("forced", [None, "dense", "bands", "triton"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("block", [(1, 576), (192, 1)])
+def test_whole_rows_and_columns_are_one_product_unless_the_dense_one_is_named(monkeypatch, forced, device, block):
+    if forced:
+        monkeypatch.setenv(choice.FORCE, forced)
+    assert choose(TALL, 1024, 10, block, torch.device(device)) == ("dense" if forced == "dense" else "lines")
 
 
 @given(
@@ -117,14 +129,14 @@ def test_the_choice_is_what_was_measured_to_be_faster(shape, tokens, density, si
 )
 def test_costs_grow_with_the_work(shape, tokens, share, side, threads):
     blocks = round(share * (shape[0] // side) * (shape[1] // side))
-    here = costs(shape, tokens, blocks, side, threads)
-    more = costs(shape, tokens + 1, blocks, side, threads)
+    here = costs(shape, tokens, blocks, (side, side), threads)
+    more = costs(shape, tokens + 1, blocks, (side, side), threads)
     assert all(0 <= here[name] <= more[name] for name in here)
     assert here.keys() == {"dense", "bands"}
 
 
 def test_on_other_devices_the_dense_product_is_made():
-    assert choose(SQUARE, 1024, 10, 1, torch.device("cuda")) == "dense"
+    assert choose(SQUARE, 1024, 10, (1, 1), torch.device("cuda")) == "dense"
 
 
 # Selection

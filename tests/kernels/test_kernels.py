@@ -1,9 +1,12 @@
 """The reference kernels against dense autograd in float64."""
 
+import math
+
 import pytest
 import torch
 
 from sparselet import kernels
+from sparselet.delta import block_for
 
 LEADING = {"matrix": (5,), "three dimensions": (2, 3), "one token": (1,), "one token of one row": (1, 1), "nothing": (0,)}
 OUT, IN = 6, 12
@@ -28,19 +31,18 @@ def test_weight_gradient_is_autograds(batch, transposed):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("block_size", [1, 2, 3, 6])
+@pytest.mark.parametrize("block_size", [1, 2, 3, 6, "row", "column"])
 @pytest.mark.parametrize("kept", ["none", "some", "all"])
 def test_masked_weight_gradient_is_autograds_at_the_mask(batch, transposed, block_size, kept):
     dense = dense_gradient(*batch, transposed)
-    count = dense.numel() // block_size**2
+    h, w = block = block_for(block_size, dense.shape)
+    count = dense.numel() // (h * w)
     blocks = {"none": torch.arange(0), "some": torch.arange(0, count, 2), "all": torch.arange(count)}[kept]
-    found = kernels.masked_weight_gradient(*batch, blocks, block_size, transposed)
-    columns = dense.shape[1] // block_size
-    assert found.shape == (len(blocks), *((block_size, block_size) if block_size > 1 else ()))
-    for block, value in zip(blocks.tolist(), found, strict=True):
-        row, column = (side * block_size for side in divmod(block, columns))
-        expected = dense[row : row + block_size, column : column + block_size]
-        torch.testing.assert_close(value.reshape(block_size, block_size), expected)
+    found = kernels.masked_weight_gradient(*batch, blocks, block, transposed)
+    assert found.shape == kernels.values_shape(len(blocks), block)
+    for i, value in zip(blocks.tolist(), found, strict=True):
+        row, column = i // (dense.shape[1] // w) * h, i % (dense.shape[1] // w) * w
+        torch.testing.assert_close(value.reshape(h, w), dense[row : row + h, column : column + w])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -51,24 +53,26 @@ def test_weight_gradient_keeps_the_inputs_dtype(dtype):
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("block_size", [1, 2, 3])
+@pytest.mark.parametrize("block_size", [1, 2, 3, "row", "column"])
 def test_gather_undoes_write_and_write_touches_nothing_else(block_size, index_dtype):
     weight = torch.arange(72.0).view(OUT, IN)
     before = weight.clone()
-    blocks = torch.tensor([0, 3, 7], dtype=index_dtype)
-    displaced = kernels.gather(weight, blocks, block_size)
+    block = block_for(block_size, (OUT, IN))
+    blocks = torch.tensor([0, 3, 5], dtype=index_dtype)
+    displaced = kernels.gather(weight, blocks, block)
+    assert block == (1, 1) or torch.equal(displaced, kernels.as_blocks(weight, block).flatten(0, 1)[blocks.long()])
     values = -1 - torch.rand_like(displaced)
-    kernels.write(weight, blocks, values, block_size)
-    assert torch.equal(kernels.gather(weight, blocks, block_size), values)
+    kernels.write(weight, blocks, values)
+    assert torch.equal(kernels.gather(weight, blocks, block), values)
     assert int((weight != before).sum()) == values.numel()
-    kernels.write(weight, blocks, displaced, block_size)
+    kernels.write(weight, blocks, displaced)
     assert torch.equal(weight, before)
 
 
 def test_gather_copies():
     weight = torch.zeros(OUT, IN)
-    for block_size in (1, 2):
-        kernels.gather(weight, torch.arange(4), block_size).fill_(1.0)
+    for block in ((1, 1), (2, 2), (1, IN), (OUT, 1), (2, 3)):
+        kernels.gather(weight, torch.arange(4), block).fill_(1.0)
     assert not weight.any()
 
 
@@ -78,47 +82,51 @@ def test_write_casts_to_the_weights_dtype():
     assert weight[0, 1] == torch.tensor(1 / 3).bfloat16()
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 3, 6])
-def test_tile_entries_are_the_flat_ids_that_gather_reads(block_size):
+@pytest.mark.parametrize("block_size", [1, 2, 3, 6, "row", "column"])
+def test_block_entries_are_the_flat_ids_that_gather_reads(block_size):
     ids = torch.arange(72).view(OUT, IN)
-    blocks = torch.arange(72 // block_size**2)
-    expected = kernels.gather(ids, blocks, block_size).view(-1, block_size, block_size)
-    assert torch.equal(kernels.tile_entries(blocks.int(), (OUT, IN), block_size), expected)
+    block = block_for(block_size, (OUT, IN))
+    blocks = torch.arange(72 // math.prod(block))
+    expected = kernels.gather(ids, blocks, block).view(-1, *block)
+    assert torch.equal(kernels.block_entries(blocks.int(), (OUT, IN), block), expected)
 
 
-def test_tile_entries_do_not_wrap_in_a_target_beyond_int32():
-    shape, block_size = (2**20, 2**14), 16
-    last = shape[0] * shape[1] // block_size**2 - 1
-    assert kernels.tile_entries(torch.tensor([last], dtype=torch.int32), shape, block_size).max() == 2**34 - 1
+def test_block_entries_do_not_wrap_in_a_target_beyond_int32():
+    shape = (2**20, 2**14)
+    for block in ((16, 16), (1, 2**14), (2**20, 1)):
+        last = math.prod(shape) // math.prod(block) - 1
+        assert kernels.block_entries(torch.tensor([last], dtype=torch.int32), shape, block).max() == 2**34 - 1
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 3])
-def test_tile_sum_adds_the_entries_of_each_tile(block_size):
+@pytest.mark.parametrize("block_size", [1, 2, 3, "row", "column"])
+def test_block_sum_adds_the_entries_of_each_block(block_size):
     for matrix in (torch.arange(72.0).view(OUT, IN), torch.arange(72.0).view(IN, OUT).t()):
-        rows, columns = (range(0, side, block_size) for side in matrix.shape)
-        expected = [matrix[r : r + block_size, c : c + block_size].sum() for r in rows for c in columns]
-        assert kernels.tile_sum(matrix, block_size).tolist() == expected
+        h, w = block = block_for(block_size, matrix.shape)
+        rows, columns = (range(0, side, step) for side, step in zip(matrix.shape, block, strict=True))
+        expected = [matrix[r : r + h, c : c + w].sum() for r in rows for c in columns]
+        assert kernels.block_sum(matrix, block).tolist() == expected
 
 
-def test_as_tiles_is_a_view():
+def test_as_blocks_is_a_view():
     matrix = torch.zeros(OUT, IN)
-    kernels.as_tiles(matrix, 3)[1, 2] = 1.0
+    kernels.as_blocks(matrix, (3, 3))[1, 2] = 1.0
     assert matrix[3:, 6:9].all()
     assert matrix.sum() == 9
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 4])
+@pytest.mark.parametrize("block_size", [1, 2, 4, "row", "column"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_added_values_are_those_of_the_dense_sum_rounded_once(block_size, dtype, contiguous):
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(8, 12, generator=generator).to(dtype)
     base = base if contiguous else base.t().contiguous().t()
-    blocks = torch.randperm(96 // block_size**2, generator=generator)[:5].sort().values.to(torch.int32)
-    tile = (block_size, block_size) if block_size > 1 else ()
-    values = torch.randn(5, *tile, generator=generator, dtype=torch.promote_types(dtype, torch.float32))
+    block = block_for(block_size, (8, 12))
+    blocks = torch.randperm(96 // math.prod(block), generator=generator)[:5].sort().values.to(torch.int32)
+    shape = kernels.values_shape(5, block)
+    values = torch.randn(shape, generator=generator, dtype=torch.promote_types(dtype, torch.float32))
     dense = torch.zeros(8, 12, dtype=values.dtype)
-    kernels.write(dense, blocks, values, block_size)
+    kernels.write(dense, blocks, values)
     before = base.clone()
-    assert torch.equal(kernels.add_at(base, blocks, values, block_size), (base.to(values.dtype) + dense).to(dtype))
+    assert torch.equal(kernels.add_at(base, blocks, values), (base.to(values.dtype) + dense).to(dtype))
     assert torch.equal(base, before)

@@ -81,7 +81,7 @@ def test_whoever_came_and_went_in_whatever_order_the_bytes_are_those_of_a_new_me
 
 
 def absolute(adapter):
-    return {name: SparseDelta(d.shape, d.indices, d.values.abs(), d.block_size) for name, d in adapter.items()}
+    return {name: SparseDelta(d.shape, d.indices, d.values.abs()) for name, d in adapter.items()}
 
 
 def absolute_weight(weight):
@@ -123,10 +123,10 @@ def test_sums_are_exact_and_counts_are_those_of_the_masks(experts, factors):
                     exact[row][column] += round(Fraction(dense[row][column] * factor) / Fraction(SUM_STEP))
         pairs = tensors[name + ".sums"].to(torch.int64)
         sums = (pairs[..., 1] << 32) + (pairs[..., 0] & 0xFFFFFFFF)
-        found = SparseDelta(delta.shape, delta.indices, sums.double(), delta.block_size)  # below 2⁵³, so exact
+        found = SparseDelta(delta.shape, delta.indices, sums.double())  # below 2⁵³, so exact
         assert torch.equal(spelt_out(found)[0], torch.tensor(exact, dtype=torch.float64))
         per_block = tensors[name + ".counts"].reshape(-1, *(1 for _ in delta.values.shape[1:])).expand(delta.values.shape)
-        counts = spelt_out(SparseDelta(delta.shape, delta.indices, per_block.double(), delta.block_size))[0]
+        counts = spelt_out(SparseDelta(delta.shape, delta.indices, per_block.double()))[0]
         assert torch.equal(counts, sum(spelt_out(part)[1].double() for part in parts))
 
 
@@ -230,13 +230,13 @@ def test_changes_that_make_no_sense_are_refused(merged, tmp_path):
 
 def test_masks_of_several_kinds_are_refused(tmp_path):
     tiles, entries = expert(1, 3), expert(5)
-    message = f"{Q}: sums and counts need one block size; these experts have single entries and tiles of 3×3"
+    message = f"{Q}: sums and counts need one kind of block; these experts have single entries and tiles of 3×3"
     assert_refused(ArgumentError, message, tmp_path, lambda out: merge_with_counts(out, [tiles, entries]))
     for first, second in ((tiles, entries), (entries, tiles)):
         path = merge_with_counts(tmp_path / f"merged {first is tiles}", [first])
         assert_refused(ArgumentError, message, tmp_path, lambda out, p=path, s=second: update_merge(out, p, add=[s]))
-    message = "tiles of 2×2 and tiles of 3×3"
-    assert_refused(ArgumentError, message, tmp_path, lambda out: merge_with_counts(out, [tiles, expert(5, 2)]))
+    for other, message in ((2, "tiles of 2×2 and tiles of 3×3"), ("row", "whole rows and tiles of 3×3")):
+        assert_refused(ArgumentError, message, tmp_path, lambda out, o=other: merge_with_counts(out, [tiles, expert(5, o)]))
 
 
 def single(value):

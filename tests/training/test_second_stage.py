@@ -45,7 +45,7 @@ def starts(tmp_path_factory):
 
 def same_masks(first, second):
     return set(first) == set(second) and all(
-        torch.equal(first[n].indices, second[n].indices) and first[n].block_size == second[n].block_size for n in first
+        torch.equal(first[n].indices, second[n].indices) and first[n].block == second[n].block for n in first
     )
 
 

@@ -14,6 +14,7 @@ from helpers.tiny import make_model, save_base, save_task, write_rows
 from transformers import Trainer, TrainerCallback
 
 from sparselet import SparseAdapter
+from sparselet.delta import block_for
 from sparselet.errors import (
     BlockSizeError,
     ConfigError,
@@ -110,13 +111,20 @@ def test_equal_seeds_give_equal_bytes_and_others_do_not(settings, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"block_size": 4}, {"initial_mask": "gradient"}, {"initial_mask": "random"}, {"scope": "global", "layer_drop": True}],
+    [
+        *({"block_size": size} for size in (4, "row", "column")),
+        {"initial_mask": "gradient"},
+        {"initial_mask": "random"},
+        {"scope": "global", "layer_drop": True},
+    ],
     ids=lambda changes: next(iter(changes)) + "-" + str(next(iter(changes.values()))),
 )
 def test_every_kind_of_mask_trains_to_a_whole_adapter(settings, tmp_path, changes):
     adapter = train(replace(settings, epochs=1, density=0.25, **changes), tmp_path / "expert")
     assert adapter.density == pytest.approx(0.25, rel=0.05)
-    assert {d.block_size for d in adapter.values() if d.nnz} == {changes.get("block_size", 1)}
+    block_size = changes.get("block_size", 1)
+    assert all(delta.block == block_for(block_size, delta.shape) for delta in adapter.values() if delta.nnz)
+    assert adapter.metadata.block_size == block_size
     assert sum(float(d.values.abs().sum()) for d in adapter.values()) > 0
 
 

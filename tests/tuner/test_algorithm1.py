@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 import sparselet
 from sparselet import SparseletConfig
+from sparselet.delta import block_for
 from sparselet.tuner import sparselet_layers
 
 SCORES = {
@@ -54,23 +55,25 @@ class DenseAlgorithm1:
         for batch in batches:
             (self.loss(batch, masked=False) / len(batches)).backward()
         for name, hat in self.hats.items():
-            self.scores[name] = self.tiles(SCORES[self.score](hat.detach(), hat.grad))
-            self.masks[name] = self.entries(self.top(self.scores[name]))
+            self.scores[name] = self.blocks(SCORES[self.score](hat.detach(), hat.grad))
+            self.masks[name] = self.entries(self.top(self.scores[name]), hat)
             for moment in ("exp_avg", "exp_avg_sq"):
                 self.optimizer.state[hat][moment] *= self.masks[name]
         self.optimizer.zero_grad()
 
-    def tiles(self, entries):
-        size = self.block_size
-        return entries.unfold(0, size, size).unfold(1, size, size).sum((-1, -2))
+    def blocks(self, entries):
+        h, w = block_for(self.block_size, entries.shape)
+        return entries.unfold(0, h, h).unfold(1, w, w).sum((-1, -2))
 
     def top(self, scores):
         kept = max(1, round(self.density * scores.numel()))
         order = scores.flatten().argsort(descending=True)
         return torch.isin(torch.arange(scores.numel()), order[:kept]).view(scores.shape)
 
-    def entries(self, tiles):
-        return torch.kron(tiles, torch.ones(self.block_size, self.block_size, dtype=torch.bool))
+    def entries(self, blocks, like):
+        """One number a block, at all of its entries."""
+        h, w = block_for(self.block_size, like.shape)
+        return blocks.repeat_interleave(h, 0).repeat_interleave(w, 1)
 
 
 def adamw(parameters):
@@ -129,14 +132,14 @@ def run(base, batches, *, steps, phase, every, density, block_size, score, make_
         state = optimizer.state[layer.sparse_values["default"]]
         dense_state = oracle.optimizer.state[oracle.hats[name]]
         assert state["step"] == dense_state["step"] == steps
-        moment = sparselet.SparseDelta(delta.shape, delta.indices, state["exp_avg"], delta.block_size)
+        moment = sparselet.SparseDelta(delta.shape, delta.indices, state["exp_avg"])
         assert torch.allclose(moment.to_dense(), dense_state["exp_avg"], rtol=0, atol=1e-7)
     assert selections == phase // every
     return moved
 
 
 @pytest.mark.parametrize("kernel", ["dense", "bands"])
-@pytest.mark.parametrize(("block_size", "density"), [(1, 0.1), (4, 0.25)])
+@pytest.mark.parametrize(("block_size", "density"), [(1, 0.1), (4, 0.25), ("row", 0.25), ("column", 0.25)])
 def test_a_full_run_equals_the_dense_algorithm(make_llama, make_batches, monkeypatch, block_size, density, kernel):
     monkeypatch.setenv("SPARSELET_KERNEL", kernel)
     moved = run(
@@ -152,7 +155,7 @@ def test_a_full_run_equals_the_dense_algorithm(make_llama, make_batches, monkeyp
     assert moved > 0.3  # else the masks agree only because they never change
 
 
-@pytest.mark.parametrize(("block_size", "density"), [(1, 0.1), (16, 0.25)])
+@pytest.mark.parametrize(("block_size", "density"), [(1, 0.1), (16, 0.25), ("row", 0.25), ("column", 0.25)])
 @pytest.mark.parametrize("kernel", ["dense", "bands", "triton"])
 def test_a_run_in_float32_equals_the_dense_algorithm(make_llama, make_batches, monkeypatch, block_size, density, kernel):
     if kernel == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -171,7 +174,7 @@ def test_a_run_in_float32_equals_the_dense_algorithm(make_llama, make_batches, m
     )
 
 
-@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("block_size", [1, 4, "row", "column"])
 @pytest.mark.parametrize("score", ["mcs", "mcs_neg", "cs", "gm", "wm"])
 def test_every_score_selects_what_the_dense_algorithm_selects(make_llama, make_batches, score, block_size):
     run(
@@ -186,7 +189,7 @@ def test_every_score_selects_what_the_dense_algorithm_selects(make_llama, make_b
     )
 
 
-@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("block_size", [1, 4, "row", "column"])
 def test_float32_masks_differ_from_the_dense_ones_at_near_ties_only(make_llama, make_batches, block_size):
     batches = make_batches(10)
     model, optimizer, oracle = prepare(make_llama(), density=0.1, block_size=block_size, score="mcs")
@@ -196,7 +199,7 @@ def test_float32_masks_differ_from_the_dense_ones_at_near_ties_only(make_llama, 
     sparselet.reselect(model, batches[:2], optimizer)
     oracle.select(batches[:2])
     for name, mask in masks_of(model).items():
-        scores = torch.kron(oracle.scores[name], torch.ones(block_size, block_size))
+        scores = oracle.entries(oracle.scores[name], mask)
         threshold = scores[oracle.masks[name]].min()
         assert mask.sum() == oracle.masks[name].sum()
         assert ((scores - threshold).abs()[mask ^ oracle.masks[name]] < 1e-3 * threshold.abs()).all()

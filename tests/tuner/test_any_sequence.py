@@ -27,6 +27,8 @@ NAMES = ("a", "b", "c")
 MASKS = {
     "entries": {"density": 0.3},
     "tiles": {"density": 0.3, "block_size": 2},
+    "rows": {"density": 0.3, "block_size": "row"},
+    "columns": {"density": 0.3, "block_size": "column"},
     "dense": {"initial_mask": "dense"},
 }
 TARGETS = ({"target_modules": ["0", "2"]}, {"target_modules": ["0"]}, {"target_modules": ["2"]})
@@ -245,7 +247,7 @@ class AnySequence(RuleBasedStateMachine):
             if blocks is None:
                 wanted = gradient
             else:
-                wanted = sparselet.kernels.gather(gradient, blocks, layer.sparse_mask[name].block_size)
+                wanted = sparselet.kernels.gather(gradient, blocks, layer.sparse_mask[name].block)
             torch.testing.assert_close(value.grad, wanted.to(value.dtype), rtol=2e-2, atol=2e-3)
         self.model.zero_grad()
 

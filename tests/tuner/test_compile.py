@@ -31,7 +31,7 @@ def trained(make, block_size, compiled, steps=3):
 
 
 @pytest.mark.parametrize("make", [make_model, make_gpt2], ids=["llama", "gpt2"])
-@pytest.mark.parametrize("block_size", [1, 2])
+@pytest.mark.parametrize("block_size", [1, 2, "row", "column"])
 def test_a_compiled_model_trains_as_one_that_is_not_in_one_graph(make, block_size):
     expected, values = trained(make, block_size, compiled=False)
     found, compiled = trained(make, block_size, compiled=True)

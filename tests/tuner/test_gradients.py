@@ -39,7 +39,7 @@ def assert_gradients(base, model, batches, rtol=1e-10, atol=1e-12, autocast=None
     for name, layer in sparselet_layers(model).items():
         state, values = layer.sparse_mask["default"], layer.sparse_values["default"]
         dense = expected[name]
-        at_mask = dense if state.dense else gather(dense, layer.sparse_indices["default"], state.block_size)
+        at_mask = dense if state.dense else gather(dense, layer.sparse_indices["default"], state.block)
         assert values.grad.dtype == values.dtype
         assert at_mask.abs().max() > 0
         torch.testing.assert_close(
@@ -49,14 +49,16 @@ def assert_gradients(base, model, batches, rtol=1e-10, atol=1e-12, autocast=None
 
 @pytest.mark.parametrize("kind", ["make_llama", "make_gpt2"])
 @pytest.mark.parametrize(
-    "mask", [{"block_size": 1}, {"block_size": 4}, {"initial_mask": "dense"}], ids=["element", "tiles", "dense"]
+    "mask",
+    [*({"block_size": size} for size in (1, 4, "row", "column")), {"initial_mask": "dense"}],
+    ids=["element", "tiles", "rows", "columns", "dense"],
 )
 def test_gradient_equals_dense_autograd(request, wrap, make_batches, kind, mask):
     base = request.getfixturevalue(kind)(torch.float64)
     assert_gradients(base, wrap(base, **mask), make_batches(1))
 
 
-@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("block_size", [1, 4, "row", "column"])
 def test_gradients_of_micro_batches_add_up(make_llama, wrap, make_batches, block_size):
     base = make_llama(torch.float64)
     assert_gradients(base, wrap(base, block_size=block_size), make_batches(3))
@@ -208,10 +210,7 @@ def test_several_active_adapters_each_get_the_gradient_at_their_mask(make_llama,
     model.base_model.set_adapter(["default", "other"])
     model(**make_batches(1)[0]).loss.backward()
     for layer in sparselet_layers(model).values():
-        dense = {
-            n: SparseDelta(layer.shape, layer.sparse_indices[n], v.grad, v.shape[1] if v.ndim == 3 else 1)
-            for n, v in layer.sparse_values.items()
-        }
+        dense = {n: SparseDelta(layer.shape, layer.sparse_indices[n], v.grad) for n, v in layer.sparse_values.items()}
         both = dense["default"].mask() & dense["other"].mask()
         assert both.any()
         assert torch.equal(dense["default"].to_dense()[both], dense["other"].to_dense()[both])

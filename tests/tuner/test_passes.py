@@ -146,7 +146,7 @@ def filled(**changes):
 
 
 @pytest.mark.parametrize("watched", [False, True])
-@pytest.mark.parametrize("block_size", [1, 2])
+@pytest.mark.parametrize("block_size", [1, 2, "row", "column"])
 def test_base_weights_and_biases_that_require_gradients_get_them_too(watched, block_size):
     model = filled(block_size=block_size)
     layers = sparselet_layers(model)
@@ -166,7 +166,7 @@ def test_base_weights_and_biases_that_require_gradients_get_them_too(watched, bl
         own = dense.get_submodule(target)
         torch.testing.assert_close(layer.base_layer.weight.grad, own.weight.grad)
         torch.testing.assert_close(layer.base_layer.bias.grad, own.bias.grad)
-        at_mask = sparselet.kernels.gather(own.weight.grad, layer.sparse_indices["default"], block_size)
+        at_mask = sparselet.kernels.gather(own.weight.grad, layer.sparse_indices["default"], layer.sparse_mask["default"].block)
         torch.testing.assert_close(layer.sparse_values["default"].grad, at_mask)
 
 
@@ -217,7 +217,9 @@ def test_a_weight_that_is_not_contiguous_is_used_and_merged():
     assert is_base(model, base)
 
 
-@pytest.mark.parametrize("mask", [{"density": 0.3}, {"density": 0.3, "block_size": 2}, {"initial_mask": "dense"}])
+@pytest.mark.parametrize(
+    "mask", [*({"density": 0.3, "block_size": size} for size in (1, 2, "row", "column")), {"initial_mask": "dense"}]
+)
 def test_a_state_of_another_mask_is_taken_over(mask):
     first, second = filled(), get_peft_model(net(), SparseletConfig(target_modules=["0", "2"], **{**RANDOM, **mask, "seed": 3}))
     for layer in sparselet_layers(second).values():

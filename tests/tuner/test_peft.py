@@ -139,7 +139,7 @@ def rewrite_config(directory, change):
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("block_size", [1, 4], ids=["element", "tiles"])
+@pytest.mark.parametrize("block_size", [1, 4, "row", "column"], ids=["element", "tiles", "rows", "columns"])
 def test_architecture_is_trained_saved_and_loaded(kind, block_size, tmp_path):
     *_, expected, count = ARCHITECTURES[kind]
     base, batch = make_model(kind), make_batch(kind)
@@ -205,6 +205,9 @@ def test_embedding_tied_to_a_target_is_not_changed(make_llama, batch):
         ({"density": 10}, DensityOutOfRange),
         ({"block_size": 0}, BlockSizeError),
         ({"block_size": 2.0}, BlockSizeError),
+        ({"block_size": "rows"}, BlockSizeError),
+        ({"block_size": "row", "balance": "row"}, ConfigError),
+        ({"block_size": 2**40}, ConfigError),
         ({"score": "nothing"}, UnknownScore),
         ({"scope": "layer"}, ConfigError),
         ({"initial_mask": "sparse"}, ConfigError),
@@ -265,13 +268,13 @@ def assert_same_adapter(first, second):
     for name in first:
         assert torch.equal(first[name].indices, second[name].indices)
         assert torch.equal(first[name].values, second[name].values)
-        assert first[name].block_size == second[name].block_size
+        assert first[name].block == second[name].block
     assert first.fingerprints == second.fingerprints
     assert first.modules.keys() == second.modules.keys()
     assert all(torch.equal(tensor, second.modules[name]) for name, tensor in first.modules.items())
 
 
-@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("block_size", [1, 4, "row", "column"])
 def test_saved_adapter_equals_to_adapter(make_llama, batch, tmp_path, block_size):
     config = SparseletConfig(density=0.2, block_size=block_size, score="cs", seed=3, task="echo", metrics={"loss": 1.5})
     model = finish(get_peft_model(make_llama(), config), batch)
@@ -320,7 +323,7 @@ def test_values_stored_in_16_bits_load_as_float32(make_llama, wrap, tmp_path, dt
         assert torch.equal(loaded[name].sparse_values["default"], expected)
 
 
-@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("block_size", [1, 4, "row", "column"])
 def test_low_cpu_memory_loading(make_llama, wrap, batch, tmp_path, block_size):
     base = make_llama()
     model = wrap(base, block_size=block_size)
@@ -341,7 +344,7 @@ def test_loading_for_training_goes_on(make_llama, wrap, batch, tmp_path):
 
 def test_second_adapter_is_loaded_beside_the_first(make_llama, wrap, batch, tmp_path):
     base = make_llama()
-    models = {name: wrap(base, seed=i, block_size=size) for i, (name, size) in enumerate({"a": 1, "b": 4}.items())}
+    models = {name: wrap(base, seed=i, block_size=size) for i, (name, size) in enumerate({"a": "row", "b": 4}.items())}
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a", adapter_name="a")
@@ -430,7 +433,7 @@ def test_saving_a_finished_adapter_warns_of_nothing(make_llama, batch, tmp_path)
         SparseAdapter.load(tmp_path)
 
 
-@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("block_size", [1, 4, "row", "column"])
 @pytest.mark.parametrize(
     ("config", "selections"),
     [({"score": "mcs"}, 0), ({"score": "mcs"}, 2), ({"score": "gm", "initial_mask": "gradient"}, 2)],

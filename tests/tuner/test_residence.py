@@ -15,7 +15,7 @@ from sparselet.tuner import sparselet_layers
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.values())
-every_block = pytest.mark.parametrize("block_size", [1, 4], ids=["element", "tiles"])
+every_block = pytest.mark.parametrize("block_size", [1, 4, "row", "column"], ids=["element", "tiles", "rows", "columns"])
 
 
 def layers(model):
@@ -77,7 +77,11 @@ def parameters(model):
 
 
 @every_dtype
-@pytest.mark.parametrize("mask", [{}, {"block_size": 4}, {"initial_mask": "dense"}], ids=["element", "tiles", "dense"])
+@pytest.mark.parametrize(
+    "mask",
+    [{}, {"block_size": 4}, {"block_size": "row"}, {"block_size": "column"}, {"initial_mask": "dense"}],
+    ids=["element", "tiles", "rows", "columns", "dense"],
+)
 def test_weight_is_base_plus_values_after_each_optimizer_step(make_llama, wrap, make_batches, dtype, mask):
     base = make_llama(dtype)
     model = wrap(base, fill=0, **mask)
@@ -117,7 +121,11 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("mask", [{}, {"block_size": 4}, {"initial_mask": "dense"}], ids=["element", "tiles", "dense"])
+@pytest.mark.parametrize(
+    "mask",
+    [{}, {"block_size": 4}, {"block_size": "row"}, {"block_size": "column"}, {"initial_mask": "dense"}],
+    ids=["element", "tiles", "rows", "columns", "dense"],
+)
 def test_every_optimizer_moves_the_weight(make_llama, wrap, make_batches, name, mask):
     base = make_llama(num_hidden_layers=1)
     model = wrap(base, fill=0, **mask)
@@ -236,7 +244,7 @@ def test_merge_and_unload_keeps_the_change_and_unload_drops_it(make_llama, wrap,
 
 
 @every_dtype
-@pytest.mark.parametrize("sides", [(1, 1), (4, 4), (1, 4), (4, 8)])
+@pytest.mark.parametrize("sides", [(1, 1), (4, 4), (1, 4), (4, 8), ("row", "row"), ("row", "column"), ("column", 4)])
 def test_overlapping_adapters_switch_without_a_trace(make_llama, wrap, add_adapter, make_batches, dtype, sides):
     base, batch = make_llama(dtype), make_batches(1)[0]
     model = wrap(base, density=0.5, block_size=sides[0])

@@ -7,6 +7,7 @@ from typing import Any
 
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, SparseAdapter
 from sparselet.adapter_metadata import AdapterMetadata
+from sparselet.delta import block_name
 from sparselet.hub.sources import local_directory
 from sparselet.masks import layer_of
 from sparselet.result_table import ResultTable, ShownAsTable
@@ -23,12 +24,12 @@ class Inspection(ShownAsTable):
     def table(self) -> ResultTable:
         """What the adapter records and where its entries lie."""
         adapter, metadata = self.adapter, self.adapter.metadata
-        blocks = sorted({delta.block_size for delta in adapter.values() if delta.nnz})
+        blocks = sorted({block_name(delta.block, delta.shape) for delta in adapter.values() if delta.nnz})
         facts: list[tuple[str, Any]] = [
             ("task", metadata.task or _merged(metadata)),
             ("base model", metadata.base_model_name_or_path),
             ("score", metadata.score),
-            ("mask", ", ".join("single entries" if side == 1 else f"tiles of {side}×{side}" for side in blocks) or "empty"),
+            ("mask", ", ".join(blocks) or "empty"),
             ("entries", f"{adapter.nnz:,} in {len(adapter)} targets"),
             ("density", f"{adapter.density:.4g}"),
             ("layers with a change", len({layer_of(name) for name, delta in adapter.items() if delta.nnz})),
@@ -45,7 +46,7 @@ class Inspection(ShownAsTable):
             "density": self.adapter.density,
             "bytes": dict(self.bytes),
             "targets": {
-                name: {"shape": list(delta.shape), "entries": delta.nnz, "block_size": delta.block_size}
+                name: {"shape": list(delta.shape), "entries": delta.nnz, "block": list(delta.block)}
                 for name, delta in self.adapter.items()
             },
         }

@@ -172,7 +172,7 @@ def _words(key: str) -> str:
 
 def _mask(block_size: Any) -> str | None:
     if not isinstance(block_size, int):
-        return None
+        return {"row": "whole output rows", "column": "whole input columns"}.get(str(block_size))
     return "single entries" if block_size == 1 else f"tiles of {block_size}×{block_size}"
 
 

@@ -1,26 +1,35 @@
 """The masked weight gradient by bands of rows: one product per band, with the columns that the mask selects in the band.
 
 For tiles a band is one row of tiles, and every computed entry is needed: density · the work of the dense product. For entries a
-band is `HEIGHT` rows, which together select 1 − (1 − density)^HEIGHT of the columns: few only at a low density. No tensor of
-the weight's size is created.
+band is `HEIGHT` rows, which together select 1 − (1 − density)^HEIGHT of the columns: few only at a low density. Whole rows, or
+columns, are one product. No tensor of the weight's size is created.
 """
 
 import torch
 from torch import Tensor
 
+from sparselet.kernels.reference import ENTRY, Block, values_shape
+
 HEIGHT = 16
 
 
 def banded_weight_gradient(
-    x: Tensor, grad_output: Tensor, blocks: Tensor, block_size: int = 1, transposed: bool = False
+    x: Tensor, grad_output: Tensor, blocks: Tensor, block: Block = ENTRY, transposed: bool = False
 ) -> Tensor:
-    """`reference.masked_weight_gradient`, in another order of summation. blocks: ascending."""
+    """`reference.masked_weight_gradient` of entries or tiles, in another order of summation. blocks: ascending."""
     above, beside = (x, grad_output) if transposed else (grad_output, x)  # ∂L/∂W = aboveᵀ · beside
     rows = above.reshape(-1, above.shape[-1]).t().contiguous()  # [rows, tokens]
     columns = beside.reshape(-1, beside.shape[-1]).t().contiguous()
     if not len(blocks):
-        return rows.new_empty((0, block_size, block_size) if block_size > 1 else (0,))
-    return _entries(rows, columns, blocks) if block_size == 1 else _tiles(rows, columns, blocks, block_size)
+        return rows.new_empty(values_shape(0, block))
+    return _entries(rows, columns, blocks) if block == ENTRY else _tiles(rows, columns, blocks, block[0])
+
+
+def line_gradient(x: Tensor, grad_output: Tensor, blocks: Tensor, block: Block, transposed: bool = False) -> Tensor:
+    """`reference.masked_weight_gradient` of whole rows (1, columns), or columns (rows, 1), by the product of these alone."""
+    sides = [side.reshape(-1, side.shape[-1]) for side in ((x, grad_output) if transposed else (grad_output, x))]
+    masked, whole = sides if block[0] == 1 else sides[::-1]
+    return (masked.index_select(1, blocks).t() @ whole).view(-1, *block)
 
 
 def _tiles(rows: Tensor, columns: Tensor, blocks: Tensor, block_size: int) -> Tensor:

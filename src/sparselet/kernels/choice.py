@@ -6,6 +6,7 @@ import torch
 
 from sparselet.errors import ArgumentError
 from sparselet.kernels.bands import HEIGHT
+from sparselet.kernels.reference import ENTRY, Block
 
 VARIANTS = ("dense", "bands", "triton")
 FORCE = "SPARSELET_KERNEL"  # the environment variable that names one of them
@@ -21,21 +22,24 @@ _SORT = 60.0  # assigning one masked entry to its band
 _BAND = 10_000.0  # calling the operations of one band, which is not divided among cores
 
 
-def choose(shape: tuple[int, int], tokens: int, blocks: int, block_size: int, device: torch.device) -> str:
+def choose(shape: tuple[int, int], tokens: int, blocks: int, block: Block, device: torch.device) -> str:
     """The version that is expected to be fastest, or the one that SPARSELET_KERNEL names.
 
     "dense": the product and a gather; "bands": `bands`, on a CPU; "triton": `triton`, on CUDA, which is used only where
-    SPARSELET_KERNEL names it, since its time has not been measured.
+    SPARSELET_KERNEL names it, since its time has not been measured. For whole rows or columns "lines", which is a part of the
+    dense product, unless "dense" is named.
 
     shape: (rows, columns) of the weight. tokens: rows of the batch, of all sequences together. blocks: of the mask.
     Raises ArgumentError for another name.
     """
     forced = _forced()
+    if block != ENTRY and block in ((1, shape[1]), (shape[0], 1)) and forced != "dense":
+        return "lines"
     if forced is not None:
         return forced
     if device.type != "cpu":
         return "dense"  # the product of a band is too small to fill such a device
-    expected = costs(shape, tokens, blocks, block_size, torch.get_num_threads())
+    expected = costs(shape, tokens, blocks, block, torch.get_num_threads())
     return min(expected, key=lambda name: expected[name])
 
 
@@ -55,18 +59,18 @@ def _forced() -> str | None:
     return forced
 
 
-def costs(shape: tuple[int, int], tokens: int, blocks: int, block_size: int, threads: int = 1) -> dict[str, float]:
-    """The expected time of each version on a CPU, in nanoseconds. Arguments as in `choose`."""
+def costs(shape: tuple[int, int], tokens: int, blocks: int, block: Block, threads: int = 1) -> dict[str, float]:
+    """The expected time of each version for entries or tiles on a CPU, in nanoseconds. Arguments as in `choose`."""
     rows, columns = shape
-    entries = blocks * block_size**2
+    entries = blocks * block[0] * block[1]
     dense = _MULTIPLY * rows * columns * tokens + _PICK * entries
-    height = HEIGHT if block_size == 1 else block_size
+    height = HEIGHT if block == ENTRY else block[0]
     present = min(-(-rows // height), blocks)  # bands with entries
-    if block_size == 1:
+    if block == ENTRY:
         touched = 1 - (1 - blocks / (rows * columns)) ** height  # of a band's columns, for a mask without structure
         touched_columns, sorting = present * columns * touched, _SORT * entries
     else:
-        touched_columns, sorting = blocks * block_size, 0.0  # of all bands together
+        touched_columns, sorting = blocks * block[1], 0.0  # of all bands together
     inputs = _TURN * (rows + columns) * tokens
     bands = (_NARROW * height + _COPY) * touched_columns * tokens + inputs + sorting
     return {"dense": dense / threads, "bands": bands / threads + _BAND * present}

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sparselet.errors import ArgumentError, BlockSizeError, MissingExtra, ShapeMismatch
+from sparselet.kernels.reference import ENTRY, Block, block_of, values_shape
 
 try:
     triton: Any = importlib.import_module("triton")
@@ -50,7 +51,7 @@ def tile_gradient(
     left, right = _as_tokens(x, grad_output, transposed)
     if block_size not in GRADIENT_BLOCK_SIZES:
         raise BlockSizeError(f"block_size is one of {GRADIENT_BLOCK_SIZES} for this kernel, got {block_size}.")
-    _check_sides((left.shape[2], right.shape[2]), block_size)
+    _check_sides((left.shape[2], right.shape[2]), (block_size, block_size))
     outer, inner, columns = left.shape[0], left.shape[1], right.shape[2]
     settings = tile_settings(block_size, x.dtype)
     groups = triton.cdiv(len(blocks), settings["GROUP"])
@@ -213,32 +214,32 @@ def _by_feature(side: Tensor) -> Tensor:
 # Reading and writing
 
 
-def gather(weight: Tensor, blocks: Tensor, block_size: int = 1) -> Tensor:
+def gather(weight: Tensor, blocks: Tensor, block: Block = ENTRY) -> Tensor:
     """`reference.gather` of a contiguous weight. Raises BlockSizeError, ShapeMismatch."""
-    _check_weight(weight, block_size)
-    tile = (block_size, block_size) if block_size > 1 else ()
-    values = torch.empty((len(blocks), *tile), dtype=weight.dtype, device=weight.device)
+    _check_weight(weight, block)
+    values = torch.empty(values_shape(len(blocks), block), dtype=weight.dtype, device=weight.device)
     if len(blocks):
         with torch.cuda.device_of(weight):
             _gather[triton.cdiv(values.numel(), AT_ONCE),](
-                *(weight, blocks.contiguous(), values, values.numel(), weight.shape[1]), B=block_size, AT_ONCE=AT_ONCE
+                *(weight, blocks.contiguous(), values, values.numel(), weight.shape[1]), H=block[0], W=block[1], AT_ONCE=AT_ONCE
             )
     return values
 
 
-def write(weight: Tensor, blocks: Tensor, values: Tensor, block_size: int = 1) -> None:
+def write(weight: Tensor, blocks: Tensor, values: Tensor) -> None:
     """`reference.write`, in one pass. Raises BlockSizeError, ShapeMismatch."""
-    add_and_write(weight, blocks, None, values, block_size)
+    add_and_write(weight, blocks, None, values)
 
 
-def add_and_write(weight: Tensor, blocks: Tensor, displaced: Tensor | None, values: Tensor, block_size: int = 1) -> None:
+def add_and_write(weight: Tensor, blocks: Tensor, displaced: Tensor | None, values: Tensor) -> None:
     """weight[blocks] = displaced + values, in place and in one pass: added in the wider of both dtypes, rounded once.
 
-    weight: contiguous [rows, columns]. displaced (None for 0), values: [n], or [n, B, B] for tiles.
+    weight: contiguous [rows, columns]. displaced (None for 0), values: [n], or [n, h, w].
     Raises BlockSizeError, ShapeMismatch.
     """
-    _check_weight(weight, block_size)
-    shape = (len(blocks), *((block_size, block_size) if block_size > 1 else ()))
+    block = block_of(values)
+    _check_weight(weight, block)
+    shape = values_shape(len(blocks), block)
     for name, tensor in (("values", values), ("displaced", displaced)):
         if tensor is not None and tensor.shape != shape:
             raise ShapeMismatch(f"{name} of {len(blocks)} blocks have the shape {list(shape)}, got {list(tensor.shape)}.")
@@ -249,7 +250,8 @@ def add_and_write(weight: Tensor, blocks: Tensor, displaced: Tensor | None, valu
         _write[triton.cdiv(values.numel(), AT_ONCE),](
             *(weight, blocks.contiguous(), None if displaced is None else displaced.contiguous(), values.contiguous()),
             *(values.numel(), weight.shape[1]),
-            B=block_size,
+            H=block[0],
+            W=block[1],
             WIDE=tl.float64 if wide else tl.float32,
             AT_ONCE=AT_ONCE,
         )
@@ -257,42 +259,53 @@ def add_and_write(weight: Tensor, blocks: Tensor, displaced: Tensor | None, valu
 
 
 @triton.jit
-def _entries(blocks, place, inside, columns, B: tl.constexpr):
+def _entries(blocks, place, inside, columns, H: tl.constexpr, W: tl.constexpr):
     """Where in the weight the values `place` of a mask lie, int64."""
-    block = tl.load(blocks + place // (B * B), mask=inside, other=0)
+    block = tl.load(blocks + place // (H * W), mask=inside, other=0)
     entries = block.to(tl.int64)
-    if B > 1:
-        tile_columns = columns // B
-        within = place % (B * B)
-        row = (block // tile_columns).to(tl.int64) * B + within // B
-        entries = row * columns + (block % tile_columns).to(tl.int64) * B + within % B
+    if H * W > 1:
+        per_row = columns // W
+        within = place % (H * W)
+        row = (block // per_row).to(tl.int64) * H + within // W
+        entries = row * columns + (block % per_row).to(tl.int64) * W + within % W
     return entries
 
 
 @triton.jit
-def _gather(weight, blocks, values, size, columns, B: tl.constexpr, AT_ONCE: tl.constexpr):
+def _gather(weight, blocks, values, size, columns, H: tl.constexpr, W: tl.constexpr, AT_ONCE: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * AT_ONCE + tl.arange(0, AT_ONCE)
     inside = place < size
-    value = tl.load(weight + _entries(blocks, place, inside, columns, B), mask=inside)
+    value = tl.load(weight + _entries(blocks, place, inside, columns, H, W), mask=inside)
     tl.store(values + place, value, mask=inside)
 
 
 @triton.jit
-def _write(weight, blocks, displaced, values, size, columns, B: tl.constexpr, WIDE: tl.constexpr, AT_ONCE: tl.constexpr):
+def _write(
+    weight,
+    blocks,
+    displaced,
+    values,
+    size,
+    columns,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    WIDE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
     place = tl.program_id(0).to(tl.int64) * AT_ONCE + tl.arange(0, AT_ONCE)
     inside = place < size
     value = tl.load(values + place, mask=inside)
     if displaced is not None:
         value = value.to(WIDE) + tl.load(displaced + place, mask=inside).to(WIDE)
-    tl.store(weight + _entries(blocks, place, inside, columns, B), value.to(weight.dtype.element_ty), mask=inside)
+    tl.store(weight + _entries(blocks, place, inside, columns, H, W), value.to(weight.dtype.element_ty), mask=inside)
 
 
-def _check_weight(weight: Tensor, block_size: int) -> None:
-    _check_sides((weight.shape[0], weight.shape[1]), block_size)
+def _check_weight(weight: Tensor, block: Block) -> None:
+    _check_sides((weight.shape[0], weight.shape[1]), block)
     if not weight.is_contiguous():
         raise ShapeMismatch("the weight is contiguous in memory for this kernel: pass weight.contiguous().")
 
 
-def _check_sides(shape: tuple[int, int], block_size: int) -> None:
-    if block_size < 1 or any(side % block_size for side in shape):
-        raise BlockSizeError(f"block_size divides both sides of the weight {list(shape)}, got {block_size}.")
+def _check_sides(shape: tuple[int, int], block: Block) -> None:
+    if any(b < 1 or side % b for side, b in zip(shape, block, strict=True)):
+        raise BlockSizeError(f"a block divides both sides of the weight {list(shape)}, got {list(block)}.")

@@ -2,7 +2,7 @@
 
 Beside the merged adapter, `merge_counts.safetensors` holds for each target, on the blocks of the merged mask:
 `<target>.counts` int32 [n], the number of masks that select the block, and `<target>.sums`, Σ wᵢ·ΔWᵢ as int64 multiples of
-2⁻⁵⁰, stored as int32 pairs (low half first), [n, 2] or [n, B, B, 2]. docs/format.md specifies the checks.
+2⁻⁵⁰, stored as int32 pairs (low half first), [n, 2] or [n, h, w, 2]. docs/format.md specifies the checks.
 
 Each wᵢ·ΔWᵢ is rounded to a multiple of 2⁻⁵⁰ (9·10⁻¹⁶), and the integers are added, which is exact: the same experts give the
 same bytes, independent of the order in which experts were added and removed. A merged value is float32(sum) / count; it differs
@@ -22,7 +22,7 @@ from torch import Tensor
 from sparselet.adapter import CONFIG_FILE, AdapterFile
 from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.adapter_stream import adapter_stream
-from sparselet.delta import SparseDelta
+from sparselet.delta import SparseDelta, block_name
 from sparselet.errors import (
     ArgumentError,
     BadConfig,
@@ -63,23 +63,18 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class OverlapSums:
-    """Sums and counts of one target. blocks: int64 [n]; sums: int64 [n] or [n, B, B]; counts: int32 [n], at least 1."""
+    """Sums and counts of one target. blocks: int64 [n]; sums: int64 [n] or [n, h, w]; counts: int32 [n], at least 1."""
 
     shape: tuple[int, int]
     blocks: Tensor
     sums: Tensor
     counts: Tensor
 
-    @property
-    def block_size(self) -> int:
-        """1 for single entries, B for tiles."""
-        return self.sums.shape[1] if self.sums.ndim == 3 else 1
-
     def delta(self) -> SparseDelta:
         """The merged delta: float32(sum) / count."""
         values = (self.sums.double() * SUM_STEP).float()
         values /= per_block(self.counts, values)
-        return SparseDelta(self.shape, self.blocks, values, self.block_size)
+        return SparseDelta(self.shape, self.blocks, values)
 
 
 def merge_with_counts(
@@ -96,7 +91,7 @@ def merge_with_counts(
     Targets without selected entries are left out. The experts are recorded in the order of their digests, as the result is
     independent of their order.
 
-    Raises what `merge_to` raises, and ArgumentError for masks of different block sizes or sums beyond ±4096.
+    Raises what `merge_to` raises, and ArgumentError for masks of different blocks or sums beyond ±4096.
     """
     check_output(output)
     plan = MergePlan(experts, "overlap", weights, None, base)
@@ -183,19 +178,16 @@ def overlap_sums(
 ) -> OverlapSums:
     """Sums and counts of one target: `previous`, plus the deltas with sign 1, minus those with sign −1.
 
-    Raises ArgumentError for masks of different block sizes, sums beyond ±4096, and a delta with sign −1 not in `previous`.
+    Raises ArgumentError for masks of different blocks, sums beyond ±4096, and a delta with sign −1 not in `previous`.
     """
     shape = previous.shape if previous else deltas[0].shape
-    sides = {delta.block_size for delta in deltas if delta.nnz}
-    sides |= {previous.block_size} if previous and len(previous.blocks) else set()
-    if len(sides) > 1:
-        sizes = " and ".join("single entries" if side == 1 else f"tiles of {side}×{side}" for side in sorted(sides))
-        raise ArgumentError(f"{name}: sums and counts need one block size; these experts have {sizes}.")
-    side = sides.pop() if sides else 1
-    tile = (side, side) if side > 1 else ()
     merged = SparseDelta.empty(shape) if previous is None else previous.delta()
+    blocks = {(delta.block, delta.shape) for delta in (merged, *deltas) if delta.nnz}
+    if len(blocks) > 1:
+        kinds = " and ".join(block_name(*pair) for pair in sorted(blocks))
+        raise ArgumentError(f"{name}: sums and counts need one kind of block; these experts have {kinds}.")
     (merged, *deltas), positions = compact(common_blocks([merged, *deltas]))
-    sums = torch.zeros(merged.blocks, *tile, dtype=torch.int64)
+    sums = torch.zeros(merged.blocks, *merged.values.shape[1:], dtype=torch.int64)
     counts = torch.zeros(len(sums), dtype=torch.int32)
     largest = 0.0
     if previous and len(previous.blocks):
@@ -330,5 +322,5 @@ def _write_merge(
                 if progress is not None:
                     progress(name)
         ordered = sorted(records, key=lambda record: json.dumps([record["digest"], record], sort_keys=True))
-        stream.describe(metadata_from_records(ordered, "overlap", {}), plan.fingerprints)
+        stream.describe(metadata_from_records(ordered, plan), plan.fingerprints)
     return Path(output)

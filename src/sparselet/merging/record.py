@@ -32,11 +32,12 @@ class Digests:
 
 
 def delta_digest(delta: SparseDelta) -> bytes:
-    """SHA-256 of a delta's shape, block size, number of blocks, and about 64 evenly spaced indices and values."""
+    """SHA-256 of a delta's shape, block, number of blocks, and about 64 evenly spaced indices and values."""
     step = max(1, len(delta.indices) // SAMPLED_ENTRIES)
+    block = delta.block[0] if delta.block[0] == delta.block[1] else delta.block
     indices = delta.indices[::step].cpu().to(torch.int64).numpy().astype("<i8").tobytes()
     values = delta.values[::step].detach().cpu().to(torch.float64).numpy().astype("<f8").tobytes()
-    return hashlib.sha256(f"{delta.shape} {delta.block_size} {len(delta.indices)} ".encode() + indices + values).digest()
+    return hashlib.sha256(f"{delta.shape} {block} {len(delta.indices)} ".encode() + indices + values).digest()
 
 
 def expert_digest(expert: Expert) -> str:
@@ -50,7 +51,7 @@ def metadata_from_plan(plan: MergePlan, digests: Digests) -> AdapterMetadata:
         expert_record(expert.metadata, digest, weight)
         for expert, digest, weight in zip(plan.experts, digests.hex(), plan.weights, strict=True)
     ]
-    return metadata_from_records(records, plan.method.name, plan.parameters)
+    return metadata_from_records(records, plan)
 
 
 def expert_record(metadata: AdapterMetadata, digest: str, weight: Any) -> dict[str, Any]:
@@ -68,15 +69,16 @@ def expert_record(metadata: AdapterMetadata, digest: str, weight: Any) -> dict[s
     }
 
 
-def metadata_from_records(records: Sequence[Mapping[str, Any]], method: str, parameters: Mapping[str, Any]) -> AdapterMetadata:
-    """The metadata of a merge of experts with these records."""
+def metadata_from_records(records: Sequence[Mapping[str, Any]], plan: MergePlan) -> AdapterMetadata:
+    """The metadata of a merge with these records of its experts."""
     names = {record["base"] for record in records if record["base"]}
     return AdapterMetadata.from_json(
         {
             "base_model_name_or_path": min(names) if names else None,
             "task_type": _common_value(record["task_type"] for record in records),
             "chat_template": _common_value(record["chat_template"] for record in records),
-            "merge": {"method": method, "parameters": dict(parameters), "experts": list(records)},
+            "block_size": _common_value(expert.metadata.block_size for expert in plan.experts),
+            "merge": {"method": plan.method.name, "parameters": dict(plan.parameters), "experts": list(records)},
         }
     )
 

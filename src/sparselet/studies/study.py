@@ -190,7 +190,7 @@ class Study:
 def _learning_rate_name(changes: Mapping[str, Any]) -> str:
     """Which of the study's learning rates a training uses."""
     method = changes.get("method", "sparse")
-    if method == "sparse" and changes.get("block_size", 1) > 1:
+    if method == "sparse" and changes.get("block_size", 1) != 1:
         return "block"
     return {"full-qkv": "sparse", "super-tuning": "sparse", "shira": "sparse"}.get(method, method)
 

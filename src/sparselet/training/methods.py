@@ -317,8 +317,8 @@ def _trainable_weights(
         for name, delta in initial.items():
             weight = _weight(model, name).data
             delta = delta.to(weight.device)
-            entries = kernels.gather(weight, delta.indices, delta.block_size)
-            kernels.write(weight, delta.indices, add(entries, delta.values), delta.block_size)
+            entries = kernels.gather(weight, delta.indices, delta.block)
+            kernels.write(weight, delta.indices, add(entries, delta.values))
         trained = {id(p) for p in parameters.values()}
         for p in model.parameters():
             p.requires_grad_(id(p) in trained)
@@ -339,7 +339,7 @@ def _wrap(model: PreTrainedModel, config: PeftConfig) -> Any:
 def load_initial_adapter(wrapped: nn.Module, initial: SparseAdapter) -> None:
     """Set the mask and values of each layer to those of `initial`, without a selection phase."""
     for name, layer in sparselet_layers(wrapped).items():
-        layer.set_mask(ADAPTER, initial[name].indices, initial[name].values, initial[name].block_size)
+        layer.set_mask(ADAPTER, initial[name].indices, initial[name].values)
         layer.sparse_mask[ADAPTER].selections = 1
 
 

@@ -13,6 +13,7 @@ from peft import PeftConfig
 
 from sparselet.adapter import AdapterFile, UnfinishedAdapterWarning
 from sparselet.adapter_format import CONFIG_FILE, METHOD, WEIGHTS_FILE, check_config, unnamed_modules
+from sparselet.delta import BlockSize
 from sparselet.errors import ConfigError
 from sparselet.io.json_files import read_object, write_json
 from sparselet.selection_settings import Balance, InitialMask, Scope, SelectionSettings, When, selection_values
@@ -49,7 +50,7 @@ class SparseletConfig(PeftConfig):
     """
 
     density: float = SelectionSettings.density
-    block_size: int = SelectionSettings.block_size
+    block_size: BlockSize = SelectionSettings.block_size
     score: str = SelectionSettings.score
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None

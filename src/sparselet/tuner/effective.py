@@ -26,13 +26,12 @@ from sparselet import kernels
 class Change:
     """One adapter's change of a target in one pass.
 
-    blocks: ascending ids [n] of the entries or tiles in the mask, None for all entries. values: [n], [n, B, B] for tiles, or
+    blocks: ascending ids [n] of the blocks in the mask, None for all entries. values: [n], [n, h, w] for larger blocks, or
     [rows, columns] for all entries. trained: whether the values get a gradient. off_mask: Ŵ [rows, columns] of the entries
     outside of the mask, while masks are selected; its values at the mask are ignored.
     """
 
     blocks: Tensor | None
-    block_size: int
     values: Tensor
     trained: bool = False
     off_mask: Tensor | None = None
@@ -47,7 +46,7 @@ class Change:
 def effective_weight(base: Tensor, changes: Sequence[Change]) -> Tensor:
     """W + ΣΔW [rows, columns] as a new tensor, summed in the widest dtype of all and rounded once to the base's."""
     if len(changes) == 1 and changes[0].blocks is not None and changes[0].off_mask is None:
-        return kernels.add_at(base, changes[0].blocks, changes[0].values, changes[0].block_size)
+        return kernels.add_at(base, changes[0].blocks, changes[0].values)
     total = base.to(_widest(base, changes), copy=True, memory_format=torch.contiguous_format)
     for change in changes:
         if change.blocks is None:
@@ -56,7 +55,7 @@ def effective_weight(base: Tensor, changes: Sequence[Change]) -> Tensor:
             total.view(-1).index_add_(0, entries(change, total.shape), change.values.reshape(-1).to(total.dtype))
         else:
             dense = change.off_mask.to(total.device, copy=True)
-            kernels.write(dense, change.blocks, change.values, change.block_size)
+            kernels.write(dense, change.blocks, change.values)
             total += dense
     return total.to(base.dtype)
 
@@ -75,11 +74,11 @@ def differentiable_weight(weight: Tensor, changes: Sequence[Change]) -> Tensor:
 
 
 def entries(change: Change, shape: Sequence[int]) -> Tensor:
-    """The flat ids of a mask's entries, int [n] or [n·B·B], in the order of its values."""
+    """The flat ids of a mask's entries, int [n] or [n·h·w], in the order of its values."""
     assert change.blocks is not None
-    if change.block_size == 1:
+    if change.values.ndim == 1:
         return change.blocks
-    return kernels.tile_entries(change.blocks, (shape[0], shape[1]), change.block_size).reshape(-1)
+    return kernels.block_entries(change.blocks, (shape[0], shape[1]), kernels.block_of(change.values)).reshape(-1)
 
 
 def _widest(base: Tensor, changes: Sequence[Change]) -> torch.dtype:

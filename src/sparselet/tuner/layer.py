@@ -5,6 +5,7 @@ The forward pass is the base layer's at W + Ŵ·M of the active adapters. The ba
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparselet import kernels
-from sparselet.delta import SparseDelta, check_block_size, index_dtype
+from sparselet.delta import SparseDelta, block_for, index_dtype
 from sparselet.errors import NonFiniteValue, SelectionError
 from sparselet.fingerprint import fingerprint_weight
+from sparselet.kernels import ENTRY
 from sparselet.masks import blocks_to_keep
 from sparselet.tuner.config import SparseletConfig
 from sparselet.tuner.effective import Change, differentiable_weight
@@ -37,8 +39,8 @@ class Recorder(Protocol):
 class SparseletLayer(nn.Module, BaseTunerLayer):
     """A linear base layer with any number of sparse adapters.
 
-    sparse_values: the trained Ŵ, one parameter for each adapter: [n], or [n, B, B] for tiles, or the weight's shape while no
-        mask is selected. float32 over a base of 16 or 32 bits, float64 over one of 64.
+    sparse_values: the trained Ŵ, one parameter for each adapter: [n], or [n, h, w] for larger blocks, or the weight's shape
+        while no mask is selected. float32 over a base of 16 or 32 bits, float64 over one of 64.
     sparse_indices: the masks as block ids, int32 [n]; empty while no mask is selected.
     recorder: receives the dense ∂L/∂W of a backward pass while masks are selected. calls: forward passes since it was set.
 
@@ -78,10 +80,9 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         """Add an adapter with the mask of `config.initial_mask`, or an empty one for a saved adapter. Raises BlockSizeError."""
         weight = self.base_weight
         loaded = config.targets is not None
-        if not loaded:
-            check_block_size(config.block_size, self.shape, self.target_name)
+        block = ENTRY if loaded else block_for(config.block_size, self.shape, self.transposed, self.target_name)
         dense = config.when == "paper" and config.initial_mask == "dense" and not loaded
-        state = MaskState(1 if loaded else config.block_size, dense, selecting=not loaded)  # a file sets these when it is read
+        state = MaskState(block, dense, selecting=not loaded)  # a file sets these when it is read
         blocks = torch.empty(0, dtype=index_dtype(weight.numel()), device=weight.device)
         values = torch.zeros(
             self.shape if dense else (0,), dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device
@@ -91,7 +92,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         self.sparse_indices[name] = blocks
         self.sparse_values[name] = nn.Parameter(values)
         if not dense and not loaded:
-            total = weight.numel() // config.block_size**2
+            total = weight.numel() // math.prod(block)
             count = blocks_to_keep(config.density, total)
             if config.when == "paper" and config.initial_mask == "random":
                 generator = seeded(config.seed, config.data_fingerprint, self.target_name)
@@ -100,20 +101,19 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
             else:
                 self.set_mask(name, torch.arange(count, device=weight.device))
 
-    def set_mask(self, name: str, blocks: Tensor, values: Tensor | None = None, block_size: int | None = None) -> None:
-        """Set an adapter's mask, ascending block ids [n], with `values` [n] or [n, B, B] (default: zeros).
+    def set_mask(self, name: str, blocks: Tensor, values: Tensor | None = None) -> None:
+        """Set an adapter's mask, ascending block ids [n], with `values` [n] or [n, h, w] (default: zeros of its blocks).
 
         The parameter keeps its identity and changes its shape, so that optimizers and schedulers still refer to it; its
         gradient is dropped.
         """
         state, parameter = self.sparse_mask[name], self._real_parameter(name)
-        state.block_size = block_size or state.block_size
-        tile = (state.block_size, state.block_size) if state.block_size > 1 else ()
         if values is None:
-            values = torch.zeros((len(blocks), *tile), dtype=parameter.dtype)
+            values = torch.zeros(kernels.values_shape(len(blocks), state.block), dtype=parameter.dtype)
+        state.block = kernels.block_of(values)
         device = self.base_weight.device
         state.dense = False
-        dtype = index_dtype(self.shape[0] * self.shape[1] // state.block_size**2)
+        dtype = index_dtype(math.prod(self.shape) // math.prod(state.block))
         # New tensors, since a backward pass may still need the old ones.
         self.sparse_indices[name] = blocks.to(device=device, dtype=dtype, copy=True)
         replace_data(parameter, values.to(device=device, dtype=parameter.dtype, copy=True))
@@ -139,9 +139,9 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         """An adapter's current change of this target, on the CPU; all entries while no mask is selected."""
         state, values = self.sparse_mask[name], full_tensor(self.sparse_values[name].detach()).cpu()
         if not state.dense:
-            side = state.block_size if values.ndim == 3 else 1
-            return SparseDelta(self.shape, self.sparse_indices[name].cpu(), values, side)
-        return SparseDelta.from_dense(values, torch.ones(self.shape, dtype=torch.bool), state.block_size)
+            return SparseDelta(self.shape, self.sparse_indices[name].cpu(), values)
+        blocks = torch.arange(values.numel() // math.prod(state.block))
+        return SparseDelta(self.shape, blocks, kernels.gather(values, blocks, state.block))
 
     def dense_values(self, name: str) -> Tensor:
         """Ŵ of all entries as a new tensor [rows, columns], including off-mask values while these are kept."""
@@ -152,7 +152,7 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
             full = torch.zeros(self.shape, dtype=values.dtype, device=values.device)
         else:
             full = state.pending.to(values.device, copy=True)
-        kernels.write(full, self.sparse_indices[name], values, state.block_size)
+        kernels.write(full, self.sparse_indices[name], values)
         return full
 
     def base_fingerprint(self) -> dict[str, str]:
@@ -195,12 +195,12 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
             state, values = self.sparse_mask[name], self.sparse_values[name]
             trained = learns and values.requires_grad
             if state.dense:
-                changes.append(Change(None, 1, values, trained))
+                changes.append(Change(None, values, trained))
                 continue
             # A target without entries, such as one of a dropped layer, keeps no activation for a gradient.
             trained = trained and (values.numel() > 0 or self.recorder is not None)
             off_mask = state.pending if self.recorder is not None else None
-            changes.append(Change(self.sparse_indices[name], state.block_size, values, trained, off_mask))
+            changes.append(Change(self.sparse_indices[name], values, trained, off_mask))
         return changes
 
     def _mark(self, name: str) -> Tensor:
@@ -390,8 +390,8 @@ class SparseletLayer(nn.Module, BaseTunerLayer):
         if values.ndim == 2 and tuple(values.shape) == self.shape and not len(blocks):
             self.set_dense(name, values)
             return
-        delta = SparseDelta(self.shape, blocks, values, values.shape[1] if values.ndim == 3 else 1)
-        self.set_mask(name, delta.indices, delta.values, delta.block_size)
+        delta = SparseDelta(self.shape, blocks, values)
+        self.set_mask(name, delta.indices, delta.values)
         if delta.values.any() or self.sparse_mask[name].unread:
             self.sparse_mask[name].selections = max(1, self.sparse_mask[name].selections)
 

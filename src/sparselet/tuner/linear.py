@@ -73,7 +73,7 @@ class _ChangedLinear(torch.autograd.Function):
         ctx.learns = ctx.needs_input_grad[1] or bool(values)
         # In x's dtype, not y's: query, key and value have one input tensor, which autograd then keeps once.
         ctx.save_for_backward(x if ctx.learns else None)
-        ctx.masks = [(change.blocks, change.block_size, change.values.dtype) for change in trained]
+        ctx.masks = [(change.blocks, kernels.block_of(change.values), change.values.dtype) for change in trained]
         # Copied here, since other code may write to the values before the backward pass.
         ctx.changes = tuple(change.snapshot() for change in changes) if ctx.needs_input_grad[0] else ()
         ctx.build, ctx.check, ctx.transposed, ctx.recorder = build, check, transposed, recorder
@@ -97,8 +97,7 @@ class _ChangedLinear(torch.autograd.Function):
                 dense = kernels.weight_gradient(x, grad_output, ctx.transposed)
             if ctx.recorder is None:
                 gradients = [
-                    _at_mask(x, grad_output, dense, blocks, block_size, dtype, ctx.transposed)
-                    for blocks, block_size, dtype in ctx.masks
+                    _at_mask(x, grad_output, dense, blocks, block, dtype, ctx.transposed) for blocks, block, dtype in ctx.masks
                 ]
             elif dense is not None:
                 ctx.recorder(dense)
@@ -116,12 +115,12 @@ def _at_mask(
     grad_output: Tensor,
     dense: Tensor | None,
     blocks: Tensor | None,
-    block_size: int,
+    block: kernels.Block,
     dtype: torch.dtype,
     transposed: bool,
 ) -> Tensor:
     """∂L/∂W at a mask, or of all entries (blocks None); gathered from `dense`, the full ∂L/∂W, where it is not None."""
     if dense is None and blocks is not None:
-        return kernels.masked_weight_gradient(x, grad_output, blocks, block_size, transposed).to(dtype)
+        return kernels.masked_weight_gradient(x, grad_output, blocks, block, transposed).to(dtype)
     gradient = kernels.weight_gradient(x, grad_output, transposed) if dense is None else dense
-    return (gradient if blocks is None else kernels.gather(gradient, blocks, block_size)).to(dtype)
+    return (gradient if blocks is None else kernels.gather(gradient, blocks, block)).to(dtype)

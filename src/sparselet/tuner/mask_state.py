@@ -7,19 +7,21 @@ import torch
 from torch import Tensor
 
 from sparselet.errors import SelectionError
+from sparselet.kernels import Block
 
 
 @dataclass
 class MaskState:
     """The state of one adapter's mask on one target, besides its indices.
 
+    block: rows and columns of a block that the mask chooses.
     dense: no mask yet, all entries are trained; the parameter then has the weight's shape.
     selecting: the selection phase has not ended.
     pending: Ŵ of all entries, float32 [rows, columns], while off-mask values may still return; else None.
     selections: the number of selections so far.
     """
 
-    block_size: int
+    block: Block
     dense: bool
     selecting: bool
     pending: Tensor | None = None

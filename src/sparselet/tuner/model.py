@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparselet.adapter import SparseAdapter, config_of_targets, require_finite
 from sparselet.adapter_format import INDICES, PENDING, PROGRESS, VALUES
-from sparselet.delta import check_block_size
+from sparselet.delta import block_for
 from sparselet.errors import ArgumentError, NoTargets, SparseletError, UnknownTarget
 from sparselet.names import base_name
 from sparselet.tuner.adapted import base_model, layers_by_path, require_layers, sparselet_config, sparselet_layers
@@ -248,7 +248,7 @@ def _check_target(name: str, module: nn.Module, config: SparseletConfig) -> None
         )
     if config.targets is None:
         rows, columns = cast(nn.Parameter, module.weight).shape
-        check_block_size(config.block_size, (rows, columns), name)
+        block_for(config.block_size, (rows, columns), name=name)
 
 
 def _remove_unread(model: nn.Module, adapter_name: str) -> None:
@@ -278,7 +278,7 @@ def _copy_adapter(layer: SparseletLayer, source: str, name: str) -> None:
     if state.dense:
         layer.set_dense(name, values)
     else:
-        layer.set_mask(name, layer.sparse_indices[source].clone(), values, state.block_size)
+        layer.set_mask(name, layer.sparse_indices[source].clone(), values)
     layer.sparse_mask[name].selecting = state.selecting
     layer.sparse_mask[name].selections = state.selections
 

@@ -38,7 +38,7 @@ def move_moments(
     parameter: nn.Parameter,
     before: Tensor | None,
     after: Tensor,
-    block_size: int,
+    block: kernels.Block,
     seeds: Seeds | None = None,
 ) -> None:
     """Carry the optimizer's state of a parameter over from the mask `before` (None: all entries) to `after`.
@@ -50,7 +50,7 @@ def move_moments(
     group = next((group for group in optimizer.param_groups if any(p is parameter for p in group["params"])), {})
     for key, tensor in _moments(optimizer, parameter).items():
         if before is None:
-            optimizer.state[parameter][key] = kernels.gather(tensor.contiguous(), after, block_size)
+            optimizer.state[parameter][key] = kernels.gather(tensor.contiguous(), after, block)
             continue
         moved = torch.zeros((len(after), *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
         if seeds is not None and key in ("exp_avg", "exp_avg_sq") and "betas" in group:

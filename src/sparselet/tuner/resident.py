@@ -59,7 +59,6 @@ class Resident:
     names: tuple[str, ...]
     versions: tuple[int, ...]
     blocks: Tensor | None
-    block_size: int
     displaced: Tensor
     lease: Lease | None
 
@@ -78,7 +77,7 @@ class Residence:
         if self.resident.blocks is None:
             return self.resident.displaced
         base = weight.clone(memory_format=torch.contiguous_format)
-        kernels.write(base, self.resident.blocks, self.resident.displaced, self.resident.block_size)
+        kernels.write(base, self.resident.blocks, self.resident.displaced)
         return base
 
     def build(self, weight: Tensor, changes: Sequence[Change]) -> Tensor:
@@ -100,10 +99,10 @@ class Residence:
         with WRITING, self._own_write(weight) as data:
             self._take_out(data)
             versions = tuple(version_of(change.values) for change in changes)
-            blocks, block_size, displaced = displaced_by(changes, data)
-            self.resident = Resident(names, versions, blocks, block_size, displaced, lease)
+            blocks, displaced = displaced_by(changes, data)
+            self.resident = Resident(names, versions, blocks, displaced, lease)
             if len(changes) == 1 and blocks is not None and data.is_contiguous():
-                kernels.add_and_write(data, blocks, displaced, changes[0].values, block_size)
+                kernels.add_and_write(data, blocks, displaced, changes[0].values)
             else:
                 data.copy_(effective_weight(data, changes))
 
@@ -129,7 +128,7 @@ class Residence:
         if self.resident is None:
             return
         if self.resident.blocks is not None and data.is_contiguous():
-            kernels.write(data, self.resident.blocks, self.resident.displaced, self.resident.block_size)
+            kernels.write(data, self.resident.blocks, self.resident.displaced)
         else:
             data.copy_(self.base(data))
         self.resident = None  # last: an interrupt during the write must leave it to be restored
@@ -143,14 +142,14 @@ class Residence:
         self.own_writes += version_of(weight) - before
 
 
-def displaced_by(changes: Sequence[Change], base: Tensor) -> tuple[Tensor | None, int, Tensor]:
-    """What writing `changes` into `base` overwrites: blocks (None: all), their block size, and the base's values there."""
+def displaced_by(changes: Sequence[Change], base: Tensor) -> tuple[Tensor | None, Tensor]:
+    """What writing `changes` into `base` overwrites: blocks (None: all), and the base's values there."""
     masks = [change.blocks for change in changes]
     if any(blocks is None for blocks in masks):
-        return None, 1, base.clone()
+        return None, base.clone()
     if len(changes) == 1:
-        blocks, block_size = changes[0].blocks, changes[0].block_size
+        blocks = changes[0].blocks
         assert blocks is not None
-        return blocks.clone(), block_size, kernels.gather(base, blocks, block_size)
+        return blocks.clone(), kernels.gather(base, blocks, kernels.block_of(changes[0].values))
     union = torch.unique(torch.cat([entries(change, base.shape).long() for change in changes]))
-    return union.to(index_dtype(base.numel())), 1, kernels.gather(base, union)
+    return union.to(index_dtype(base.numel())), kernels.gather(base, union)

@@ -1,5 +1,6 @@
 """One pass over scoring batches: what scores need of each target is gathered inside it, and each target is scored there."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -128,13 +129,13 @@ class Scorer:
             self._add(target, self.partial.pop(target))
         gradient = self._mean(self.gradients, target) if self.needs_gradient else None
         squares = self._mean(self.squares, target) if "squares" in self.needs else None
-        kept = blocks_to_keep(config.density, layer.shape[0] * layer.shape[1] // config.block_size**2)
+        kept = blocks_to_keep(config.density, math.prod(layer.shape) // math.prod(state.block))
         # Before its first selection a sparse start has a placeholder mask, which must not influence the score.
         mask = None if state.dense or not state.selections else layer.sparse_indices[self.name]
         values = layer.dense_values(self.name) if "values" in self.needs or self.exchange is not None else None
         candidate = Candidate(
             shape=layer.shape,
-            block_size=config.block_size,
+            block=state.block,
             kept=kept,
             generator=seeded(config.seed, config.data_fingerprint, target, state.selections),
             mask=mask,
@@ -147,19 +148,19 @@ class Scorer:
         scores = self.score(candidate).to(self.device)
         self.any_nonzero = self.any_nonzero or bool(scores.any())
         if self.exchange is not None and mask is not None and values is not None:
-            moved = kernels.tile_sum(values.abs(), config.block_size)
+            moved = kernels.block_sum(values.abs(), state.block)
             scores = grow_and_drop(moved, scores, mask, kept, self.exchange)
         if self.scores_jointly:
             self.scores[target] = scores.cpu() if config.offload else scores
             return
         chosen = self.masks_by_target[target] = self._best(layer, scores, kept)
         if self.seeded and gradient is not None and squares is not None:
-            parts = (kernels.gather(dense.contiguous(), chosen, config.block_size) for dense in (gradient, squares))
+            parts = (kernels.gather(dense.contiguous(), chosen, state.block) for dense in (gradient, squares))
             self.seeds[target] = Seeds(*parts)
 
     def _best(self, layer: SparseletLayer, scores: Tensor, kept: int) -> Tensor:
         if self.config.balance == "row" and self.exchange is None:
-            return top_k_by_row(scores, kept, layer.shape[0] // self.config.block_size, layer.transposed)
+            return top_k_by_row(scores, kept, layer.shape[0] // layer.sparse_mask[self.name].block[0], layer.transposed)
         return top_k(scores, kept)
 
     def _input_norms(self, layer: SparseletLayer) -> Tensor:

@@ -77,19 +77,19 @@ def reselect(
             "selection, or use a score that needs no values, such as gm.",
             stacklevel=2,
         )
-    entries = changed = 0
+    blocks = changed = 0
     for target, layer in layers.items():
         previous = _current_mask(layer, name)
         _move_mask(layer, name, masks[target], config, optimizer, scorer.seeds.get(target))
         changed += _count_new(previous, masks[target])
-        entries += masks[target].numel()
+        blocks += masks[target].numel()
     if isinstance(model, DistributedDataParallel):
         rebuild(model)
     kept = [target for target in masks if masks[target].numel()]
     return Selection(
         targets=len(kept),
-        entries=entries * config.block_size**2,
-        changed=changed / max(1, entries),
+        entries=sum(layer.sparse_values[name].numel() for layer in layers.values()),
+        changed=changed / max(1, blocks),
         active_layers=len({layer_of(target) for target in kept}),
     )
 
@@ -173,9 +173,9 @@ def _move_mask(
     blocks = blocks.to(parameter.device)
     previous = _current_mask(layer, name)
     dense = layer.dense_values(name)
-    layer.set_mask(name, blocks, kernels.gather(dense, blocks, config.block_size))
+    layer.set_mask(name, blocks, kernels.gather(dense, blocks, state.block))
     if config.when == "paper" and config.initial_mask == "dense":
         state.pending = offload(dense) if config.offload else dense
     state.selections += 1
     if optimizer is not None:
-        move_moments(optimizer, parameter, previous, blocks, config.block_size, seeds)
+        move_moments(optimizer, parameter, previous, blocks, state.block, seeds)

@@ -66,11 +66,11 @@ def module_keys(model: nn.Module, adapter_name: str) -> set[str]:
 def load_target(layer: SparseletLayer, adapter_name: str, saved: SavedTarget) -> None:
     """Load a target of a file into its layer: mask, values and the state of the selection phase."""
     state = layer.sparse_mask[adapter_name]
-    state.block_size = saved.delta.block_size
+    state.block = saved.delta.block
     if saved.dense:
         layer.set_dense(adapter_name, saved.delta.to_dense())
     else:
-        layer.set_mask(adapter_name, saved.delta.indices, saved.delta.values, saved.delta.block_size)
+        layer.set_mask(adapter_name, saved.delta.indices, saved.delta.values)
     state.selecting = saved.selections is not None
     state.selections = 1 if saved.selections is None else saved.selections
     state.pending = saved.pending
@@ -99,7 +99,7 @@ def _read_target(layer: SparseletLayer, parts: Mapping[str, Tensor]) -> SavedTar
     name = layer.target_name
     values, blocks = parts[VALUES], parts[INDICES]
     try:
-        delta = SparseDelta(layer.shape, blocks, values, values.shape[1] if values.ndim == 3 else 1)
+        delta = SparseDelta(layer.shape, blocks, values)
     except SparseletError as error:
         raise type(error)(f"{name}: {error}") from error
     require_finite(delta.values, name)

@@ -47,7 +47,7 @@ def test_bands_give_the_bytes_of_the_whole(tmp_path, monkeypatch, method, parame
     assert set(seen) == ({4 if blocks == (3, 3, 3) else 12} if METHODS[method].elementwise else set())
     merge_to(tmp_path / "out", paths, method, weights, parameters, workers=workers)
     for name, delta in expected.items():
-        assert found[name].block_size == delta.block_size
+        assert found[name].block == delta.block
         assert torch.equal(found[name].indices, delta.indices)
         assert torch.equal(found[name].values, delta.values)
 

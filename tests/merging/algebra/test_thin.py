@@ -1,5 +1,6 @@
 """Targets of which next to nothing is selected: merged as any other, in the memory of their entries."""
 
+import math
 import resource
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 
 from sparselet import METHODS, SparseAdapter, SparseDelta, merge
 from sparselet.adapter import AdapterFile
-from sparselet.delta import MAX_ENTRIES, MAX_SIDE
+from sparselet.delta import MAX_ENTRIES, MAX_SIDE, block_for
 from sparselet.errors import BadDtype
+from sparselet.kernels import values_shape
 from sparselet.merging import merge_per_expert, merge_to, merge_with_counts, update_merge
 from sparselet.merging.algebra import entries
 from sparselet.merging.methods import complete_parameters, per_expert_methods
@@ -28,10 +30,9 @@ CASES = [
 
 def delta(shape, count, seed, block_size=1):
     draw = torch.Generator().manual_seed(seed)
-    blocks = shape[0] * shape[1] // block_size**2
-    chosen = torch.unique(torch.randint(blocks, (count,), generator=draw))
-    tile = (block_size, block_size) if block_size > 1 else ()
-    return SparseDelta(shape, chosen, torch.randn(len(chosen), *tile, generator=draw), block_size)
+    block = block_for(block_size, shape)
+    chosen = torch.unique(torch.randint(math.prod(shape) // math.prod(block), (count,), generator=draw))
+    return SparseDelta(shape, chosen, torch.randn(values_shape(len(chosen), block), generator=draw))
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def spelt_out(monkeypatch):
 
 def equal(first, second):
     return (
-        (first.shape, first.block_size) == (second.shape, second.block_size)
+        (first.shape, first.block) == (second.shape, second.block)
         and torch.equal(first.indices, second.indices)
         and first.indices.dtype == second.indices.dtype
         and torch.equal(first.values, second.values)
@@ -55,7 +56,9 @@ def equal(first, second):
 
 
 @pytest.mark.parametrize(("method", "options"), CASES, ids=lambda value: str(value))
-@pytest.mark.parametrize("sides", [(1, 1, 1), (4, 4, 4), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "sides", [(1, 1, 1), (4, 4, 4), (1, 4, 2), ("row",) * 3, ("column",) * 3, ("row", 4, "column")], ids=str
+)
 def test_no_bit_depends_on_whether_the_target_is_spelt_out(spelt_out, method, options, sides):
     deltas = [delta((16, 24), 40, seed, side) for seed, side in enumerate(sides)] + [SparseDelta.empty((16, 24))]
     experts, weights = [{"layer": one} for one in deltas], [1.0, -0.5, 2.0, 1.0]

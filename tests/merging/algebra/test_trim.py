@@ -18,7 +18,7 @@ def test_within_keeps_exactly_the_entries_between_the_bounds(delta, low, high):
     dense, _ = spelt_out(delta)
     mask = (dense.abs() >= low) & (dense.abs() <= high) & (dense != 0)
     kept = within(delta, low, high)
-    assert kept.block_size == 1
+    assert kept.block == (1, 1)
     assert torch.equal(spelt_out(kept)[1], mask)
     assert torch.equal(kept.to_dense().double(), dense * mask)
 

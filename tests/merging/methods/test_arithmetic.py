@@ -51,7 +51,7 @@ def test_magmax_keeps_a_negative_value_that_stands_alone():
 @pytest.mark.parametrize("method", [arithmetic, magmax])
 def test_whole_tiles_stay_tiles(method):
     tiles = [random_delta((6, 12), 3, 0.5, seed) for seed in (1, 2)]
-    assert method(tiles, [1, 1]).block_size == 3
+    assert method(tiles, [1, 1]).block == (3, 3)
 
 
 @pytest.mark.parametrize("method", [arithmetic, magmax])

@@ -48,7 +48,7 @@ def test_one_expert_is_itself_to_the_last_bit(deltas):
     for method in (overlap, uniform):
         merged = method(deltas, [1.0])
         assert_is(merged, *spelt_out(deltas[0]))
-        assert merged.block_size == deltas[0].block_size or merged.nnz == 0
+        assert merged.block == deltas[0].block or merged.nnz == 0
 
 
 def test_an_entry_selected_with_value_zero_counts():
@@ -61,8 +61,8 @@ def test_an_entry_selected_with_value_zero_counts():
 def test_tiles_of_one_size_stay_tiles_and_others_become_entries(method):
     tiles, other_tiles, other_block = (random_delta((6, 12), b, 0.5, s) for b, s in ((3, 1), (3, 2), (2, 3)))
     empty = SparseDelta.empty((6, 12))
-    assert method([tiles, other_tiles, empty], [1, 1, 1]).block_size == 3
-    assert method([tiles, other_block], [1, 1]).block_size == 1
+    assert method([tiles, other_tiles, empty], [1, 1, 1]).block == (3, 3)
+    assert method([tiles, other_block], [1, 1]).block == (1, 1)
     assert method([empty, empty], [1, 1]).nnz == 0
 
 

@@ -72,7 +72,7 @@ def test_one_threshold_for_all_is_that_threshold_for_each():
 
 def test_tiles_of_the_experts_stay_tiles():
     tiles = [random_delta((6, 12), 3, 0.5, seed) for seed in (1, 2)]
-    assert [expert.block_size for expert in consensus_experts(tiles, [1, 1])] == [3, 3]
+    assert [expert.block for expert in consensus_experts(tiles, [1, 1])] == [(3, 3), (3, 3)]
 
 
 def test_consensus_is_registered_with_its_experts():

@@ -92,8 +92,8 @@ def test_an_expert_outvoted_everywhere_becomes_zero():
 
 def test_tiles_stay_tiles():
     tiles = [random_delta((6, 12), 3, 0.5, seed) for seed in (1, 2)]
-    assert emr(tiles, [1, 1]).block_size == 3
-    assert [expert.block_size for expert in emr_experts(tiles, [1, 1])] == [3, 3]
+    assert emr(tiles, [1, 1]).block == (3, 3)
+    assert [expert.block for expert in emr_experts(tiles, [1, 1])] == [(3, 3), (3, 3)]
 
 
 def test_emr_is_registered_with_its_survey_and_its_experts():

@@ -117,8 +117,8 @@ def test_a_vote_of_zero_elects_no_sign():
 
 def test_tiles_stay_tiles_where_nothing_is_selected():
     tiles = [random_delta((6, 12), 3, 0.5, seed) for seed in (1, 2)]
-    assert sce(tiles, [1, 1], density=1.0).block_size == 3
-    assert sce(tiles, [1, 1], density=0.5).block_size == 1
+    assert sce(tiles, [1, 1], density=1.0).block == (3, 3)
+    assert sce(tiles, [1, 1], density=0.5).block == (1, 1)
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_disjoint_masks_are_scaled_by_their_own_weight_and_empty_experts_count_f
 def test_tiles_are_trimmed_entry_by_entry():
     tiles = normal(random_delta((6, 12), 3, 0.5))
     merged = ties([tiles], [1.0], density=0.3, density_of="nonzeros")
-    assert (merged.block_size, merged.nnz) == (1, round(0.3 * tiles.nnz))
+    assert (merged.block, merged.nnz) == ((1, 1), round(0.3 * tiles.nnz))
     assert spelt_out(merged)[1].sum() == merged.nnz
 
 

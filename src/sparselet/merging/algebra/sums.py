@@ -18,7 +18,7 @@ def fixed_order_sum(numbers: Tensor) -> float:
 
 
 def sum_in_double(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> Tensor:
-    """Σ τᵢ over all blocks, τᵢ = wᵢ·ΔWᵢ rounded to float32; float64 [blocks], or [blocks, B, B]. deltas: of one block size.
+    """Σ τᵢ over all blocks, τᵢ = wᵢ·ΔWᵢ rounded to float32; float64 [blocks], or [blocks, h, w]. deltas: of one block.
 
     For signs and comparisons: float64 adds a few float32 numbers of similar size exactly, so that
     opposite terms cancel to 0 in any order.

@@ -63,12 +63,12 @@ def consensus_experts(
     experts = []
     for own, delta, weight, factor in zip(whole, deltas, weights, factors, strict=True):
         values = together.index_select(0, delta.indices) * (_tall(delta, weight, factor, together) * scale)
-        experts.append(SparseDelta(own.shape, own.indices, values.float(), own.block_size))
+        experts.append(SparseDelta(own.shape, own.indices, values.float()))
     return experts
 
 
 def _tall(delta: SparseDelta, weight: float, factor: float, together: Tensor) -> Tensor:
-    """Mᵢ at the expert's mask, bool [n] or [n, B, B]; elsewhere it is 0."""
+    """Mᵢ at the expert's mask, bool [n] or [n, h, w]; elsewhere it is 0."""
     own = delta.values.float() * weight
     return (own.abs() >= factor * (together.index_select(0, delta.indices) - own).abs()) & (own != 0)
 

@@ -44,7 +44,7 @@ def emr_experts(
     if stats is None:
         stats = [_rescaler(*_magnitudes(*pair, unified)) for pair in zip(deltas, weights, strict=True)]
     return [
-        SparseDelta(own.shape, own.indices, _masked(delta, weight, unified) * rescaler, own.block_size)
+        SparseDelta(own.shape, own.indices, _masked(delta, weight, unified) * rescaler)
         for own, delta, weight, rescaler in zip(whole, deltas, weights, stats, strict=True)
     ]
 
@@ -60,7 +60,7 @@ def emr_rescalers(targets: AllTargets, parameters: Mapping[str, Any]) -> list[fl
 
 
 def _unified(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> Tensor:
-    """τ_uni over all blocks, float32 [blocks] or [blocks, B, B]. deltas: on common blocks."""
+    """τ_uni over all blocks, float32 [blocks] or [blocks, h, w]. deltas: on common blocks."""
     sign = sum_in_double(deltas, weights).sign_().float()
     largest = torch.zeros_like(sign)
     for delta, weight in zip(deltas, weights, strict=True):
@@ -71,7 +71,7 @@ def _unified(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> Tensor:
 
 
 def _masked(delta: SparseDelta, weight: float, unified: Tensor) -> Tensor:
-    """Mᵢ ⊙ τ_uni at the expert's mask, [n] or [n, B, B]."""
+    """Mᵢ ⊙ τ_uni at the expert's mask, [n] or [n, h, w]."""
     signed = unified.index_select(0, delta.indices)
     return torch.where(delta.values.float() * weight * signed.sign() > 0, signed, torch.zeros_like(signed))
 
