@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers.strategies import BLOCKS, SHAPES, assert_is, deltas, few, random_delta, same_shape, spelt_out, block_sums
+from helpers.strategies import BLOCKS, SHAPES, assert_is, block_sums, deltas, few, random_delta, same_shape, spelt_out
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -266,7 +266,9 @@ def test_indices_of_another_dtype_are_refused(dtype):
 
 @pytest.mark.parametrize("block_size", [4, 5, 16])
 def test_a_block_size_that_does_not_divide_names_those_that_fit(block_size):
-    with pytest.raises(BlockSizeError, match=rf"block_size {block_size} does not divide .* Sizes that fit: 1, 2, 3, 6, and"):
+    with pytest.raises(
+        BlockSizeError, match=rf"block_size {block_size} does not divide .* Sizes that fit: 1, 2, 3, 6, row, column\."
+    ):
         SparseDelta.from_dense(torch.ones(6, 18), block_size=block_size)
 
 

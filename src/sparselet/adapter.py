@@ -247,14 +247,19 @@ def as_expert(expert: ExpertOrDeltas) -> Expert:
 
 
 def adapter_json(adapter: SparseAdapter) -> dict[str, Any]:
-    """The content of adapter_config.json: the adapter's metadata, and the fields that follow from its deltas."""
+    """The content of adapter_config.json: the adapter's metadata, and the fields that follow from its deltas.
+
+    Of rows and columns the metadata says which they are: in a delta, an output row of a Conv1D is a column.
+    """
+    block_size = common_block_size(delta.block for delta in adapter.values() if delta.nnz)
     measured = {
         "density": adapter.density,
-        "block_size": common_block_size(delta.block for delta in adapter.values() if delta.nnz),
+        "block_size": None,
         "inference_mode": True,
         "target_modules": list(adapter),
     }
-    return {**measured, **adapter.metadata.to_json(), **config_of_targets(adapter.shapes, adapter.fingerprints)}
+    blocks = {} if block_size is None else {"block_size": block_size}
+    return {**measured, **adapter.metadata.to_json(), **blocks, **config_of_targets(adapter.shapes, adapter.fingerprints)}
 
 
 def config_of_targets(

@@ -34,7 +34,7 @@ class AdapterStream:
     def describe(self, metadata: AdapterMetadata, fingerprints: Mapping[str, Mapping[str, str] | None]) -> None:
         """Write the configuration, after all targets: the metadata, with the density and block size that were written.
 
-        Of rows or columns the metadata says which they are.
+        Of rows and columns the metadata says which they are.
         """
         measured: dict[str, Any] = {"density": self._entries / max(1, sum(delta.size for delta in self._empty.values()))}
         block_size = common_block_size(self._blocks)

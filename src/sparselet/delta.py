@@ -240,8 +240,8 @@ def block_name(block: Block, shape: tuple[int, int]) -> str:
 
 
 def common_block_size(blocks: Iterable[Block]) -> int | None:
-    """1 or B where all blocks are entries or B×B tiles; 1 where they differ, but None for rows and columns."""
-    sides = {block[0] if block[0] == block[1] else None for block in blocks}
+    """1 or B where all blocks are entries or B×B tiles, 1 where they differ; None for rows or columns, and for no blocks."""
+    sides = {block[0] if block[0] == block[1] else None for block in blocks} or {None}
     return sides.pop() if len(sides) == 1 else 1
 
 
@@ -264,10 +264,9 @@ def block_for(block_size: BlockSize, shape: tuple[int, int], transposed: bool = 
         target = f"{name} {list(shape)}" if name else f"shape {list(shape)}"
         common = math.gcd(*shape)
         small = [b for b in range(1, math.isqrt(common) + 1) if common % b == 0]
-        fits = sorted({*small, *(common // b for b in small)})
+        fits = [*sorted({*small, *(common // b for b in small)}), "row", "column"]
         raise BlockSizeError(
-            f"block_size {block_size} does not divide the sides of {target}. Sizes that fit: {', '.join(map(str, fits))}, and "
-            "'row' and 'column'."
+            f"block_size {block_size} does not divide the sides of {target}. Sizes that fit: {', '.join(map(str, fits))}."
         )
     return block_size, block_size
 

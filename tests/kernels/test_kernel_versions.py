@@ -20,7 +20,10 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 6e-2}
 
 @st.composite
 def cases(draw, lines=False):
-    """Inputs of a masked weight gradient, with masks that leave whole rows out and masks that leave nothing out. lines: whole rows and columns too."""
+    """Inputs of a masked weight gradient, with masks that leave whole rows out, and that leave nothing out.
+
+    lines: whole rows and columns too.
+    """
     rows, columns = draw(SIZES)
     tiles = [(b, b) for b in (1, 2, 3, 6) if rows % b == 0 and columns % b == 0]
     block = draw(st.sampled_from([*tiles, *(((1, columns), (rows, 1)) if lines else ())]))

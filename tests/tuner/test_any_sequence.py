@@ -244,10 +244,7 @@ class AnySequence(RuleBasedStateMachine):
             value = layer.sparse_values[name]
             if not value.requires_grad:  # switched off meanwhile: torch drops the gradient of any such leaf
                 continue
-            if blocks is None:
-                wanted = gradient
-            else:
-                wanted = sparselet.kernels.gather(gradient, blocks, layer.sparse_mask[name].block)
+            wanted = gradient if blocks is None else sparselet.kernels.gather(gradient, blocks, layer.sparse_mask[name].block)
             torch.testing.assert_close(value.grad, wanted.to(value.dtype), rtol=2e-2, atol=2e-3)
         self.model.zero_grad()
 

@@ -228,7 +228,7 @@ def test_the_configuration_has_every_selection_setting_with_its_type_and_default
 
 
 def test_block_size_that_does_not_divide_names_the_target_and_the_sizes_that_fit(make_llama):
-    with pytest.raises(BlockSizeError, match=r"model\.layers\.0\.self_attn\.k_proj \[16, 32\].*1, 2, 4, 8, 16\.$"):
+    with pytest.raises(BlockSizeError, match=r"model\.layers\.0\.self_attn\.k_proj \[16, 32\].*1, 2, 4, 8, 16, row, column\.$"):
         get_peft_model(make_llama(), SparseletConfig(block_size=32))
 
 
@@ -284,7 +284,7 @@ def test_saved_adapter_equals_to_adapter(make_llama, batch, tmp_path, block_size
     for key in ("density", "block_size", "score", "seed", "task", "metrics", "versions", "target_modules", "scope"):
         assert loaded.metadata.to_json()[key] == made.metadata.to_json()[key], key
     assert loaded.metadata.task == "echo"
-    assert loaded.density == pytest.approx(0.2, abs=5e-3)
+    assert loaded.density == pytest.approx(0.2, abs=0.02)  # of 32 rows, whole ones
 
 
 def test_file_holds_indices_and_values_as_documented(saved):

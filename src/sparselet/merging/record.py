@@ -72,12 +72,13 @@ def expert_record(metadata: AdapterMetadata, digest: str, weight: Any) -> dict[s
 def metadata_from_records(records: Sequence[Mapping[str, Any]], plan: MergePlan) -> AdapterMetadata:
     """The metadata of a merge with these records of its experts."""
     names = {record["base"] for record in records if record["base"]}
+    block_size = _common_value(expert.metadata.block_size for expert in plan.experts)  # that of tiles follows from the deltas
     return AdapterMetadata.from_json(
         {
             "base_model_name_or_path": min(names) if names else None,
             "task_type": _common_value(record["task_type"] for record in records),
             "chat_template": _common_value(record["chat_template"] for record in records),
-            "block_size": _common_value(expert.metadata.block_size for expert in plan.experts),
+            **({"block_size": block_size} if isinstance(block_size, str) else {}),
             "merge": {"method": plan.method.name, "parameters": dict(plan.parameters), "experts": list(records)},
         }
     )

@@ -61,7 +61,7 @@ def content_digest(deltas: Mapping[str, SparseDelta]) -> str:
     digest = hashlib.sha256()
     for name in sorted(deltas):
         delta = deltas[name]
-        digest.update(json.dumps([name, *delta.shape, delta.block_size, len(delta.indices), str(delta.values.dtype)]).encode())
+        digest.update(json.dumps([name, *delta.shape, *delta.block, len(delta.indices), str(delta.values.dtype)]).encode())
         for tensor in (delta.indices, delta.values):
             digest.update(_bytes_of(tensor))
     return digest.hexdigest()[:32]
