@@ -451,7 +451,7 @@ def test_json_is_all_that_is_printed(cli, tmp_path, base_dir, task_dir, experts)
     assert found["inspect"]["targets"]["model.layers.0.self_attn.q_proj"] == {
         "shape": [16, 16],
         "entries": 64,
-        "block_size": 4,
+        "block": [4, 4],
     }
     assert found["eval"][base_dir]["backwards"]["rows"] == 1
 

@@ -14,6 +14,7 @@ from sparselet.analysis.threads import one_thread
 from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError
 from sparselet.expert import ExpertOrDeltas
+from sparselet.kernels import ENTRY
 from sparselet.masks import layer_of, natural_order, projection_of
 
 SMALL = 1e-5  # |Δ| that counts as no change (Mukherjee et al. 2025)
@@ -173,7 +174,7 @@ def _read(expert: ExpertOrDeltas, target: str, sums: _Sums) -> tuple[Tensor, int
     """A target's change, dense, once it is added up, and its selected entries. Its indices are no longer in memory then."""
     delta = expert[target]
     sums.add(target, delta)
-    if delta.nnz == delta.size and delta.block_size == 1:
+    if delta.nnz == delta.size and delta.block == ENTRY:
         return delta.values.view(delta.shape), delta.nnz
     return delta.to_dense(torch.float32), delta.nnz
 
