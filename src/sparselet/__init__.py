@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sparselet.errors import MissingExtra, SparseletError
 
 if TYPE_CHECKING:
+    from sparselet.activations.callback import ProbeCallback
     from sparselet.adapter import SparseAdapter
     from sparselet.api.evaluation import evaluate
     from sparselet.api.exporting import convert, export
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from sparselet.api.locating import locate
     from sparselet.api.merging import merge, merge_recipe, split, update
     from sparselet.api.opening import load
+    from sparselet.api.probing import ProbeSettings, probe
     from sparselet.api.searching import search
     from sparselet.api.serving import serve
     from sparselet.api.studying import study
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
     from sparselet.training.schedule import MaskSchedule
     from sparselet.training.settings import TrainSettings
     from sparselet.tuner import SparseletConfig, SparseletModel, freeze_masks, reselect, to_adapter
+    from sparselet.workflows.demonstrations import order_demonstrations
     from sparselet.workflows.graft import GraftSettings
+    from sparselet.workflows.probing import probe_rows
     from sparselet.workflows.search import SearchSettings
 
 __version__ = "0.1.0"
@@ -47,6 +51,8 @@ __all__ = [
     "EvalSettings",
     "GraftSettings",
     "MaskSchedule",
+    "ProbeCallback",
+    "ProbeSettings",
     "SearchSettings",
     "SparseAdapter",
     "SparseDelta",
@@ -64,6 +70,9 @@ __all__ = [
     "locate",
     "merge",
     "merge_recipe",
+    "order_demonstrations",
+    "probe",
+    "probe_rows",
     "pull",
     "push",
     "reselect",
@@ -82,6 +91,8 @@ _LAZY = {
     "EvalSettings": "sparselet.evaluation",
     "GraftSettings": "sparselet.workflows.graft",
     "MaskSchedule": "sparselet.training.schedule",
+    "ProbeCallback": "sparselet.activations.callback",
+    "ProbeSettings": "sparselet.api.probing",
     "SearchSettings": "sparselet.workflows.search",
     "SparseAdapter": "sparselet.adapter",
     "SparseDelta": "sparselet.delta",
@@ -98,6 +109,9 @@ _LAZY = {
     "locate": "sparselet.api.locating",
     "merge": "sparselet.api.merging",
     "merge_recipe": "sparselet.api.merging",
+    "order_demonstrations": "sparselet.workflows.demonstrations",
+    "probe": "sparselet.api.probing",
+    "probe_rows": "sparselet.workflows.probing",
     "pull": "sparselet.api.hub",
     "push": "sparselet.api.hub",
     "reselect": "sparselet.tuner",

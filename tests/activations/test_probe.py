@@ -30,13 +30,22 @@ def test_states_and_losses_are_those_of_each_row_alone(model, rows):
             output = model(input_ids=ids, output_hidden_states=True)
         last = len(row.tokens) - row.scored - 1
         for layer, states in zip(result.layers, result.states, strict=True):
-            torch.testing.assert_close(states[i], output.hidden_states[layer][0, last], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(states[i, 0], output.hidden_states[layer][0, last], atol=1e-5, rtol=1e-4)
         if row.scored:
             logits = output.logits[0, last:-1]
             expected = torch.nn.functional.cross_entropy(logits.double(), ids[0, last + 1 :])
             assert result.losses[i] == pytest.approx(float(expected), rel=1e-5)
         else:
             assert result.losses[i].isnan()
+
+
+def test_positions_are_of_the_prompt_and_the_nearest_where_it_is_short(model, rows):
+    result = probe(model, rows, [1], positions=[0, -2, 100])
+    for i, row in enumerate(rows):
+        with torch.no_grad():
+            states = model(input_ids=torch.tensor([row.tokens]), output_hidden_states=True).hidden_states[1][0]
+        last = len(row.tokens) - row.scored - 1
+        torch.testing.assert_close(result.states[0, i], states[[0, max(0, last - 1), last]], atol=1e-5, rtol=1e-4)
 
 
 def test_rows_are_reported_and_the_model_keeps_its_mode(model, rows):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BOOTSTRAP_DRAWS = 2000
+BOOTSTRAP_DRAWS = 1000
 CONFIDENCE = (0.025, 0.975)
 
 
@@ -43,28 +43,30 @@ def _correlation(parts: list[tuple[np.ndarray, np.ndarray]], seed: int) -> Corre
     sizes = np.array([len(a) for a, _ in parts], np.float64)
     if not len(sizes):
         return Correlation(0.0, 0.0, 0.0, 0)
-
-    def of(samples: list[tuple[np.ndarray, np.ndarray]]) -> float:
-        return float(np.average([_rho(a, b) for a, b in samples], weights=sizes))
-
     random = np.random.default_rng(seed)
-    draws = []
-    for _ in range(BOOTSTRAP_DRAWS):
-        chosen = [random.integers(0, len(a), len(a)) for a, _ in parts]
-        draws.append(of([(a[i], b[i]) for (a, b), i in zip(parts, chosen, strict=True)]))
+    rho, draws = 0.0, np.zeros(BOOTSTRAP_DRAWS)
+    for a, b in parts:
+        share = len(a) / sizes.sum()
+        counts = random.multinomial(len(a), np.full(len(a), 1 / len(a)), size=BOOTSTRAP_DRAWS)
+        rho += share * float(_rho(a, b, np.ones((1, len(a)), np.int64))[0])
+        draws += share * _rho(a, b, counts)
     low, high = np.quantile(draws, CONFIDENCE)
-    return Correlation(of(parts), float(low), float(high), int(sizes.sum()))
+    return Correlation(rho, float(low), float(high), int(sizes.sum()))
 
 
-def _rho(x: np.ndarray, y: np.ndarray) -> float:
-    a, b = _ranks(x), _ranks(y)
-    a, b = a - a.mean(), b - b.mean()
-    scale = np.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / scale) if scale else 0.0
+def _rho(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Pearson's correlation of the ranks in each of several samples, which take pair i counts[sample, i] times."""
+    a, b = _centred_ranks(x, counts), _centred_ranks(y, counts)
+    product, scale = (counts * a * b).sum(1), np.sqrt((counts * a * a).sum(1) * (counts * b * b).sum(1))
+    return np.divide(product, scale, out=np.zeros(len(counts)), where=scale > 0)
 
 
-def _ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks from 0, ties at their mean."""
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return ((ends - counts + ends - 1) / 2)[inverse]
+def _centred_ranks(x: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Ranks, ties at their mean, minus the mean rank: what lies before a number and half of what equals it."""
+    order = np.argsort(x, kind="stable")
+    ascending = x[order]
+    until = np.concatenate([np.zeros((len(counts), 1)), np.cumsum(counts[:, order], axis=1)], axis=1)
+    first, last = np.searchsorted(ascending, ascending), np.searchsorted(ascending, ascending, side="right")
+    ranks = np.empty(counts.shape)
+    ranks[:, order] = (until[:, first] + until[:, last]) / 2
+    return ranks - counts.sum(1, keepdims=True) / 2

@@ -1,4 +1,4 @@
-"""Hidden states of a causal model at the last token of each prompt, and the loss of what follows it."""
+"""Hidden states of a causal model at positions of each prompt, and the loss of what follows it."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparselet.errors import ArgumentError
 
@@ -15,8 +15,8 @@ PROBE_TOKENS = 2048  # of a batch, padded
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """Token ids of a text, of which the last `scored` are predicted for the loss. The state is that of the token before
-    them, so there is at least one token more."""
+    """Token ids of a text, of which the last `scored` are predicted for the loss. States are those of the prompt, the tokens
+    before them, of which there is at least one."""
 
     tokens: tuple[int, ...]
     scored: int = 0
@@ -24,8 +24,8 @@ class ProbeRow:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """layers: numbers of `hidden_states`: 0 is the embedding, k the output of block k, the last has passed the final norm too.
-    states: float32 [layers, rows, width]. losses: float64 [rows], mean over a row's scored tokens; NaN without any."""
+    """layers: numbers of `hidden_states`: 0 is the embedding, k the output of block k, the last also passed the final norm.
+    states: float32 [layers, rows, positions, width]. losses: float64 [rows], mean over a row's scored tokens; NaN without."""
 
     layers: tuple[int, ...]
     states: Tensor
@@ -34,16 +34,18 @@ class Probe:
 
 @torch.inference_mode()
 def probe(
-    model: nn.Module,
+    model: Any,
     rows: Sequence[ProbeRow],
     layers: Sequence[int],
     *,
+    positions: Sequence[int] = (-1,),
     progress: Callable[[int], None] | None = None,
 ) -> Probe:
     """One forward pass over all rows, in batches of like length; the model is left in its mode.
 
     model: a causal language model of transformers. Rows are padded on the right, where no earlier token sees it.
-    layers: negative ones count from the last. progress: called with the number of rows just read.
+    layers: negative ones count from the last. positions: of the prompt's tokens, negative ones count from its last; in a prompt
+    that is too short for one, its nearest token. progress: called with the number of rows just read.
     Raises ArgumentError for a row that is too short, and for a layer that there is not.
     """
     for number, row in enumerate(rows, 1):
@@ -57,7 +59,7 @@ def probe(
     chosen: tuple[int, ...] = ()
     try:
         for batch in _batches(rows):
-            ids, mask = _padded([rows[i].tokens for i in batch])
+            ids, mask = (tensor.to(model.device) for tensor in _padded([rows[i].tokens for i in batch]))
             first = min(len(rows[i].tokens) - max(1, rows[i].scored) - 1 for i in batch)
             kept = ids.shape[1] - max(0, first)
             extra = {"logits_to_keep": kept} if keeps_logits else {}
@@ -67,7 +69,8 @@ def probe(
             for at, i in enumerate(batch):
                 row, offset = rows[i], ids.shape[1] - kept
                 last = len(row.tokens) - row.scored - 1
-                states[i] = torch.stack([output.hidden_states[layer][at, last].float().cpu() for layer in chosen])
+                places = [min(max(0, place if place >= 0 else last + 1 + place), last) for place in positions]
+                states[i] = torch.stack([output.hidden_states[layer][at, places].float().cpu() for layer in chosen])
                 if row.scored:
                     predicted = logits[at, last - offset : len(row.tokens) - 1 - offset].double().log_softmax(-1)
                     expected = torch.tensor(row.tokens[-row.scored :], device=predicted.device)
@@ -76,7 +79,7 @@ def probe(
                 progress(len(batch))
     finally:
         model.train(was_training)
-    return Probe(chosen, torch.stack(states, dim=1) if rows else torch.empty(0, 0, 0), losses)
+    return Probe(chosen, torch.stack(states, dim=1) if rows else torch.empty(0, 0, 0, 0), losses)
 
 
 def _batches(rows: Sequence[ProbeRow]) -> Iterator[list[int]]:

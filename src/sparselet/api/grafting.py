@@ -18,7 +18,7 @@ from sparselet.result_table import ResultTable, ShownAsTables
 from sparselet.tasks.task import Task, load_task
 from sparselet.workflows.graft import GraftCurve, GraftSettings, graft_curve, measured_rows
 
-READING = (
+GRAFTS = (
     "Parts of the change in the base model's weights, by the share of the changed entries that they keep: the largest, random "
     "ones, random ones times 1/share (so that the expected change is the whole), the smallest, the largest without the very "
     "largest 0.1 %, and all but the largest. The change is concentrated only where the largest beat the rescaled random ones; "
@@ -76,7 +76,7 @@ class Grafted(ShownAsTables):
             label,
         )
         first, *others = self.tables()
-        sections = [Section("Parts of the change", READING, [picture], first)]
+        sections = [Section("Parts of the change", GRAFTS, [picture], first)]
         sections += [Section("Is it concentrated?", "Paired differences over rows.", [], table) for table in others]
         return write_page(file, "Which part is enough", f"{self.expert}, measured on {self.task}.", sections)
 

@@ -39,6 +39,7 @@ VERBS = {
     "inspect": "Show what is in an adapter.",
     "locate": "Measure where an expert's change lies, and where two meet.",
     "graft": "Measure which part of an expert's change is enough.",
+    "probe": "Measure how sparse a model's hidden states are.",
     "import": "Turn a LoRA, SHiRA or Super-Tuning adapter or a checkpoint into a sparse adapter.",
     "export": "Write an adapter for PEFT, for llama.cpp, or as a checkpoint.",
     "push": "Upload an adapter to the hub, with a model card.",
