@@ -1,6 +1,7 @@
 """What is exported for PEFT loads where sparselet cannot be imported, and answers as our own applied model does."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from transformers import GPT2LMHeadModel
 from sparselet import SparseAdapter, SparseDelta
 from sparselet.adapter import AdapterFile
 from sparselet.apply import apply_temporarily
+from sparselet.delta import block_for
 from sparselet.errors import BadConfig, ExportError, NonFiniteValue, OutputExists, UnknownTarget, WrongBase
 from sparselet.formats import open_expert
 from sparselet.formats.lora.write import export_lora
@@ -49,6 +51,10 @@ assert "sparselet" not in sys.modules
 """
 
 
+KINDS = ("shira", "super", "lora")
+LINES = [f"{kind} {size}" for kind in KINDS for size in ("row", "column")]
+
+
 def with_applied(model, adapter):
     with apply_temporarily(model, adapter):
         return logits(model)
@@ -59,6 +65,17 @@ def gpt2_adapter(model):
     names = ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_proj"]
     torch.manual_seed(4)
     return SparseAdapter({n: SparseDelta.from_dense(torch.randn(modules[n].weight.shape) * 0.2) for n in names})
+
+
+def gpt2_lines(model, block_size):
+    """Output rows or input columns of layers whose weights lie as [in, out]."""
+    generator, deltas = torch.Generator().manual_seed(5), {}
+    for name, kept in (("transformer.h.0.attn.c_attn", 5), ("transformer.h.1.mlp.c_proj", 3)):
+        rows, columns = shape = tuple(model.get_submodule(name).weight.shape)
+        block = block_for(block_size, shape, transposed=True)
+        chosen = torch.randperm(rows * columns // math.prod(block), generator=generator)[:kept].sort().values
+        deltas[name] = SparseDelta(shape, chosen, torch.randn((kept, *block), generator=generator) * 0.2)
+    return SparseAdapter(deltas)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +101,11 @@ def elsewhere(tmp_path_factory):
     export_lora(rows_only(model), home / "lora rows")
     export_lora(rows_only(model), home / "lora cut", rank=2, max_error=1)
     export_lora(gpt2_adapter(gpt2), home / "lora gpt2", base=gpt2)
+    for size in ("row", "column"):
+        export_shira(make_adapter(model, size), home / f"shira {size}")
+        export_super_tuning(make_adapter(model, size), home / f"super {size}")
+        export_lora(make_adapter(model, size), home / f"lora {size}")
+        export_lora(gpt2_lines(gpt2, size), home / f"lora gpt2 {size}", base=gpt2)
     jobs, ours = [], {}
     for name, base, one, adapter in (
         ("shira entries", "base", model, entries),
@@ -99,6 +121,8 @@ def elsewhere(tmp_path_factory):
         ("lora rows", "base", model, rows_only(model)),
         ("lora cut", "base", model, open_expert(home / "lora cut")),
         ("lora gpt2", "gpt2", gpt2, gpt2_adapter(gpt2)),
+        *((f"{kind} {size}", "base", model, make_adapter(model, size)) for kind in KINDS for size in ("row", "column")),
+        *((f"lora gpt2 {size}", "gpt2", gpt2, gpt2_lines(gpt2, size)) for size in ("row", "column")),
     ):
         jobs.append((str(home / base), str(home / name), IDS.tolist(), str(home / f"{name}.pt")))
         ours[name] = with_applied(one, adapter), logits(one)
@@ -107,7 +131,9 @@ def elsewhere(tmp_path_factory):
     return home, {name: (torch.load(home / f"{name}.pt", weights_only=True), *ours[name]) for name in ours}
 
 
-@pytest.mark.parametrize("name", ["shira entries", "shira tiles", "shira rows", "super entries", "super tiles", "super dense"])
+@pytest.mark.parametrize(
+    "name", ["shira entries", "shira tiles", "shira rows", "super entries", "super tiles", "super dense", *LINES[:4]]
+)
 def test_single_entries_give_stock_peft_our_logits_to_the_last_bit(elsewhere, name):
     theirs, ours, base = elsewhere[1][name]
     assert torch.equal(theirs, ours)
@@ -119,6 +145,30 @@ def test_an_exact_lora_gives_stock_peft_our_logits(elsewhere, name):
     theirs, ours, base = elsewhere[1][name]
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(theirs, base, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [*LINES[4:], "lora gpt2 row", "lora gpt2 column"])
+def test_whole_rows_and_columns_are_a_lora_of_their_number(elsewhere, name):
+    home, runs = elsewhere
+    theirs, ours, base = runs[name]
+    assert (theirs - ours).abs().max() <= 1e-6 * ours.abs().max()
+    assert not torch.allclose(theirs, base, atol=1e-3)
+    transposed = "gpt2" in name
+    adapter = gpt2_lines(make_gpt2(), name.split()[2]) if transposed else make_adapter(make_model(), name.split()[1])
+    stored = load_file(home / name / "adapter_model.safetensors")
+    for target, delta in adapter.items():
+        a, b = (stored[f"base_model.model.{target}.lora_{side}.weight"] for side in "AB")
+        assert torch.equal((b @ a).t() if transposed else b @ a, delta.to_dense())
+        assert b.shape[1] == len(delta.indices)
+
+
+@pytest.mark.parametrize("block_size", ["row", "column"])
+def test_rows_of_a_lower_rank_keep_one_rank_each(tmp_path, block_size):
+    values = torch.outer(torch.linspace(1, 2, 4), torch.randn(16)).view(4, *block_for(block_size, (16, 16)))
+    delta = SparseDelta((16, 16), torch.tensor([1, 4, 5, 15]), values)
+    assert export_lora({FIRST: delta}, tmp_path / "lora") == {FIRST: 0.0}
+    assert config_of(tmp_path / "lora")["r"] == 4
+    assert torch.equal(open_expert(tmp_path / "lora")[FIRST].to_dense(), delta.to_dense())
 
 
 @pytest.mark.parametrize("name", ["shira half", "super half"])
@@ -142,11 +192,12 @@ def test_nothing_but_a_peft_adapter_is_written(elsewhere):
 # There and back
 
 
-@pytest.mark.parametrize("name", ["shira entries", "super entries", "shira tiles", "super tiles", "shira rows"])
+@pytest.mark.parametrize("name", ["shira entries", "super entries", "shira tiles", "super tiles", "shira rows", *LINES[:4]])
 def test_sparselet_reads_back_the_same_deltas_without_the_base_model(elsewhere, name):
     home, model = elsewhere[0], make_model()
     kind = name.split()[1]
-    expected = {"entries": make_adapter(model), "tiles": make_adapter(model, 4, 0.3), "rows": rows_only(model)}[kind]
+    expected = {"entries": make_adapter(model), "tiles": make_adapter(model, 4, 0.3), "rows": rows_only(model)}
+    expected = expected[kind] if kind in expected else make_adapter(model, kind)
     for base in (None, home / "base"):
         expert = open_expert(home / name, base)
         assert set(expert) == {target for target, delta in expected.items() if delta.nnz}

@@ -18,6 +18,7 @@ from sparselet.formats.lora.read import A, B
 from sparselet.formats.single_entries.write import write_peft
 from sparselet.io.memory import require_memory
 from sparselet.io.tensor_files import TensorStream
+from sparselet.kernels import ENTRY
 
 EXACT = 2e-6  # a relative error that float32's rounding makes
 PROBE = 256  # the rank that is tried first
@@ -39,7 +40,8 @@ def export_lora(
     Frobenius norm (Eckart and Young 1936), for large targets up to what a randomised one loses.
 
     rank: of every target, filled with zeros where fewer suffice, so that engines that know no rank_pattern read it right;
-        by default each target has the smallest at which it is exact, which for scattered entries is as large as the target.
+        by default each target has the smallest at which it is exact, which for scattered entries is as large as the target, and
+        for whole rows or columns their number.
     max_error: the largest relative error that is accepted; what float32's rounding makes always is.
     base: the base model, where it must tell which layers are linear and how they lie (see `linear_targets`).
     progress: called with each target's name when it is done.
@@ -61,8 +63,10 @@ def export_lora(
     def fill(stream: TensorStream) -> dict[str, Any]:
         for name, target in targets.items():
             check_dense_shape(target.shape, name)
-            core, rows, columns = _core(adapter[name], target.transposed)
-            b, a, errors[name] = factorise(core, rank)
+            delta = adapter[name]
+            core, rows, columns = _core(delta, target.transposed)
+            lines = delta.block != ENTRY and 1 in delta.block  # a smaller rank would not be exact to the last bit
+            b, a, errors[name] = factorise(core, min(core.shape) if lines and rank is None else rank)
             if b.shape[1]:  # a delta of zeros has none
                 ranks[name] = rank or b.shape[1]
                 out, inside = reversed(target.shape) if target.transposed else target.shape
