@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sparselet.api.merging import merge, merge_recipe, split, update
     from sparselet.api.opening import load
     from sparselet.api.probing import ProbeSettings, probe
+    from sparselet.api.profiling import ProfileSettings, profile
     from sparselet.api.searching import search
     from sparselet.api.serving import serve
     from sparselet.api.studying import study
@@ -53,6 +54,7 @@ __all__ = [
     "MaskSchedule",
     "ProbeCallback",
     "ProbeSettings",
+    "ProfileSettings",
     "SearchSettings",
     "SparseAdapter",
     "SparseDelta",
@@ -73,6 +75,7 @@ __all__ = [
     "order_demonstrations",
     "probe",
     "probe_rows",
+    "profile",
     "pull",
     "push",
     "reselect",
@@ -93,6 +96,7 @@ _LAZY = {
     "MaskSchedule": "sparselet.training.schedule",
     "ProbeCallback": "sparselet.activations.callback",
     "ProbeSettings": "sparselet.api.probing",
+    "ProfileSettings": "sparselet.api.profiling",
     "SearchSettings": "sparselet.workflows.search",
     "SparseAdapter": "sparselet.adapter",
     "SparseDelta": "sparselet.delta",
@@ -112,6 +116,7 @@ _LAZY = {
     "order_demonstrations": "sparselet.workflows.demonstrations",
     "probe": "sparselet.api.probing",
     "probe_rows": "sparselet.workflows.probing",
+    "profile": "sparselet.api.profiling",
     "pull": "sparselet.api.hub",
     "push": "sparselet.api.hub",
     "reselect": "sparselet.tuner",

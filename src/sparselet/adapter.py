@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,6 +38,8 @@ from sparselet.io.json_files import json_bytes, read_object
 from sparselet.io.paths import check_inside
 from sparselet.io.temporaries import remove_left
 from sparselet.io.tensor_files import SAFETENSORS_DTYPES, TensorFile, TensorStream
+from sparselet.profiles.file import PROFILE_FILE, check_profile, read_profile, write_profile
+from sparselet.profiles.profile import Profile
 
 
 class UnfinishedAdapterWarning(UserWarning):
@@ -51,6 +54,7 @@ class SparseAdapter(Mapping[str, SparseDelta]):
     metadata: what adapter_config.json says beside the deltas; a mapping of its fields is accepted too.
     fingerprints: the base model's, by target (`sparselet.fingerprint`); absent ones are not checked.
     modules: tensors of `modules_to_save`, trained in full, by their name in the base model.
+    profile: of the expert's own rows, where it has one.
 
     An `Expert` in memory.
 
@@ -68,6 +72,7 @@ class SparseAdapter(Mapping[str, SparseDelta]):
         metadata: AdapterMetadata | Mapping[str, Any] | None = None,
         fingerprints: Mapping[str, Mapping[str, str] | None] | None = None,
         modules: Mapping[str, Tensor] | None = None,
+        profile: Profile | None = None,
     ) -> None:
         for name in deltas:
             check_target_name(name)
@@ -75,6 +80,7 @@ class SparseAdapter(Mapping[str, SparseDelta]):
         self.metadata = metadata if isinstance(metadata, AdapterMetadata) else AdapterMetadata.from_json(metadata or {})
         self.fingerprints = {name: (fingerprints or {}).get(name) for name in self._deltas}
         self.modules = dict(modules or {})
+        self.profile = profile
 
     @classmethod
     def load(cls, path: str | Path) -> "SparseAdapter":
@@ -83,7 +89,11 @@ class SparseAdapter(Mapping[str, SparseDelta]):
         Raises a FormatError that names the file, the field or tensor, what was expected and what came.
         """
         file = AdapterFile(path)
-        return cls({name: file[name] for name in file}, file.metadata, file.fingerprints, file.read_modules())
+        deltas = {name: file[name] for name in file}
+        profile = expert_profile(file)
+        if profile is not None:
+            profile = replace(profile, moments=dict(profile.moments))
+        return cls(deltas, file.metadata, file.fingerprints, file.read_modules(), profile)
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write the adapter as a directory, whole or not at all, and return its path.
@@ -108,6 +118,10 @@ class SparseAdapter(Mapping[str, SparseDelta]):
             with atomic_write(directory / CONFIG_FILE) as config, atomic_write(directory / WEIGHTS_FILE) as weights:
                 config.write(json_bytes(adapter_json(self)))
                 self._write_weights(weights, dtype)
+                if self.profile is not None:
+                    write_profile(self.profile, directory / PROFILE_FILE)
+                else:  # of the previous adapter
+                    (directory / PROFILE_FILE).unlink(missing_ok=True)
         return path
 
     def _write_weights(self, file: IO[bytes], dtype: torch.dtype | None) -> None:
@@ -175,6 +189,7 @@ class AdapterFile(Mapping[str, SparseDelta]):
     opened, a delta's entries when it is read."""
 
     left_out: Sequence[str] = ()
+    profile: Profile | None = None
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -244,6 +259,22 @@ class AdapterFile(Mapping[str, SparseDelta]):
 def as_expert(expert: ExpertOrDeltas) -> Expert:
     """The expert, or a `SparseAdapter` of a plain mapping from target names to deltas."""
     return expert if isinstance(expert, Expert) else SparseAdapter(expert)
+
+
+def expert_profile(expert: Expert) -> Profile | None:
+    """An expert's profile: its own, or `profile.safetensors` in its directory; None if there is neither.
+
+    Raises what `read_profile` raises, and ShapeMismatch or WrongBase for the profile of another expert.
+    """
+    if expert.profile is not None:
+        profile, where = expert.profile, "the expert and its profile"
+    elif expert.path is not None and os.path.lexists(expert.path / PROFILE_FILE):
+        file = check_inside(expert.path, PROFILE_FILE)
+        profile, where = read_profile(file), f"{expert.path} and its {PROFILE_FILE}"
+    else:
+        return None
+    check_profile(profile, expert.shapes, expert.fingerprints, where)
+    return profile
 
 
 def adapter_json(adapter: SparseAdapter) -> dict[str, Any]:

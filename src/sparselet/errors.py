@@ -25,8 +25,10 @@ SparseletError
 │   ├── UnsortedIndices
 │   ├── DuplicateIndex
 │   ├── NonFiniteValue                also a ValueError
-│   └── BadCounts                     merge_counts.safetensors is not of the adapter beside it
+│   ├── BadCounts                     merge_counts.safetensors is not of the adapter beside it
+│   └── BadProfile                    profile.safetensors
 ├── WrongBase                         the adapter belongs to another base model
+├── MissingProfile                    an expert without a profile, where one is needed
 ├── UnknownTarget                     the model has no such target
 ├── UnsupportedExpert                 an expert that is not a change of weights, or cannot be read as one
 ├── ExportError                       the adapter cannot be written in that format
@@ -156,6 +158,14 @@ class NonFiniteValue(FormatError, ValueError):
 
 class BadCounts(FormatError):
     """The counts of a merge do not give the values of the adapter beside them."""
+
+
+class BadProfile(FormatError):
+    """A field of profile.safetensors is missing or wrong, or a moment has negative or no entries."""
+
+
+class MissingProfile(SparseletError):
+    """An expert has no profile, which a merge method or a router needs."""
 
 
 class WrongBase(SparseletError):

@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.delta import SparseDelta
+from sparselet.profiles.profile import Profile
 
 
 @runtime_checkable
@@ -15,10 +16,12 @@ class Expert(Protocol):
     path: the expert's directory, or None in memory. shapes: (rows, columns) of each target, as the base model stores it.
     fingerprints: the base model's, by target (`sparselet.fingerprint`); None where unknown. nnz: selected entries of all
     targets. left_out: targets in the file that are not read, at the caller's request. trained_modules: modules that were
-    trained in full (`modules_to_save`) and are therefore not deltas.
+    trained in full (`modules_to_save`) and are therefore not deltas. profile: of the expert's own rows, if it is in
+    memory; `adapter.expert_profile` also looks in the directory.
     """
 
     metadata: AdapterMetadata
+    profile: Profile | None
 
     @property
     def path(self) -> Path | None: ...

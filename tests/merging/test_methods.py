@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sparselet import SparseDelta
 from sparselet.errors import ArgumentError, UnknownMethod
-from sparselet.merging.method import STATS
+from sparselet.merging.method import MOMENTS, STATS
 from sparselet.merging.methods import METHODS, complete_parameters, per_expert_methods
 
 # What leaves a single expert as it is, where the defaults are meant to change it.
@@ -35,6 +35,7 @@ NO_CANCELLING = {
     "karcher": "the weights are divided by their sum, which is refused",
     "magmax": "of two equal magnitudes one is taken",
 }
+NOT_NEGATIVE = {"regmean"}  # methods whose weights must not be negative
 # Where an entry selected with value 0 is not the same as one that is not selected, and why.
 COUNTS_MASKS = {"overlap": "Eq. 4 divides by how many masks select an entry"}
 
@@ -78,6 +79,9 @@ def test_one_expert_with_weight_one_is_itself(method, deltas):
 def test_weights_one_and_minus_one_cancel(method, deltas):
     if method == "magmax":
         assert torch.equal(neutral(method, deltas * 2, [1.0, -1.0]).to_dense(), deltas[0].to_dense().abs())
+    elif method in NOT_NEGATIVE:
+        with pytest.raises(ArgumentError, match=f"{method} takes no negative weights"):
+            neutral(method, deltas * 2, [1.0, -1.0])
     elif method in NO_CANCELLING:
         with pytest.raises(ArgumentError, match="divides by the sum of the weights, which is 0"):
             neutral(method, deltas * 2, [1.0, -1.0])
@@ -144,7 +148,7 @@ def test_experts_that_change_nothing_merge_to_nothing(method):
 @given(deltas=distinct(2, 4), weights=st.lists(st.sampled_from([-1.0, 0.0, 0.5, 3.0]), min_size=4, max_size=4))
 def test_the_merged_values_are_finite_and_their_mask_is_within_the_union(method, deltas, weights):
     weights = [*weights[: len(deltas) - 1], 5.0 - sum(weights[: len(deltas) - 1])]  # that do not sum to 0
-    merged = METHODS[method].function(deltas, weights)
+    merged = METHODS[method].function(deltas, [*map(abs, weights)] if method in NOT_NEGATIVE else weights)
     assert merged.values.isfinite().all()
     assert not (spelt_out(merged)[1] & ~torch.stack([spelt_out(d)[1] for d in deltas]).any(0)).any()
 
@@ -201,7 +205,7 @@ def test_methods_that_compress_give_each_expert_a_delta_on_its_own_mask(method):
 def test_parameters_are_completed_with_their_defaults(method):
     assert complete_parameters(method, {}) == defaults(method)
     assert complete_parameters(method, NEUTRAL.get(method, {})) == {**defaults(method), **NEUTRAL.get(method, {})}
-    assert STATS not in defaults(method)
+    assert not {STATS, MOMENTS} & defaults(method).keys()
 
 
 @every_method

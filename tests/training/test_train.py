@@ -30,7 +30,7 @@ from sparselet.models import load_model, load_tokenizer
 from sparselet.training import TrainSettings, train
 from sparselet.training.run_directory import COMPLETE, RUN_FILE, work_directory
 
-FILES = ("adapter_model.safetensors", "adapter_config.json")
+FILES = ("adapter_model.safetensors", "adapter_config.json", "profile.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -101,6 +101,6 @@ def _select(expert: Expert, without: Sequence[str]) -> Expert:
     if not left_out:
         return expert
     deltas = {name: expert[name] for name in expert if name not in left_out}
-    selected = SparseAdapter(deltas, expert.metadata, expert.fingerprints)
+    selected = SparseAdapter(deltas, expert.metadata, expert.fingerprints, profile=expert.profile)
     selected.left_out = left_out
     return selected

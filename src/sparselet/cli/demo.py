@@ -26,7 +26,7 @@ from sparselet.tuner.model import versions
 TASKS = ("number_words", "animal_class", "table_order")
 # Little data and a small model: a higher learning rate than the paper's and fewer rows a step, chosen on the validation
 # splits; bare prompts, which are a third as long as those of the chat template.
-SETTINGS = TrainSettings(task="builtin:", learning_rate=1e-3, epochs=2, batch_size=8, chat_template=False)
+SETTINGS = TrainSettings(task="builtin:", learning_rate=1e-3, epochs=2, batch_size=8, chat_template=False, profile=False)
 ANSWER_TOKENS = 24  # the longest target has 14
 RECORD_FILE = "demo.json"
 

@@ -35,6 +35,7 @@ VERBS = {
     "update": "Add experts to a merge, or remove experts from it.",
     "search": "Choose weights or a parameter of a merge by score on validation rows.",
     "split": "Write what a merge leaves of each expert.",
+    "profile": "Profile an expert on its own training rows, for merging and routing.",
     "eval": "Measure a base model, adapters or checkpoints on tasks.",
     "inspect": "Show what is in an adapter.",
     "locate": "Measure where an expert's change lies, and where two meet.",

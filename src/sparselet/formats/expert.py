@@ -12,6 +12,7 @@ from sparselet.adapter import AdapterFile, require_finite
 from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.delta import SparseDelta, index_dtype
 from sparselet.errors import ArgumentError
+from sparselet.profiles.profile import Profile
 
 
 class ExpertFile(Mapping[str, SparseDelta]):
@@ -23,6 +24,8 @@ class ExpertFile(Mapping[str, SparseDelta]):
     A kind adds reading one target (`expert[name]`), counting the selected entries (`nnz`), and `check_values`, which raises
     NonFiniteValue if any stored value is NaN or infinite.
     """
+
+    profile: Profile | None = None
 
     def __init__(
         self,

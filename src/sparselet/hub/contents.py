@@ -4,14 +4,16 @@ import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, require_finite
+from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, expert_profile, require_finite
 from sparselet.errors import BadConfig, ModelError
 from sparselet.io.json_files import read_object
 from sparselet.io.paths import check_inside
 from sparselet.io.tensor_files import TensorFile
+from sparselet.profiles.file import PROFILE_FILE, read_profile
+from sparselet.profiles.profile import Profile
 
 CARD_FILE = "README.md"
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "run.json", "merge_counts.safetensors", CARD_FILE)
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "run.json", "merge_counts.safetensors", PROFILE_FILE, CARD_FILE)
 CHECKPOINT_FILES = (
     "config.json",
     "generation_config.json",
@@ -45,15 +47,20 @@ def check_directory(path: str | Path) -> str:
             file = TensorFile(check_inside(path, WEIGHTS_FILE))
             for name in file.shapes:
                 require_finite(file.read(name), f"{file.path}: {name}")
+            if (path / PROFILE_FILE).exists():
+                _read_all(read_profile(check_inside(path, PROFILE_FILE)))
             return f"{method} adapter"
         adapter = AdapterFile(path)
         for name in adapter:
             adapter[name]
         for name, tensor in adapter.read_modules().items():
             require_finite(tensor, f"{path / WEIGHTS_FILE}: {name}")
+        profile = expert_profile(adapter)
+        if profile is not None:
+            _read_all(profile)
         return "sparse adapter"
     read_object(check_inside(path, "config.json"))
-    parts = {file.name for file in path.glob("*.safetensors")}
+    parts = {file.name for file in path.glob("*.safetensors")} - {PROFILE_FILE}
     for index in sorted(path.glob("*.safetensors.index.json")):
         listed = read_object(check_inside(path, index.name)).get("weight_map")
         if not isinstance(listed, dict):
@@ -61,6 +68,8 @@ def check_directory(path: str | Path) -> str:
         parts |= {str(part) for part in listed.values()}
     for part in sorted(parts) or ["model.safetensors"]:
         TensorFile(check_inside(path, part))
+    if (path / PROFILE_FILE).exists():
+        _read_all(read_profile(check_inside(path, PROFILE_FILE)))
     return "checkpoint"
 
 
@@ -76,6 +85,12 @@ def choose_files(name: str, present: Sequence[str]) -> list[str]:
             "safetensors; no other kind of file is read."
         )
     return chosen
+
+
+def _read_all(profile: Profile) -> None:
+    """Read every moment of a profile once. Raises BadProfile, NonFiniteValue."""
+    for name in profile.moments:
+        profile.moments[name]
 
 
 def _peft_type(path: Path) -> str:

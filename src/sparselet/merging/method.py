@@ -12,6 +12,7 @@ from sparselet.errors import UnknownMethod
 AllTargets = Callable[[], Iterable[tuple[Sequence[SparseDelta], Sequence[float]]]]
 GlobalStats = Callable[[AllTargets, Mapping[str, Any]], Any]
 STATS = "stats"  # the keyword by which a function takes its statistics
+MOMENTS = "moments"  # and the one by which it takes the second moments of the experts' inputs
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class MergeMethod:
     per_expert: `(deltas, weights, *, parameters) -> list[SparseDelta]`, what the merge keeps of each expert; its parameters are
         some of those of `function`.
     per_expert_stats: `global_stats` of `per_expert`, always over all targets.
+    needs_profiles: `function` takes `moments`, for each expert the second moment of its inputs of the target (`profiles`), or
+        None where its profile has none.
     """
 
     name: str
@@ -38,6 +41,7 @@ class MergeMethod:
     global_stats: GlobalStats | None = None
     per_expert: Callable[..., list[SparseDelta]] | None = None
     per_expert_stats: GlobalStats | None = None
+    needs_profiles: bool = False
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -60,6 +64,6 @@ class MergeMethod:
 
 
 def keyword_defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    """The keyword-only parameters of a function with their defaults, without `stats`."""
+    """The keyword-only parameters of a function with their defaults, without `stats` and `moments`."""
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != STATS}
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in (STATS, MOMENTS)}

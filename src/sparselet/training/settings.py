@@ -77,6 +77,9 @@ class TrainSettings(SelectionSettings, TaskSettings):
     chat_template: bool = True
     """Use the tokenizer's chat template, where it has one."""
 
+    profile: bool = True
+    """Profile the expert on some of its training rows, for merging by regmean and for routing (docs/profiles.md)."""
+
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the base model; the trained values are float32."""
     gradient_checkpointing: bool = False

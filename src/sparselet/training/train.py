@@ -25,6 +25,7 @@ from sparselet.io.paths import utf8_path
 from sparselet.io.temporaries import remove_directory
 from sparselet.io.write_errors import convert_write_errors
 from sparselet.models import load_model, load_tokenizer
+from sparselet.profiles.file import PROFILE_FILE, write_profile
 from sparselet.selection_settings import selection_values
 from sparselet.tasks.task import Task, load_task
 from sparselet.training.collate import Encoded, collator, encode
@@ -41,6 +42,7 @@ from sparselet.training.processes import (
     require_equal,
     share_of_batch,
 )
+from sparselet.training.profiling import MakeProfile, profiler
 from sparselet.training.run_directory import (
     DATA,
     INITIAL,
@@ -155,7 +157,11 @@ def _run(
         target_weights(model, inputs.initial)  # raises where it does not fit
     rate = _learning_rate(settings, inputs, (model, tokenizer), work, callbacks)
     chosen = replace(settings, learning_rate=rate["peak"])
-    with _trained(chosen, inputs, (model, tokenizer), work, checkpoint, callbacks, keep=base is not None) as (trainable, state):
+    with _trained(chosen, inputs, (model, tokenizer), work, checkpoint, callbacks, keep=base is not None) as (
+        trainable,
+        state,
+        make_profile,
+    ):
         metadata = _metadata(inputs, settings, state)
         record = {
             "settings": asdict(settings),
@@ -175,6 +181,11 @@ def _run(
                 with atomic_directory(output) as directory:
                     adapter = trainable.write(directory, metadata)
                     write_json(directory / RUN_FILE, record)
+                    profile = make_profile(metadata["task"], trainable.autocast) if make_profile else None
+                    if profile is not None:
+                        write_profile(profile, directory / PROFILE_FILE)
+                    if adapter is not None:
+                        adapter.profile = profile
     return _read_result(output) if adapter is None else adapter
 
 
@@ -187,8 +198,11 @@ def _trained(
     checkpoint: Path | None,
     callbacks: Sequence[TrainerCallback],
     keep: bool,
-) -> Iterator[tuple[TrainableModel, TrainerState]]:
-    """Within the block the model is trained, with its best weights. keep: it has its own weights again afterwards."""
+) -> Iterator[tuple[TrainableModel, TrainerState, MakeProfile | None]]:
+    """Within the block the model is trained, with its best weights. keep: it has its own weights again afterwards.
+
+    Also yields the function that profiles it, in the first process if `settings.profile`.
+    """
     model, tokenizer = base
     set_seed(settings.seed)
     form = prompt_format(model, tokenizer, settings.chat_template)
@@ -199,6 +213,7 @@ def _trained(
     context = TrainContext(model, form, _adapter_config(settings, model, inputs.identity[DATA]), inputs.initial, sizes, keep)
     method = TRAIN_METHODS[settings.method]
     parameters = {name: vars(settings)[name] for name in method.parameters}
+    make_profile = profiler(context, method, rows["train"]) if settings.profile and is_first() else None
     with preserve_requires_grad(model), method.prepare(context, **parameters) as trainable:
         with preserve_switches(model, settings), utf8_path(work) as directory:
             trainer = make_trainer(trainable, collate, rows, settings, directory, callbacks)
@@ -207,7 +222,7 @@ def _trained(
                 convert_write_errors(work, "Complete checkpoints are kept; set `resume=True` to continue."),
             ):
                 trainer.train(resume_from_checkpoint=str(directory / checkpoint.name) if checkpoint else None)
-        yield trainable, trainer.state
+        yield trainable, trainer.state, make_profile
 
 
 def _learning_rate(
@@ -235,13 +250,14 @@ def _learning_rate(
         patience=0,
         save_steps=0,
         report_to=(),
+        profile=False,
     )
 
     def loss_at(rate: float) -> float:
         directory = work / f"rate-{rate:.2g}"
         try:
             run = replace(short, learning_rate=rate)
-            with _trained(run, inputs, base, directory, None, callbacks, keep=True) as (_, state):
+            with _trained(run, inputs, base, directory, None, callbacks, keep=True) as (_, state, _):
                 return state.best_metric or 0.0
         finally:
             if is_first():

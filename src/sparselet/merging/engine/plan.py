@@ -5,9 +5,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from sparselet.adapter import as_expert
+from sparselet.adapter import as_expert, expert_profile
 from sparselet.delta import SparseDelta
-from sparselet.errors import ArgumentError, NonFiniteValue, ShapeMismatch
+from sparselet.errors import ArgumentError, MissingProfile, NonFiniteValue, ShapeMismatch
 from sparselet.expert import Expert, ExpertOrDeltas
 from sparselet.fingerprint import require_same_base
 from sparselet.formats import BaseModel, open_expert
@@ -15,8 +15,9 @@ from sparselet.merging.algebra.bands import join_bands, split_into_bands
 from sparselet.merging.algebra.entries import common_blocks, is_very_sparse
 from sparselet.merging.algebra.ranges import require_finite_number
 from sparselet.merging.engine.parallel import MAX_MEMORY, map_in_order
-from sparselet.merging.method import STATS, GlobalStats
+from sparselet.merging.method import MOMENTS, STATS, GlobalStats
 from sparselet.merging.methods import get_method
+from sparselet.profiles.profile import Profile
 
 ExpertSource = ExpertOrDeltas | str | Path
 Weight = float | Mapping[str, float]
@@ -26,8 +27,8 @@ class MergePlan:
     """Experts of one base model, and the method, weights and parameters to merge them with.
 
     Raises ArgumentError (no expert; a wrong number of weights, a weight that is not finite, a pattern that matches no target;
-    a parameter out of range), UnknownMethod, ShapeMismatch, WrongBase, and what opening an expert raises. `check_values` and
-    `survey` read the experts.
+    a parameter out of range), UnknownMethod, ShapeMismatch, WrongBase, MissingProfile (the method needs profiles), and what
+    opening an expert or its profile raises. `check_values` and `survey` read the experts.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class MergePlan:
         self.shapes = _common_shapes(self.experts)
         check_patterns(self.weights, self.shapes)
         self.fingerprints = _common_fingerprints(self.experts)
+        self._profiles = _require_profiles(self.method.name, self.experts) if self.method.needs_profiles else None
         self._stats: dict[str, Any] = {}
         self._total_density = sum(expert.nnz / max(1, _size(expert)) for expert in self.experts)
 
@@ -83,7 +85,8 @@ class MergePlan:
 
     def merge(self, name: str, deltas: Sequence[SparseDelta]) -> SparseDelta:
         """Merge one target's deltas."""
-        return self.method.function(deltas, self.weights_of(name), **self.parameters, **self._stats)
+        moments = {} if self._profiles is None else {MOMENTS: [profile.moment(name) for profile in self._profiles]}
+        return self.method.function(deltas, self.weights_of(name), **self.parameters, **self._stats, **moments)
 
     def merge_in_bands(self, name: str, deltas: Sequence[SparseDelta], workers: int | None) -> SparseDelta:
         """`merge` by several threads, if the method is elementwise; the result is the same."""
@@ -191,6 +194,22 @@ def _common_fingerprints(experts: Sequence[Expert]) -> dict[str, Mapping[str, st
         for name, fp in own.items():  # dtypes in descending order of text: float64, float32, float16, bfloat16
             fingerprints[name] = max(fp, fingerprints.get(name) or fp, key=lambda fingerprint: fingerprint["dtype"])
     return fingerprints
+
+
+def _require_profiles(method: str, experts: Sequence[Expert]) -> list[Profile]:
+    """The experts' profiles. Raises MissingProfile, WrongBase if one is of another base model, and what reading one raises."""
+    profiles: list[Profile] = []
+    for i, expert in enumerate(experts):
+        profile, label = expert_profile(expert), expert_label(expert, i)
+        if profile is None:
+            raise MissingProfile(
+                f"{method} needs a profile of each expert, and {label} has none. Make it from the rows that it was trained on: "
+                f"sparselet profile {label if expert.path else 'EXPERT'} with their `task`."
+            )
+        for previous in profiles:
+            require_same_base(profile.fingerprints, previous.fingerprints, f"the profiles of {label} and an expert before it")
+        profiles.append(profile)
+    return profiles
 
 
 def _size(expert: Expert) -> int:

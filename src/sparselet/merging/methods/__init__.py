@@ -14,6 +14,7 @@ from sparselet.merging.methods.della import DELLA
 from sparselet.merging.methods.emr import EMR
 from sparselet.merging.methods.model_stock import MODEL_STOCK
 from sparselet.merging.methods.pcb import PCB
+from sparselet.merging.methods.regmean import REGMEAN
 from sparselet.merging.methods.sce import SCE
 from sparselet.merging.methods.sphere import KARCHER, MULTISLERP
 from sparselet.merging.methods.ties import TIES
@@ -36,6 +37,7 @@ METHODS: dict[str, MergeMethod] = {
         MODEL_STOCK,
         MULTISLERP,
         KARCHER,
+        REGMEAN,
     )
 }
 
