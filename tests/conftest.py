@@ -110,12 +110,15 @@ def refused(cli):
 @pytest.fixture(scope="session")
 def experts(tmp_path_factory, base_dir) -> list[str]:
     """Two random experts of the base model: single entries and tiles."""
+    from helpers.made_profiles import profile_for
     from helpers.tiny import make_adapter, make_model
 
     directory, model = tmp_path_factory.mktemp("experts"), make_model()
     for name, block_size, seed in (("one", 1, 1), ("two", 4, 2)):
         about = {"task": name, "base_model_name_or_path": base_dir, "task_type": "CAUSAL_LM", "chat_template": False}
-        make_adapter(model, block_size, seed=seed, **about).save(directory / name)
+        adapter = make_adapter(model, block_size, seed=seed, **about)
+        adapter.profile = profile_for(adapter, seed)
+        adapter.save(directory / name)
     return [str(directory / "one"), str(directory / "two")]
 
 

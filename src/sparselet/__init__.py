@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sparselet.api.opening import load
     from sparselet.api.probing import ProbeSettings, probe
     from sparselet.api.profiling import ProfileSettings, profile
+    from sparselet.api.routing import RouteSettings, evaluate_routed, route
     from sparselet.api.searching import search
     from sparselet.api.serving import serve
     from sparselet.api.studying import study
@@ -55,6 +56,7 @@ __all__ = [
     "ProbeCallback",
     "ProbeSettings",
     "ProfileSettings",
+    "RouteSettings",
     "SearchSettings",
     "SparseAdapter",
     "SparseDelta",
@@ -64,6 +66,7 @@ __all__ = [
     "TrainSettings",
     "convert",
     "evaluate",
+    "evaluate_routed",
     "export",
     "freeze_masks",
     "graft",
@@ -79,6 +82,7 @@ __all__ = [
     "pull",
     "push",
     "reselect",
+    "route",
     "search",
     "serve",
     "split",
@@ -97,6 +101,7 @@ _LAZY = {
     "ProbeCallback": "sparselet.activations.callback",
     "ProbeSettings": "sparselet.api.probing",
     "ProfileSettings": "sparselet.api.profiling",
+    "RouteSettings": "sparselet.api.routing",
     "SearchSettings": "sparselet.workflows.search",
     "SparseAdapter": "sparselet.adapter",
     "SparseDelta": "sparselet.delta",
@@ -105,6 +110,7 @@ _LAZY = {
     "TrainSettings": "sparselet.training.settings",
     "convert": "sparselet.api.exporting",
     "evaluate": "sparselet.api.evaluation",
+    "evaluate_routed": "sparselet.api.routing",
     "export": "sparselet.api.exporting",
     "freeze_masks": "sparselet.tuner",
     "graft": "sparselet.api.grafting",
@@ -120,6 +126,7 @@ _LAZY = {
     "pull": "sparselet.api.hub",
     "push": "sparselet.api.hub",
     "reselect": "sparselet.tuner",
+    "route": "sparselet.api.routing",
     "search": "sparselet.api.searching",
     "serve": "sparselet.api.serving",
     "split": "sparselet.api.merging",

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from helpers.made_profiles import profile_for
 from helpers.strategies import random_delta
 from hypothesis import strategies as st
 from torch import Tensor
@@ -27,7 +28,9 @@ def expert(
     """An expert of random deltas on the base weight `base` of every target."""
     deltas = {name: random_delta(shape, block_size, density, seed + i) for i, name in enumerate(names)}
     fingerprints = None if base is None else {name: fingerprint_weight(base) for name in names}
-    return SparseAdapter(deltas, {"task": f"task {seed}", "base_model_name_or_path": "base", **metadata}, fingerprints)
+    adapter = SparseAdapter(deltas, {"task": f"task {seed}", "base_model_name_or_path": "base", **metadata}, fingerprints)
+    adapter.profile = profile_for(adapter, seed) if names else None
+    return adapter
 
 
 def mixed_experts() -> list[SparseAdapter]:

@@ -6,8 +6,10 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from sparselet.api.evaluation import evaluate
+from sparselet.api.routing import RouteSettings, evaluate_routed
 from sparselet.cli.merging import Many
 from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, show
+from sparselet.errors import ConfigError
 from sparselet.evaluation import EvalSettings
 from sparselet.evaluation.metrics import DEFAULT_METRICS
 from sparselet.io.paths import check_output
@@ -18,6 +20,8 @@ def eval_(
     task: Annotated[list[str], Many],
     model: str | None = None,
     adapter: Annotated[list[str] | None, Many] = None,
+    route: Annotated[list[str] | None, Many] = None,
+    routing: Annotated[RouteSettings | None, Parameter(name="*")] = None,
     base: bool | None = None,
     metric: Annotated[list[str] | None, Many] = None,
     input_column: str = "input",
@@ -33,6 +37,7 @@ def eval_(
 
         sparselet eval --task builtin:table_order --adapter expert-a merged
         sparselet eval --task task-a task-b --model merged-checkpoint
+        sparselet eval --task task-a task-b --route expert-a expert-b expert-c
 
     Parameters
     ----------
@@ -43,6 +48,8 @@ def eval_(
         adapters record.
     adapter
         Experts to measure on that model: directories or hub names of sparse adapters, PEFT adapters or full checkpoints.
+    route
+        Experts with profiles, as one library: each prompt is answered by the expert that it belongs to.
     base
         Measure the model without an adapter too; by default only if no adapter is given.
     metric
@@ -60,6 +67,27 @@ def eval_(
         Print the result as JSON.
     """
     quiet_libraries()
+    columns = {"input": input_column, "target": target_column}
+    if route is not None:
+        if adapter or base or predictions:
+            raise ConfigError("--route goes with none of --adapter, --base and --predictions; it measures one library.")
+        with progress("answering") as callback:
+            routed = evaluate_routed(
+                route,
+                task,
+                model=model,
+                settings=settings,
+                routing=routing,
+                metrics=metric or DEFAULT_METRICS,
+                columns=columns,
+                dtype=dtype,
+                progress=callback,
+            )
+        if json:
+            print_json(routed.as_json())
+        else:
+            show(routed.table())
+        return
     if predictions is not None:
         check_output(predictions, directory=False)
     with progress("answering") as callback:
@@ -70,7 +98,7 @@ def eval_(
             include_base=base,
             settings=settings,
             metrics=metric or DEFAULT_METRICS,
-            columns={"input": input_column, "target": target_column},
+            columns=columns,
             dtype=dtype,
             progress=callback,
         )

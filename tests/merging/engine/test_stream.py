@@ -15,8 +15,8 @@ from sparselet.errors import ArgumentError, BadContainer, MissingFile, NonFinite
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.merging import merge_to
 
-# Methods that look at each target by itself, with their defaults.
-BY_TARGET = [method for method in METHODS if method not in ("ties", "breadcrumbs")]
+# Methods that look at each target by itself, and at nothing else, with their defaults.
+BY_TARGET = [name for name, method in METHODS.items() if name not in ("ties", "breadcrumbs") and not method.needs_profiles]
 
 
 @pytest.fixture

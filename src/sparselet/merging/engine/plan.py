@@ -85,7 +85,7 @@ class MergePlan:
 
     def merge(self, name: str, deltas: Sequence[SparseDelta]) -> SparseDelta:
         """Merge one target's deltas."""
-        moments = {} if self._profiles is None else {MOMENTS: [profile.moment(name) for profile in self._profiles]}
+        moments = {} if self._profiles is None else {MOMENTS: [p and p.moment(name) for p in self._profiles]}
         return self.method.function(deltas, self.weights_of(name), **self.parameters, **self._stats, **moments)
 
     def merge_in_bands(self, name: str, deltas: Sequence[SparseDelta], workers: int | None) -> SparseDelta:
@@ -196,18 +196,23 @@ def _common_fingerprints(experts: Sequence[Expert]) -> dict[str, Mapping[str, st
     return fingerprints
 
 
-def _require_profiles(method: str, experts: Sequence[Expert]) -> list[Profile]:
-    """The experts' profiles. Raises MissingProfile, WrongBase if one is of another base model, and what reading one raises."""
-    profiles: list[Profile] = []
+def _require_profiles(method: str, experts: Sequence[Expert]) -> list[Profile | None]:
+    """The experts' profiles, None of one that changes nothing.
+
+    Raises MissingProfile, WrongBase for profiles of several base models, and what reading one raises.
+    """
+    profiles: list[Profile | None] = []
     for i, expert in enumerate(experts):
         profile, label = expert_profile(expert), expert_label(expert, i)
-        if profile is None:
+        if profile is not None:
+            for previous in filter(None, profiles):
+                where = f"the profiles of {label} and an expert before it"
+                require_same_base(profile.fingerprints, previous.fingerprints, where)
+        elif len(expert):
             raise MissingProfile(
                 f"{method} needs a profile of each expert, and {label} has none. Make it from the rows that it was trained on: "
                 f"sparselet profile {label if expert.path else 'EXPERT'} with their `task`."
             )
-        for previous in profiles:
-            require_same_base(profile.fingerprints, previous.fingerprints, f"the profiles of {label} and an expert before it")
         profiles.append(profile)
     return profiles
 
