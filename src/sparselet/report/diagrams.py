@@ -43,7 +43,10 @@ def heat_map(
         axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0), xlabel=x_label)
         axes.set_yticks([i + 0.5 for i in range(len(rows))], rows, color=INK)
         step = max(1, -(-len(columns) * 22 * max(1, max(map(len, columns), default=1) // 2) // width))
-        axes.set_xticks([j + 0.5 for j in range(0, len(columns), step)], columns[::step])
+        if texts and step > 1:
+            axes.set_xticks([j + 0.5 for j in range(len(columns))], columns, rotation=90)
+        else:
+            axes.set_xticks([j + 0.5 for j in range(0, len(columns), step)], columns[::step])
         axes.tick_params(length=0)
         axes.spines[["left", "bottom"]].set_visible(False)
         return _laid_out(figure)
@@ -68,7 +71,8 @@ def curves(
             _line(axes, points, styles[name], len(points) <= 12)
         for name, level in (levels or {}).items():
             axes.axhline(level, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-            axes.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", size=11, color=MUTED)
+            side = "bottom" if level == max((levels or {}).values()) else "top"
+            axes.annotate(name, (0.01, level), xycoords=("axes fraction", "data"), va=side, size=11, color=MUTED)
         if log:
             axes.set_xscale("log")
         if ticks:
