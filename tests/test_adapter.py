@@ -22,7 +22,7 @@ METADATA = {"task": "copying", "density": 0.25, "score": "mcs", "metrics": {"rou
 
 
 def make(kind, dtype=torch.float32, **parts):
-    blocks = {"element": (1, 1, 1), "tiles": (3, 3, 3), "mixed": (1, 2, 3)}[kind]
+    blocks = {"element": (1, 1, 1), "tiles": (3, 3, 3), "mixed": (1, 2, 3), "lines": ("row", "column", "row")}[kind]
     shapes = ((6, 12), (12, 6), (6, 6))
     deltas = {n: random_delta(s, b, 0.5, i, dtype) for i, (n, s, b) in enumerate(zip((V, Q, K), shapes, blocks, strict=True))}
     return SparseAdapter(deltas, METADATA, **parts)
@@ -42,7 +42,7 @@ def contents(path):
     return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
 
 
-@pytest.mark.parametrize("kind", ["element", "tiles", "mixed"])
+@pytest.mark.parametrize("kind", ["element", "tiles", "mixed", "lines"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_what_is_saved_is_loaded(tmp_path, kind, dtype):
     adapter = make(kind, dtype)
@@ -62,7 +62,7 @@ def test_values_are_stored_in_the_dtype_asked_for(tmp_path, dtype):
 
 
 def test_an_entry_takes_eight_bytes_and_a_tile_about_four_an_entry(tmp_path):
-    for block_size, expected in ((1, 8.0), (16, 4 + 4 / 256)):
+    for block_size, expected in ((1, 8.0), (16, 4 + 4 / 256), ("row", 4 + 4 / 64)):
         delta = SparseDelta.from_dense(torch.ones(64, 64), block_size=block_size)
         file = SparseAdapter({Q: delta}).save(tmp_path / str(block_size)) / WEIGHTS_FILE
         header = int.from_bytes(file.read_bytes()[:8], "little")

@@ -191,6 +191,17 @@ def test_flags_win_over_the_file(refused, toml, seen):
     assert (settings.density, settings.block_size, settings.layers, settings.layer_drop) == (0.25, 4, (1,), False)
 
 
+@pytest.mark.parametrize(("given", "expected"), [("row", "row"), ("column", "column"), ("16", 16)])
+def test_a_block_size_is_a_number_or_a_name(refused, toml, seen, given, expected):
+    refused("train", "--task", "a", "--out", "x", "--block-size", given)
+    value = given if given == "16" else f'"{given}"'
+    refused("train", "--config", toml(f'task = "a"\nblock_size = {value}\n'), "--out", "x")
+    assert [settings.block_size for settings, _, _ in seen] == [expected, expected]
+    line = refused("train", "--task", "a", "--out", "x", "--block-size", "rows", code=2)
+    assert "block-size" in line
+    assert "row" in line
+
+
 def test_a_file_counts_for_one_run_only(refused, toml, seen):
     refused("train", "--config", toml('task = "a"\ndensity = 0.5\n'), "--out", "x")
     refused("train", "--task", "a", "--out", "x")

@@ -166,9 +166,10 @@ def test_a_wrong_base_or_an_output_that_exists_is_refused(tmp_path):
         export_gguf_checkpoint(make_model(), make_tokenizer(), {}, tmp_path / "out")
 
 
+@pytest.mark.parametrize("block_size", [4, "row", "column"])
 @pytest.mark.parametrize("export", [export_checkpoint, export_gguf_checkpoint])
-def test_the_model_can_be_given_away(tmp_path, export):
-    model, adapter = make_model(), make_adapter(make_model(), 4)
+def test_the_model_can_be_given_away(tmp_path, export, block_size):
+    model, adapter = make_model(), make_adapter(make_model(), block_size)
     with apply_temporarily(model, adapter):
         expected = logits(model)
     export(model, make_tokenizer(), adapter, tmp_path / "out", keep_base=False)

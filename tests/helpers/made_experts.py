@@ -1,5 +1,6 @@
 """Experts for the tests of the merge driver, and what a directory holds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ SHAPE = (6, 12)
 
 def expert(
     seed: int,
-    block_size: BlockSize = 1,
+    blocks: BlockSize = 1,
     names: tuple[str, ...] = (Q, V),
     shape: tuple[int, int] = SHAPE,
     base: Tensor | None = None,
@@ -26,16 +27,17 @@ def expert(
     **metadata,
 ) -> SparseAdapter:
     """An expert of random deltas on the base weight `base` of every target."""
-    deltas = {name: random_delta(shape, block_size, density, seed + i) for i, name in enumerate(names)}
+    deltas = {name: random_delta(shape, blocks, density, seed + i) for i, name in enumerate(names)}
     fingerprints = None if base is None else {name: fingerprint_weight(base) for name in names}
     adapter = SparseAdapter(deltas, {"task": f"task {seed}", "base_model_name_or_path": "base", **metadata}, fingerprints)
     adapter.profile = profile_for(adapter, seed) if names else None
     return adapter
 
 
-def mixed_experts() -> list[SparseAdapter]:
-    """Element and tile masks; each lacks a target that another has."""
-    return [expert(1), expert(11, 3, (Q,)), expert(21, 3, (V, OTHER)), expert(31, 1, ())]
+def mixed_experts(blocks: Sequence[BlockSize] = (1, 3, 3, 1)) -> list[SparseAdapter]:
+    """Masks of these blocks; each lacks a target that another has."""
+    targets = ((Q, V), (Q,), (V, OTHER), ())
+    return [expert(1 + 10 * i, block, names) for i, (block, names) in enumerate(zip(blocks, targets, strict=True))]
 
 
 def saved(directory: Path, experts: list[SparseAdapter], dtype: torch.dtype | None = None) -> list[Path]:

@@ -758,6 +758,13 @@ def test_the_card_says_what_the_adapter_records(hub, expert):
     assert "merge" not in text
 
 
+@pytest.mark.parametrize(("block_size", "words"), [("row", "whole output rows"), ("column", "whole input columns")])
+def test_the_card_names_rows_and_columns(expert, block_size, words):
+    adapter = make_adapter(make_model(), block_size)
+    SparseAdapter(adapter, adapter.metadata.with_fields({"block_size": block_size})).save(expert)
+    assert f"\n| mask | {words} |\n" in (prepare(expert, NAME).card or "")
+
+
 @pytest.mark.parametrize("base", [None, "packaged:smollm2-135m", "/home/me/llama", "../llama", "gpt2"])
 def test_a_base_model_that_is_not_on_the_hub_is_not_linked(hub, expert, base):
     adapter = SparseAdapter.load(expert)

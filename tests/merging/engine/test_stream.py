@@ -11,6 +11,7 @@ from helpers.strategies import assert_is, random_delta, spelt_out
 
 from sparselet import METHODS, SparseAdapter, SparseDelta, merge
 from sparselet.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterFile
+from sparselet.delta import block_for
 from sparselet.errors import ArgumentError, BadContainer, MissingFile, NonFiniteValue, OutputExists, WriteFailed
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.merging import merge_to
@@ -38,9 +39,9 @@ def test_a_missing_target_counts_as_no_change(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_merging_files_to_a_file_is_merging_in_memory_byte_for_byte(tmp_path, method, dtype):
-    paths = saved(tmp_path, mixed_experts(), dtype)
+@pytest.mark.parametrize(("blocks", "dtype"), [((1, 3, 3, 1), None), ((1, 3, 3, 1), torch.bfloat16), (("row",) * 4, None)])
+def test_merging_files_to_a_file_is_merging_in_memory_byte_for_byte(tmp_path, method, blocks, dtype):
+    paths = saved(tmp_path, mixed_experts(blocks), dtype)
     weights = [1.0, 0.5, {"*": 2.0, "*.v": 0.25}, 1.0]
     written = []
     merge_to(tmp_path / "streamed", paths, method, weights, progress=written.append)
@@ -70,6 +71,17 @@ def test_a_merged_file_loads_and_says_what_it_is(tmp_path):
     assert merged.metadata.block_size == 3
     assert merged.metadata.density == merged.density
     assert merged.fingerprints[Q] == fingerprint_weight(base)
+
+
+@pytest.mark.parametrize("block_size", ["row", "column"])
+def test_a_merge_of_rows_says_what_its_experts_say(tmp_path, block_size):
+    experts = [expert(seed, block_size, block_size=block_size) for seed in (1, 2)]
+    for method, expected in (("overlap", block_size), ("ties", 1)):
+        out = merge_to(tmp_path / method, experts, method)
+        merged = SparseAdapter.load(out)
+        assert merged.metadata.block_size == expected
+        assert {delta.block for delta in merged.values()} == {block_for(expected, (6, 12))}
+        assert contents(merge(experts, method).save(tmp_path / f"{method} in memory")) == contents(out)
 
 
 def test_paths_and_adapters_merge_alike(tmp_path):

@@ -58,10 +58,11 @@ def test_an_entry_selected_with_value_zero_counts():
 
 
 @pytest.mark.parametrize("method", [overlap, uniform])
-def test_tiles_of_one_size_stay_tiles_and_others_become_entries(method):
-    tiles, other_tiles, other_block = (random_delta((6, 12), b, 0.5, s) for b, s in ((3, 1), (3, 2), (2, 3)))
+@pytest.mark.parametrize(("block_size", "block"), [(3, (3, 3)), ("row", (1, 12)), ("column", (6, 1))])
+def test_blocks_of_one_kind_stay_blocks_and_others_become_entries(method, block_size, block):
+    tiles, other_tiles, other_block = (random_delta((6, 12), b, 0.5, s) for b, s in ((block_size, 1), (block_size, 2), (2, 3)))
     empty = SparseDelta.empty((6, 12))
-    assert method([tiles, other_tiles, empty], [1, 1, 1]).block == (3, 3)
+    assert method([tiles, other_tiles, empty], [1, 1, 1]).block == block
     assert method([tiles, other_block], [1, 1]).block == (1, 1)
     assert method([empty, empty], [1, 1]).nnz == 0
 
