@@ -16,9 +16,9 @@ from sparselet.report.analysis_page import Picture, Section, write_page
 from sparselet.report.diagrams import curves
 from sparselet.result_table import ResultTable, ShownAsTables
 from sparselet.tasks.task import Task, load_task
-from sparselet.workflows.graft import GraftCurve, GraftSettings, graft_curve, measured_rows
+from sparselet.workflows.graft import LEARNED, GraftCurve, GraftSettings, graft_curve, measured_rows
 
-GRAFTS = (
+PARTS_MEANING = (
     "Parts of the change in the base model's weights, by the share of the changed entries that they keep: the largest, random "
     "ones, random ones times 1/share (so that the expected change is the whole), the smallest, the largest without the very "
     "largest 0.1 %, and all but the largest. The change is concentrated only where the largest beat the rescaled random ones; "
@@ -76,7 +76,7 @@ class Grafted(ShownAsTables):
             label,
         )
         first, *others = self.tables()
-        sections = [Section("Parts of the change", GRAFTS, [picture], first)]
+        sections = [Section("Parts of the change", PARTS_MEANING, [picture], first)]
         sections += [Section("Is it concentrated?", "Paired differences over rows.", [], table) for table in others]
         return write_page(file, "Which part is enough", f"{self.expert}, measured on {self.task}.", sections)
 
@@ -109,7 +109,8 @@ def graft(
     opened = read_checked(open_experts([expert], model)[0])
     if eval_settings.chat_template is None:
         eval_settings = replace(eval_settings, chat_template=chat_template_of([opened]))
-    loaded = task if isinstance(task, Task) else load_task(str(task), (eval_settings.split,), columns)
+    splits = tuple(dict.fromkeys((eval_settings.split, *(("train",) if LEARNED in settings.parts else ()))))
+    loaded = task if isinstance(task, Task) else load_task(str(task), splits, columns)
     rows = len(loaded.rows(eval_settings.split, eval_settings.rows))
     counter = StepCounter(measured_rows(rows, settings), progress)
     base = load_model(model, dtype)

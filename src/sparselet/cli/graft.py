@@ -11,7 +11,9 @@ from sparselet.cli.merging import Many
 from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, show, word
 from sparselet.evaluation import EvalSettings
 from sparselet.io.paths import check_output
-from sparselet.workflows.graft import GraftSettings
+from sparselet.workflows.graft import GRAFTS, GraftSettings
+
+_PARTS = f"Parts: {', '.join(GRAFTS)}; by default all but learned."
 
 
 def graft_(
@@ -21,9 +23,7 @@ def graft_(
     task: str,
     model: str | None = None,
     fraction: Annotated[list[float] | None, Many] = None,
-    part: Annotated[
-        list[str] | None, Parameter(help=f"Parts, by default all: {', '.join(PARTS)}.", consume_multiple=True)
-    ] = None,
+    part: Annotated[list[str] | None, Parameter(help=_PARTS, consume_multiple=True, negative="")] = None,
     draws: int = 1,
     seed: int = 0,
     settings: Annotated[EvalSettings | None, Parameter(name="*")] = None,

@@ -17,8 +17,12 @@ from sparselet.masks import check_density
 from sparselet.setting_checks import check_at_least, check_seed, check_settings
 from sparselet.tasks.task import Task
 from sparselet.tuner.mask_state import seeded
+from sparselet.workflows.learned_graft import learn_graft
+from sparselet.workflows.probing import probe_rows
 
 RANDOM_PARTS = ("random", "random_rescaled")
+LEARNED = "learned"  # a part whose mask is learned on training rows
+GRAFTS = (*PARTS, LEARNED)
 
 
 @dataclass(frozen=True)
@@ -28,20 +32,24 @@ class GraftSettings:
     fractions: tuple[float, ...] = (0.001, 0.01, 0.05, 0.1, 0.5)
     """Fractions of the entries of each target that the expert selected."""
     parts: tuple[str, ...] = tuple(PARTS)
-    """Names of PARTS."""
+    """Names of GRAFTS."""
     draws: int = 1
     """Draws of each random part, whose scores are averaged row by row."""
     seed: int = 0
     """Of the first draw; the others follow it."""
+    learning_rows: int = 64
+    """Training rows that the mask of the part `learned` is learned on."""
+    learning_steps: int = 20
+    """Gradient steps on that mask."""
 
     def __post_init__(self) -> None:
         check_settings(self)
-        check_at_least(self, 1, "draws")
+        check_at_least(self, 1, "draws", "learning_rows", "learning_steps")
         check_seed(self.seed)
-        unknown = [part for part in self.parts if part not in PARTS]
+        unknown = [part for part in self.parts if part not in GRAFTS]
         if unknown or not self.parts or not self.fractions:
             named = repr(unknown[0]) if unknown else "none"
-            raise ConfigError(f"parts must be some of {', '.join(PARTS)}, and fractions at least one number; got {named}.")
+            raise ConfigError(f"parts must be some of {', '.join(GRAFTS)}, and fractions at least one number; got {named}.")
         for fraction in self.fractions:
             check_density(fraction)
 
@@ -93,11 +101,15 @@ def graft_curve(
         targets = [row.target for row, _ in result.predictions]
         return 100 * np.array(rouge_l_of_each([answer for _, answer in result.predictions], targets))
 
-    base, whole = scores(None), scores(expert)
+    base, whole, template = scores(None), scores(expert), eval_settings.chat_template is not False
     by_row: dict[tuple[str, float], np.ndarray] = {}
     points = []
     for part, fraction, draws in _plan(settings):
-        grafts = (grafted(expert, part, fraction, settings.seed + draw) for draw in range(draws))
+        if part == LEARNED:
+            learning = probe_rows(model, tokenizer, task.rows("train", settings.learning_rows), chat_template=template)
+            grafts = iter([learn_graft(model, expert, learning, fraction, steps=settings.learning_steps)])
+        else:
+            grafts = (grafted(expert, part, fraction, settings.seed + draw) for draw in range(draws))
         measured = [(chosen.nnz, scores(chosen)) for chosen in grafts]
         rows = np.mean([score for _, score in measured], axis=0)
         by_row[part, fraction] = rows
