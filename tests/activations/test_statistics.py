@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from helpers.strategies import few
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sparselet.activations.correlation import spearman, spearman_within
 from sparselet.activations.statistics import gaussian_sparsity, outlier_channels, sparsity, without_channels
@@ -45,6 +48,19 @@ def test_one_large_channel_is_found_and_can_be_left_out():
 def test_the_scale_of_a_state_changes_nothing():
     states = torch.randn(4, 30, generator=torch.Generator().manual_seed(3))
     assert sparsity(states).means() == pytest.approx(sparsity(states * -7.5).means())
+
+
+@given(st.integers(0, 2**16), st.integers(-6, 6), st.integers(2, 40))
+@few
+def test_order_signs_and_scale_of_the_channels_change_nothing(seed, power, width):
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(3, width, generator=generator)
+    signs = torch.randint(2, (width,), generator=generator) * 2 - 1
+    other = (states * signs)[:, torch.randperm(width, generator=generator)] * 2.0**power
+    first, second = sparsity(states).means(), sparsity(other).means()
+    for name in first.keys() - {"kurtosis"}:  # which is about the mean, and so sees signs
+        assert first[name] == pytest.approx(second[name], abs=1e-9)
+    assert sparsity(-states).means()["kurtosis"] == pytest.approx(first["kurtosis"])
 
 
 @pytest.mark.parametrize("ties", [False, True])

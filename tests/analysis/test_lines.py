@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from helpers.strategies import few
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sparselet.analysis import lines as module
 from sparselet.analysis.concentration import gini
 from sparselet.analysis.lines import lines
+from sparselet.analysis.spectrum import spectrum
 
 
 def test_rows_that_hold_everything_stand_out_against_the_shuffle():
@@ -35,3 +39,19 @@ def test_a_sample_of_a_large_target_shows_what_all_of_it_does(monkeypatch):
     assert sample.rows == whole.rows == pytest.approx(gini(change.square().double().sum(1).numpy()))
     for name in ("shuffled_rows", "shuffled_columns", "shuffled_heads"):
         assert getattr(sample, name) == pytest.approx(getattr(whole, name), rel=0.35)
+
+
+@given(st.integers(0, 2**16), st.integers(-6, 6))
+@few
+def test_scale_signs_and_the_order_of_rows_and_columns_change_nothing(seed, power):
+    generator = torch.Generator().manual_seed(seed)
+    change = torch.randn(12, 18, generator=generator).pow(3)
+    signs = torch.randint(2, change.shape, generator=generator) * 2 - 1
+    rows, columns = (torch.randperm(side, generator=generator) for side in change.shape)
+    other = change[rows][:, columns] * 2.0**power
+    first, second, signed = (lines(matrix, torch.Generator()) for matrix in (change, other, change * signs))
+    assert (second.rows, second.columns) == (pytest.approx(first.rows, abs=1e-6), pytest.approx(first.columns, abs=1e-6))
+    assert signed == first
+    ranks = [spectrum(matrix) for matrix in (change, other)]
+    assert ranks[0].stable_rank == pytest.approx(ranks[1].stable_rank, rel=1e-4)
+    assert ranks[0].effective_rank == pytest.approx(ranks[1].effective_rank, rel=1e-4)
