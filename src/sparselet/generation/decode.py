@@ -76,8 +76,10 @@ class PreallocatedCacheLayer(DynamicLayer):
 
 def can_decode(model: PreTrainedModel) -> bool:
     """Whether `decode` gives the tokens of the model's own `generate`: a decoder with full attention in every layer, and
-    generation settings without processors of logits."""
+    generation settings without processors of logits. Not under `sparse_attention`, which may remember rows of the batch."""
     settings = model.generation_config
+    if model.config._attn_implementation == "sparselet":
+        return False
     return settings is not None and set(settings.to_diff_dict()) <= _SUPPORTED_SETTINGS and supports_prefix_cache(model)
 
 
