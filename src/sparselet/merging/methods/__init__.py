@@ -5,6 +5,7 @@ from typing import Any
 
 from sparselet.errors import UnknownMethod
 from sparselet.merging.method import MergeMethod
+from sparselet.merging.methods.actmat import ACTMAT
 from sparselet.merging.methods.arithmetic import ARITHMETIC, MAGMAX
 from sparselet.merging.methods.average import OVERLAP, UNIFORM
 from sparselet.merging.methods.breadcrumbs import BREADCRUMBS
@@ -12,12 +13,15 @@ from sparselet.merging.methods.consensus import CONSENSUS
 from sparselet.merging.methods.dare import DARE
 from sparselet.merging.methods.della import DELLA
 from sparselet.merging.methods.emr import EMR
+from sparselet.merging.methods.iso import ISO_C, ISO_CTS
+from sparselet.merging.methods.localize import LOCALIZE
 from sparselet.merging.methods.model_stock import MODEL_STOCK
 from sparselet.merging.methods.pcb import PCB
 from sparselet.merging.methods.regmean import REGMEAN
 from sparselet.merging.methods.sce import SCE
 from sparselet.merging.methods.sphere import KARCHER, MULTISLERP
 from sparselet.merging.methods.ties import TIES
+from sparselet.merging.methods.tsv import TSV
 
 METHODS: dict[str, MergeMethod] = {
     method.name: method
@@ -38,6 +42,11 @@ METHODS: dict[str, MergeMethod] = {
         MULTISLERP,
         KARCHER,
         REGMEAN,
+        ACTMAT,
+        LOCALIZE,
+        TSV,
+        ISO_C,
+        ISO_CTS,
     )
 }
 
