@@ -32,8 +32,8 @@ def iso_cts(deltas: Sequence[SparseDelta], weights: Sequence[float], *, common: 
     """Iso-CTS (Marczak et al. 2025): `iso_c` on K common directions of the sum and (r − K)/N more of each expert.
 
     r singular values; K = r − N·round((r − ⌊f·r⌋)/N). U_c and V_c are the first K singular vectors of Σ wᵢ·ΔWᵢ; each expert
-    adds the first of wᵢ·ΔWᵢ − U_c·U_cᵀ·wᵢ·ΔWᵢ. ΔW_m = λ · σ̄ · U·Vᵀ of all these left and right vectors, each set made orthonormal,
-    σ̄ the mean of their singular values. With K = r it is `iso_c`.
+    adds the first of wᵢ·ΔWᵢ − U_c·U_cᵀ·wᵢ·ΔWᵢ. ΔW_m = λ · σ̄ · U·Vᵀ of all these left and right vectors, each set made
+    orthonormal, σ̄ the mean of their singular values. With K = r it is `iso_c`.
 
     common: f, in (0, 1]. scale: λ.
     deltas, weights, what is returned and raised: as `iso_c`.
