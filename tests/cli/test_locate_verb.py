@@ -8,6 +8,7 @@ from helpers.tiny import make_adapter, make_model, save_base
 
 import sparselet as sl
 from sparselet.apply import apply_temporarily
+from sparselet.errors import UnknownTarget, WrongBase
 
 pytestmark = pytest.mark.usefixtures("loud_again")
 
@@ -67,6 +68,16 @@ def test_experts_without_a_base_at_hand_are_located_without_it():
     assert located.locations[0].unchanged_bf16 is None
     assert located.locations[0].structures == ()
     assert len(located.tables()) == 2
+
+
+def test_an_expert_in_memory_that_is_not_of_the_base_is_refused(base_dir):
+    adapter = make_adapter(make_model())
+    strange = sl.SparseAdapter({"elsewhere": next(iter(adapter.values()))})
+    with pytest.raises(UnknownTarget, match="the model has no target elsewhere"):
+        sl.locate(strange, base=base_dir)
+    wide = make_adapter(make_model(hidden_size=32))
+    with pytest.raises(WrongBase, match="expected a weight of shape"):
+        sl.locate(wide, base=base_dir)
 
 
 def test_what_cannot_be_located_is_refused(refused, tmp_path, experts):

@@ -22,6 +22,7 @@ from sparselet.model_config import optional_field
 from sparselet.models import PACKAGED, local_path
 from sparselet.report.analysis_page import Picture, Section, write_page
 from sparselet.report.diagrams import curves, heat_map
+from sparselet.report.summary import reading_order
 from sparselet.result_table import ResultTable, ShownAsTables
 
 # Endings of the names of projections whose rows, or whose columns, are those of attention heads.
@@ -193,7 +194,7 @@ def locate(
         locate_expert(
             expert,
             name=name,
-            base=None if model is None else _reader(model, expert),
+            base=None if model is None else _reader(model, expert, name),
             heads=None if model is None else heads_of(model, expert),
             structure=structure,
             seed=seed,
@@ -213,20 +214,22 @@ def heads_of(model: BaseModel, targets: Expert) -> dict[str, Heads]:
     Of fused projections a head is `head_dim` successive lines, of the query, key or value.
     """
     size = optional_field(model.config, "head_dim") or model.config.hidden_size // model.config.num_attention_heads
-    heads = {}
+    heads, names = {}, model.names.find(targets)
     for target in targets:
         axis = 0 if target.endswith(_ROWS_OF_HEADS) else 1 if target.endswith(_COLUMNS_OF_HEADS) else None
         if axis is None:
             continue
-        axis = 1 - axis if model.names.layers[target].transposed else axis
+        axis = 1 - axis if model.names.layers[names[target]].transposed else axis
         if targets.shapes[target][axis] % size == 0:
             heads[target] = (axis, size)
     return heads
 
 
-def _reader(model: BaseModel, expert: Expert) -> Callable[[str], Tensor]:
-    model.check_shapes(expert.shapes, "locate")
-    return model.read
+def _reader(model: BaseModel, expert: Expert, where: str) -> Callable[[str], Tensor]:
+    """Reads the base weight of a target. Raises UnknownTarget, UnsupportedExpert, WrongBase."""
+    names = model.targets(expert, where)
+    model.check_shapes({names[target]: shape for target, shape in expert.shapes.items()}, where)
+    return lambda target: model.read(names[target])
 
 
 def _local_base(experts: Sequence[Expert]) -> str | None:
@@ -241,6 +244,7 @@ def _map_of(location: Location) -> Picture:
         (projection_of(part.name), layer_of(part.name)): part for part in location.cells if layer_of(part.name) != part.name
     }
     projections, layers = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    projections.sort(key=reading_order)
     values = [
         [(part.concentration.energy / part.entries) ** 0.5 if (part := cells.get((p, layer))) else None for layer in layers]
         for p in projections

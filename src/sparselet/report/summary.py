@@ -23,10 +23,10 @@ def layer_table(adapter: Mapping[str, SparseDelta]) -> dict[str, dict[str, Targe
         delta = adapter[name]
         rms = float((delta.values.double().square().sum() / delta.size).sqrt())
         table.setdefault(projection_of(name), {})[layer_of(name)] = TargetSummary(delta.nnz, delta.density, rms)
-    return {name: table[name] for name in sorted(table, key=_reading_order)}
+    return {name: table[name] for name in sorted(table, key=reading_order)}
 
 
-def _reading_order(projection: str) -> tuple[int, str]:
+def reading_order(projection: str) -> tuple[int, str]:
     """Query, key, value, then the rest by name."""
     place = "qkv".find(projection.rpartition(".")[2][:1])
     return (place if place >= 0 else len("qkv"), projection)
