@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sparselet.evaluation import EvalSettings
     from sparselet.merging import METHODS
     from sparselet.scores import SCORES
+    from sparselet.serving.sync_patches import SyncPatches
     from sparselet.training.schedule import MaskSchedule
     from sparselet.training.settings import TrainSettings
     from sparselet.tuner import SparseletConfig, SparseletModel, freeze_masks, reselect, to_adapter
@@ -63,6 +64,7 @@ __all__ = [
     "SparseletConfig",
     "SparseletError",
     "SparseletModel",
+    "SyncPatches",
     "TrainSettings",
     "convert",
     "evaluate",
@@ -107,6 +109,7 @@ _LAZY = {
     "SparseDelta": "sparselet.delta",
     "SparseletConfig": "sparselet.tuner",
     "SparseletModel": "sparselet.tuner",
+    "SyncPatches": "sparselet.serving.sync_patches",
     "TrainSettings": "sparselet.training.settings",
     "convert": "sparselet.api.exporting",
     "evaluate": "sparselet.api.evaluation",

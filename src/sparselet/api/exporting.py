@@ -11,16 +11,18 @@ from sparselet.api.opening import base_of, open_experts
 from sparselet.api.progress import ProgressCallback, StepCounter
 from sparselet.errors import ConfigError
 from sparselet.expert import Expert
-from sparselet.formats import save_expert
+from sparselet.formats import BaseModel, save_expert
 from sparselet.formats.checkpoint.write import export_checkpoint
 from sparselet.formats.gguf import export_gguf_checkpoint
 from sparselet.formats.lora.write import export_lora
 from sparselet.formats.single_entries.write import export_shira, export_super_tuning
+from sparselet.formats.weight_patch import export_weight_patch
 from sparselet.io.paths import check_output
 from sparselet.merging.engine.plan import ExpertSource
-from sparselet.models import MODEL_DTYPES, load_model, load_tokenizer, lossless_dtype, model_directory, skeleton
+from sparselet.models import MODEL_DTYPES, load_model, load_tokenizer, local_path, lossless_dtype, model_directory, skeleton
 from sparselet.result_table import ResultTable, ShownAsTable
 
+PATCH_LINE = "vLLM's load_checkpoint_weight_patches with sparselet.formats.weight_patch.read_patch({path!r})"
 PEFT_LINE = "peft.PeftModel.from_pretrained(base_model, {path!r})"
 
 
@@ -89,11 +91,13 @@ def export(
         sl.export(merged, "lora", "out", rank=64)
 
     to: a name in `FORMATS`: shira or supertuning, which lose nothing, or lora, all for stock PEFT; checkpoint, the base model
-        with the expert in its weights; gguf, such a checkpoint for llama.cpp's converter.
-    base: the base model. checkpoint and gguf need it, and the others if the expert does not record which layers are linear.
+        with the expert in its weights; gguf, such a checkpoint for llama.cpp's converter; vllm-patch, new values of the
+        base's tensors for a running engine, and the reverse patch.
+    base: the base model. checkpoint, gguf and vllm-patch need it, and the others if the expert does not record which layers
+        are linear.
     rank: of the LoRA; by default the smallest that is exact, target by target. max_error: the largest relative error of a
         target that is accepted, lora only.
-    dtype: of the checkpoint: float32, bfloat16 or float16; the sum of base and change is rounded once.
+    dtype: of the checkpoint or patch: float32, bfloat16 or float16; the sum of base and change is rounded once.
     without: patterns of target names that are left out. progress: reports targets, lora only.
     Raises ConfigError, ExportError, OutputExists, WriteFailed, and what opening the expert and the base model raises.
     """
@@ -163,15 +167,28 @@ def _layers_of(base: str | None) -> PreTrainedModel | None:
     return None if base is None else skeleton(base)
 
 
+def _write_patch(
+    expert: Expert, out: str | Path, settings: ExportSettings, progress: ProgressCallback | None
+) -> Mapping[str, float]:
+    base = _required_base(expert, settings, "vllm-patch")
+    export_weight_patch(expert, out, BaseModel(local_path(base)), MODEL_DTYPES[settings.dtype])
+    return {}
+
+
 def _load_base(expert: Expert, settings: ExportSettings, to: str) -> tuple[str, PreTrainedModel]:
     """The name of the base model, and the model. Raises ConfigError, ModelError."""
-    base = settings.base
-    if base is None:
+    base = _required_base(expert, settings, to)
+    return base, load_model(base, lossless_dtype(base, settings.dtype))
+
+
+def _required_base(expert: Expert, settings: ExportSettings, to: str) -> str:
+    """The name of the base model. Raises ConfigError without one, and for another dtype than the base can be written in."""
+    if settings.base is None:
         recorded = base_of([expert])
         raise ConfigError(f"format {to} needs the base model; set `base{f'={recorded}' if recorded else ''}`.")
     if settings.dtype not in MODEL_DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(MODEL_DTYPES)}, got {settings.dtype!r}.")
-    return base, load_model(base, lossless_dtype(base, settings.dtype))
+    return settings.base
 
 
 FORMATS: dict[str, ExportFormat] = {
@@ -180,4 +197,5 @@ FORMATS: dict[str, ExportFormat] = {
     "lora": ExportFormat(_write_lora, PEFT_LINE),
     "checkpoint": ExportFormat(_write_checkpoint, "sparselet eval --task TASK --model {word}"),
     "gguf": ExportFormat(_write_gguf, "python llama.cpp/convert_hf_to_gguf.py {word}"),
+    "vllm-patch": ExportFormat(_write_patch, PATCH_LINE),
 }

@@ -33,7 +33,8 @@ def export_(
 
     shira and supertuning are adapters of stock PEFT and lose nothing. lora is one too, cut at --rank: each target's relative
     error is shown, and none may be above --max-error. checkpoint is the base model with the adapter in its weights, for any
-    engine; gguf is such a checkpoint that llama.cpp's converter takes. `sparselet merge` first merges several experts.
+    engine; gguf is such a checkpoint that llama.cpp's converter takes; vllm-patch is new values for a running engine, with the
+    patch that undoes them. `sparselet merge` first merges several experts.
 
         sparselet export my-expert --to supertuning --out for-peft
         sparselet export my-expert --to lora --rank 64 --max-error 0.2 --out as-lora
@@ -47,13 +48,13 @@ def export_(
     out
         Directory to write to; it must not exist.
     model
-        Base model. Needed for checkpoint and gguf, and if the adapter does not record which layers are linear.
+        Base model. Needed for checkpoint, gguf and vllm-patch, and if the adapter does not record which layers are linear.
     rank
         Rank of the LoRA; by default the smallest that is exact, target by target.
     max_error
         Largest relative error of a target that is accepted, lora only.
     dtype
-        Dtype of the checkpoint: float32, bfloat16 or float16.
+        Dtype of the checkpoint or patch: float32, bfloat16 or float16.
     without_
         Leave out the targets that match these patterns (*.lm_head); their names are shown.
     json

@@ -4,7 +4,7 @@ These are functions, not methods of the tuner: PEFT forwards attributes that a t
 hide the base model's attribute of that name.
 """
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparselet.errors import ArgumentError
 from sparselet.tuner.config import SparseletConfig
@@ -34,6 +34,11 @@ def require_layers(model: nn.Module, adapter_name: str) -> dict[str, SparseletLa
             raise ArgumentError(f"no sparse adapter is called {adapter_name!r}; there are {', '.join(names)}.")
         raise ArgumentError("the model has no sparse adapter; wrap it with peft.get_peft_model(model, SparseletConfig()).")
     return layers
+
+
+def unadapted_weight(layer: SparseletLayer) -> Tensor:
+    """The base model's weight of a layer as a new tensor, whether or not adapters are in it."""
+    return layer._build(())
 
 
 def active_adapters(model: nn.Module) -> list[str]:
