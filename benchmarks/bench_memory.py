@@ -15,7 +15,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from bench_train import FITTING, MASKS, PEERS, name_of
+from bench_train import PEERS, masks_of, name_of
 from racing.options import FLOOR, job_of, parser_of, read, result_name
 from racing.race import OURS, Contestant, Race
 from racing.record import aim, found, run_benchmark
@@ -34,11 +34,10 @@ def contestants(asked: argparse.Namespace) -> list[Contestant]:
         return Contestant(library, name, script, {"do": do, **shared, "variant": variant, **more}, process)
 
     entrants = [one(FLOOR, "frozen model", "by_torch.py", {"kind": "floor"})]
-    for density, block in MASKS:
-        if block <= FITTING[asked.model]:
-            entrants.append(one(OURS, name_of(density, block), "by_sparselet.py", {"density": density, "block": block}))
+    for density, block in masks_of(asked.model):
+        entrants.append(one(OURS, name_of(density, block), "by_sparselet.py", {"density": density, "block": block}))
     for initial in ("gradient", "dense"):
-        for density, block in ((0.1, 1), (0.1, 16)):
+        for density, block in ((0.1, 1), (0.1, 16), (0.1, "row")):
             variant = {"density": density, "block": block, "initial": initial}
             name = f"selecting ({initial}), {name_of(density, block)}"
             entrants.append(one(OURS, name, "by_sparselet.py", variant, "selection phase", repeat=1))
@@ -58,7 +57,7 @@ def targets(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> list[d
     entries = found(rows, "torch", "QKV fine-tuning").get("value", {}).get("trained")
     dense = entries and DENSE_BYTES * entries / 1e6
     aims = []
-    for name in (name_of(0.1, 1), name_of(0.1, 16)):
+    for name in (name_of(0.1, 1), name_of(0.1, 16), name_of(0.1, "row")):
         aims.append(aim(f"{name}, after selection: MB over the floor", over(name), "at most", after))
         for initial, limit in (("gradient", gradient), ("dense", dense)):
             phase = f"selecting ({initial})"

@@ -84,7 +84,7 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         )
         over = row.get("times", {}).get(f"torch: {ANY}")
         aims.append(aim(f"{call}, {label}: times {ANY}", middle(over, "wall")))
-    for (density, block), limit in zip(MASKS, [1.1, *[None] * 4, 0.45, *[None] * 4], strict=True):
+    for (density, block), limit in zip(MASKS, [1.1, *[None] * 6, 0.45, *[None] * 6], strict=True):
         name = name_of(density, block)
         over = found(rows, OURS, name, "gradient").get("times_floor")
         aims.append(aim(f"masked gradient, {name}: times the dense product", middle(over, "wall"), "at most", limit))

@@ -19,9 +19,12 @@ from racing.options import FLOOR, job_of, parser_of, process_of, read, result_na
 from racing.race import OURS, Contestant, Race
 from racing.record import aim, found, middle, run_benchmark
 
-# (density, block size) of the adapters; tiles must fit the model's targets.
-MASKS = [(0.1, 1), (0.1, 16), (0.1, 64), (0.1, 128), (0.01, 1)]
-FITTING = {"smollm2": 64, "phi3": 128, "tiny": 128}  # the largest tile that divides every target
+from sparselet.delta import BlockSize
+
+# (density, block size) of the adapters.
+MASKS: list[tuple[float, BlockSize]] = [*((0.1, size) for size in (1, 16, 64, 128, "row", "column")), (0.01, 1)]
+LARGEST_TILE = {"smollm2": 64, "phi3": 128, "tiny": 128}  # that divides every target
+COMPARED: list[BlockSize] = [1, 16, "row"]  # those whose parts are measured
 PARTS = ("product", "gather", "gradient", "optimizer", "weights")
 # Library, name, script and variant of everyone else.
 PEERS: list[tuple[str, str, str, dict[str, Any]]] = [
@@ -34,14 +37,21 @@ PEERS: list[tuple[str, str, str, dict[str, Any]]] = [
 ]
 # On the CPU only these keep their processes from round to round: all of them together would need more memory than many machines
 # have. The others build anew, and make some steps before the one that is measured: the first ones wait for memory.
-STAYING = (FLOOR, "element 0.1", "tiles of 16, 0.1", "LoRA r 128")
+STAYING = (FLOOR, "element 0.1", "tiles of 16, 0.1", "rows, 0.1", "LoRA r 128")
 WARM = 3
 STEPS = {"cpu": 1, "cuda": 5}  # of a run
 PARTS_REPEATED = {"cpu": 5, "cuda": 20}
 
 
-def name_of(density: float, block: int) -> str:
-    return f"element {density:g}" if block == 1 else f"tiles of {block}, {density:g}"
+def masks_of(model: str) -> list[tuple[float, BlockSize]]:
+    """The masks that fit a model's targets."""
+    return [(density, block) for density, block in MASKS if isinstance(block, str) or block <= LARGEST_TILE[model]]
+
+
+def name_of(density: float, block: BlockSize) -> str:
+    if block == 1:
+        return f"element {density:g}"
+    return f"{block}s, {density:g}" if isinstance(block, str) else f"tiles of {block}, {density:g}"
 
 
 def contestants(asked: argparse.Namespace) -> list[Contestant]:
@@ -56,17 +66,16 @@ def contestants(asked: argparse.Namespace) -> list[Contestant]:
         return Contestant(library, name, script, job, process)
 
     entrants = [one(FLOOR, "frozen model", "by_torch.py", {"kind": "floor"})]
-    masks = [(density, block) for density, block in MASKS if block <= FITTING[asked.model]]
-    for density, block in masks:
+    for density, block in masks_of(asked.model):
         variant = {"density": density, "block": block}
         entrants.append(one(OURS, name_of(density, block), "by_sparselet.py", variant))
     entrants += [one(*peer) for peer in PEERS]
     for initial in ("dense", "gradient"):
         variant = {"density": 0.1, "block": 1, "initial": initial}
         entrants.append(one(OURS, f"selection ({initial})", "by_sparselet.py", variant, "select", repeat=1))
-    for density, block in ((0.1, 1), (0.1, 16)):
+    for block in COMPARED:
         for part in PARTS:
-            name, variant = name_of(density, block), {"density": density, "block": block}
+            name, variant = name_of(0.1, block), {"density": 0.1, "block": block}
             more = {"part": part, "beside": name, "repeat": PARTS_REPEATED[asked.device]}
             entrants.append(one(OURS, f"{name}: {part}", "by_sparselet.py", variant, "part", **more))
     return entrants
@@ -81,9 +90,10 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was aimed at: step, step over LoRA r 128, and all that is not the frozen model or the dense product."""
     aims = []
     for kind, label in (("wall", ""), ("cpu", ", CPU")):
-        for name in (name_of(0.1, 1), name_of(0.1, 16)):
+        for block in COMPARED:
+            name, most = name_of(0.1, block), 1.015 if block == "row" else 1.06
             row = found(rows, OURS, name)
-            aims.append(aim(f"step, {name}: times the floor{label}", middle(row.get("times_floor"), kind), "at most", 1.06))
+            aims.append(aim(f"step, {name}: times the floor{label}", middle(row.get("times_floor"), kind), "at most", most))
             over = row.get("times", {}).get("PEFT: LoRA r 128")
             aims.append(aim(f"step, {name}: times LoRA r 128's{label}", middle(over, kind), "at most", 0.95))
             counted = ("gather", "optimizer", "weights", "weights")  # a step builds its weights forward and backward

@@ -2,8 +2,8 @@
 
 Both fix how many entries each target has by one number for the whole adapter: SHiRA K = r(m + n) for a target of m × n,
 Super-Tuning K = ⌊mn(1 − s)⌋. The smallest K that fits all targets is taken, and zeros at further positions fill the rest:
-adding 0 changes nothing. Tiles are spelt out. The entries come first and ascend, then the zeros; the header notes how many
-entries there are and the shape of each target, so that sparselet reads back the same masks.
+adding 0 changes nothing. Larger blocks are spelt out. The entries come first and ascend, then the zeros; the header notes how
+many entries there are and the shape of each target, so that sparselet reads back the same masks.
 """
 
 import json

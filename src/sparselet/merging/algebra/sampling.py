@@ -15,7 +15,7 @@ RESCALE_CHOICES = ("density", "norm", "none")
 def content_generator(seed: int, delta: SparseDelta) -> torch.Generator:
     """A generator seeded by SHA-256 of the seed, the shape, and the entries as flat indices and float32 values.
 
-    The order of the experts, the process, the thread and the layout (tiles or entries, dtype of the values) have no effect.
+    The order of the experts, the process, the thread and the layout (blocks or entries, dtype of the values) have no effect.
     Equal deltas get equal draws, so that with weights 1 and −1 they still cancel. seed: in [0, 2⁶³).
     """
     delta = delta.expand()

@@ -17,7 +17,7 @@ def arithmetic(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale
     scale: λ. The paper chooses it on validation data, between 0.3 and 0.5 for most of its sets of tasks, and publishes
         no default; with 1 a single expert is itself. `search` with lambda chooses it as the paper does.
     deltas: N of one target. weights: N; they are not divided by their sum. Sums are float32, in the order given.
-    Returns a delta on the union of the masks, of tiles when all have the same. Raises ShapeMismatch, ArgumentError.
+    Returns a delta on the union of the masks, of blocks when all have the same. Raises ShapeMismatch, ArgumentError.
     """
     require_finite_number("scale", scale)
     deltas, positions = compact(common_blocks(deltas))
@@ -31,7 +31,7 @@ def magmax(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale: fl
     Of equal magnitudes with different signs the positive one is taken, so that the order of the experts does not matter.
     scale: λ, chosen on validation data in the paper (0.5 where there is none); with 1 a single expert is itself.
     deltas: N of one target. weights: N.
-    Returns a delta on the union of the masks, of tiles when all have the same. Raises ShapeMismatch, ArgumentError.
+    Returns a delta on the union of the masks, of blocks when all have the same. Raises ShapeMismatch, ArgumentError.
     """
     require_finite_number("scale", scale)
     deltas, positions = compact(common_blocks(deltas))

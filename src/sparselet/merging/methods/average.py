@@ -17,7 +17,7 @@ def overlap(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDe
     not change the count.
 
     deltas: N of one target, shape (rows, columns) each. weights: N. Sums are float32, in the order given.
-    Returns a delta on the union of the masks, of tiles when all have the same. Raises ShapeMismatch.
+    Returns a delta on the union of the masks, of blocks when all have the same. Raises ShapeMismatch.
     """
     deltas, positions = compact(common_blocks(deltas))
     total, count = weighted_sum(deltas, weights), mask_count(deltas)
@@ -31,7 +31,7 @@ def uniform(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDe
     """Plain average (Wortsman et al. 2022): ΔW_m = Σ wᵢ·ΔWᵢ / Σ wᵢ, an entry that is not selected counting as 0.
 
     deltas: N of one target, shape (rows, columns) each. weights: N. Sums are float32, in the order given.
-    Returns a delta on the union of the masks, of tiles when all have the same.
+    Returns a delta on the union of the masks, of blocks when all have the same.
     Raises ShapeMismatch, ArgumentError if the weights sum to 0.
     """
     whole = require_sum("uniform", weights)

@@ -21,7 +21,7 @@ def emr(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDelta:
     A sum of 0 elects no sign, and the entry is 0; the authors' code takes minus there.
 
     deltas: N of one target. weights: N.
-    Returns a delta on the union of the masks, of tiles when all have the same. Raises ShapeMismatch.
+    Returns a delta on the union of the masks, of blocks when all have the same. Raises ShapeMismatch.
     """
     deltas, positions = compact(common_blocks(deltas))
     blocks = selected(mask_count(deltas))

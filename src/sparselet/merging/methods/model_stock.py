@@ -22,7 +22,7 @@ def model_stock(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> Spar
     are at right angles: t = 0. The method is made for experts of one task.
 
     deltas: N of one target. weights: N.
-    Returns a delta on the union of the masks, of tiles when all have the same. Raises ShapeMismatch.
+    Returns a delta on the union of the masks, of blocks when all have the same. Raises ShapeMismatch.
     """
     deltas = common_blocks(deltas)
     step = _step(deltas, weights)

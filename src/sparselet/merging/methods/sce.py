@@ -36,7 +36,7 @@ def sce(
     select: "entries", only selected entries are merged, as in the paper; "weights", the selection decides on ηᵢ only and all
         entries are merged, as in the authors' code.
     deltas: N of one target. weights: N.
-    Returns a delta on the union of the masks, less what is not merged; of tiles when all have the same and density is 1.
+    Returns a delta on the union of the masks, less what is not merged; of blocks when all have the same and density is 1.
     Raises ShapeMismatch, ArgumentError (a parameter out of range).
     """
     check_density(density)

@@ -31,7 +31,7 @@ def multislerp(deltas: Sequence[SparseDelta], weights: Sequence[float], *, norma
 
     normalize_weights: if False, αᵢ = wᵢ.
     deltas: N of one target. weights: N, of any sign.
-    Returns a delta on the union of the masks, of tiles when all have the same.
+    Returns a delta on the union of the masks, of blocks when all have the same.
     Raises ShapeMismatch, ArgumentError (a parameter out of range, weights to be divided by a sum of 0).
     """
     if not isinstance(normalize_weights, bool):
@@ -52,7 +52,7 @@ def karcher(deltas: Sequence[SparseDelta], weights: Sequence[float], *, max_iter
     makes the order matter. A direction opposite to μ pulls to no side, and is left out of that iteration.
 
     deltas: N of one target. weights: N, of any sign.
-    Returns a delta on the union of the masks, of tiles when all have the same.
+    Returns a delta on the union of the masks, of blocks when all have the same.
     Raises ShapeMismatch, ArgumentError (a parameter out of range, weights that sum to 0).
     """
     if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 0:
