@@ -15,6 +15,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from helpers.made_profiles import profile_for
 from helpers.stand_in_hub import StandInHub
 from helpers.strategies import few
 from helpers.tiny import make_adapter, make_model, save_base
@@ -44,6 +45,7 @@ from sparselet.hub.card import model_card, peft_card
 from sparselet.hub.contents import check_directory
 from sparselet.hub.publish import prepare, push
 from sparselet.hub.sources import CachedCopyWarning, fetch, parse_name, pull
+from sparselet.profiles.file import PROFILE_FILE
 
 NAME = "lab/expert"
 ABOUT = {"task": "backwards", "task_type": "CAUSAL_LM", "base_model_name_or_path": "org/base", "score": "mcs"}
@@ -104,6 +106,22 @@ def test_what_was_pushed_is_pulled_byte_for_byte(hub, expert, tmp_path):
     assert {name: pulled[name] for name in before} == before
     assert pulled.keys() == before.keys() | {"README.md"}
     assert contents(expert) == before
+
+
+def test_a_profile_goes_along_both_ways_and_is_checked(hub, tmp_path, lora):
+    adapter = make_adapter(make_model(), **ABOUT)
+    adapter.profile = profile_for(adapter)
+    directory = adapter.save(tmp_path / "profiled")
+    push(directory, NAME)
+    assert (pull(NAME, tmp_path / "pulled") / PROFILE_FILE).read_bytes() == (directory / PROFILE_FILE).read_bytes()
+    other = tmp_path / "lora"
+    shutil.copytree(lora, other)
+    shutil.copy(directory / PROFILE_FILE, other)
+    assert check_directory(other) == "LORA adapter"
+    for damaged in (directory, other):
+        (damaged / PROFILE_FILE).write_bytes((damaged / PROFILE_FILE).read_bytes()[:-4])
+        with pytest.raises(BadContainer, match=PROFILE_FILE):
+            push(damaged, NAME)
 
 
 def test_a_push_is_one_commit_of_the_adapters_own_files(hub, expert):

@@ -121,7 +121,7 @@ def test_a_profile_that_fails_does_not_lose_the_expert(settings_of, tmp_path, mo
 def test_a_profile_is_not_written_over_or_into_the_hubs_cache(runs, task_dir, base_dir):
     with pytest.raises(OutputExists):
         sl.profile(str(runs / "sparse"), task_dir)
-    with pytest.raises(ConfigError, match="org/name is not a directory here; set `out`"):
+    with pytest.raises(ConfigError, match="org/name is not a directory here; pull it first, or set `out`"):
         sl.profile("org/name", task_dir)
 
 

@@ -76,7 +76,7 @@ def profile(
         sl.profile("their/lora-directory", "my-task")
 
     expert: in memory, which keeps the profile as its `profile`; a directory, which gets `profile.safetensors`; or a hub name.
-    out: the file to write instead; needed for experts on the hub.
+    out: the file to write instead. A merge reads the profile in an expert's directory: pull one from the hub first.
     base: the base model; by default the one that the expert records. dtype: to load it in.
     columns: the names of `input` and `target` in rows. progress: reports rows.
     Raises ConfigError, TaskError, ModelError, OutputExists, WriteFailed, and what opening and applying the expert raise.
@@ -122,7 +122,7 @@ def _output(expert: ExpertSource, out: str | Path | None) -> Path | None:
     if out is None and not isinstance(expert, str | Path):
         return None
     if out is None and not Path(str(expert)).is_dir():
-        raise ConfigError(f"{expert} is not a directory here; set `out` to the file that gets its profile.")
+        raise ConfigError(f"{expert} is not a directory here; pull it first, or set `out` to a file for its profile.")
     file = Path(str(expert)) / PROFILE_FILE if out is None else Path(out)
     check_output(file, directory=False)
     return file
