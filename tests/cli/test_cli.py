@@ -31,6 +31,7 @@ from sparselet.cli.locate import locate_
 from sparselet.cli.main import VERBS, run
 from sparselet.cli.merge import merge_
 from sparselet.cli.probe import probe_
+from sparselet.cli.profile import profile_
 from sparselet.cli.pull import pull_
 from sparselet.cli.push import push_
 from sparselet.cli.search import search_
@@ -41,7 +42,7 @@ from sparselet.errors import TaskError
 from sparselet.training import TrainSettings
 
 FUNCTIONS = {"train": train_verb.train_, "merge": merge_, "eval": eval_, "inspect": inspect_, "demo": demo.demo_}
-FUNCTIONS |= {"push": push_, "pull": pull_, "import": import_, "export": export_, "study": study_}
+FUNCTIONS |= {"profile": profile_, "push": push_, "pull": pull_, "import": import_, "export": export_, "study": study_}
 FUNCTIONS |= {"update": update_, "search": search_, "split": split_, "locate": locate_, "graft": graft_, "probe": probe_}
 FAST = ["--epochs", "2", "--batch-size", "2", "--learning-rate", "1e-2", "--score", "gm"]
 

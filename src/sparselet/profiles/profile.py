@@ -9,7 +9,7 @@ from torch import Tensor
 from sparselet.errors import ArgumentError
 from sparselet.fingerprint import Fingerprint
 
-RANK = 32  # of stored moments: the table in docs/profiles.md weighs size against retention
+RANK = 32  # of stored moments
 _EXACT = 2048  # the widest matrix that is decomposed in full
 _ITERATIONS = 12
 _OVERSAMPLING = 16
