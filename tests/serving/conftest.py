@@ -29,7 +29,7 @@ class Running:
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key=API_KEY, max_retries=0, timeout=60)
 
     def post(self, path: str, body=None, key: str | None = API_KEY, **more) -> httpx2.Response:
-        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        headers = {"content-type": "application/json"} | ({} if key is None else {"authorization": f"Bearer {key}"})
         return httpx2.post(self.url + path, json=body, headers=headers, timeout=60, **more)
 
     def get(self, path: str, key: str | None = API_KEY) -> httpx2.Response:

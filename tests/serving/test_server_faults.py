@@ -164,6 +164,13 @@ def test_what_is_no_json_object_is_400(server, content):
     assert response.json()["error"]["message"]
 
 
+def test_a_body_without_its_type_says_what_to_send(server):
+    headers = {"authorization": "Bearer client-key"}
+    response = httpx2.post(f"{server.url}/v1/completions", content=json.dumps(LONG), headers=headers)
+    assert response.status_code == 400
+    assert "content-type: application/json" in response.json()["error"]["message"]
+
+
 def test_other_routes_and_methods(server):
     assert server.get("/v1/nothing").status_code == 404
     assert server.get("/v1/completions").status_code == 405

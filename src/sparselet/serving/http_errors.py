@@ -62,6 +62,8 @@ def add_error_handlers(app: FastAPI) -> None:
         first = error.errors()[0]
         path = [str(part) for part in first["loc"][1:]]
         field = ".".join(path) or "body"
+        if not path and "json" not in request.headers.get("content-type", ""):
+            return respond(400, "the body must be a JSON object, sent with `content-type: application/json`.", field)
         return respond(400, f"{printable(field)}: {printable(first['msg'])}.", field)
 
     @app.exception_handler(HTTPException)
