@@ -21,7 +21,9 @@ PEERS = [
     ("torch", "full fine-tuning"),
     ("torch", "side product, dense mask 0.1"),
 ]
-MASKS = ["element 0.1", "tiles of 16, 0.1", "tiles of 64, 0.1", "tiles of 128, 0.1", "element 0.01"]
+TILES = [f"tiles of {side}, 0.1" for side in (16, 64, 128)]
+MASKS = ["element 0.1", *TILES, "rows, 0.1", "columns, 0.1", "element 0.01"]
+COMPARED = ["element 0.1", "tiles of 16, 0.1", "rows, 0.1"]
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
@@ -83,7 +85,7 @@ def test_contestants_train_as_many_numbers_as_their_names_say(train: dict) -> No
     trained = {row["name"]: row["value"]["trained"] for row in train["rows"] if row["value"]}
     assert trained["QKV fine-tuning"] == trained["side product, dense mask 0.1"] == entries
     assert trained["LoRA r 64"] == 64 * sums
-    for name in ("element 0.1", "tiles of 16, 0.1", "SHiRA 0.1", "Super-Tuning 0.1"):
+    for name in (*COMPARED, "columns, 0.1", "SHiRA 0.1", "Super-Tuning 0.1"):
         assert trained[name] == pytest.approx(0.1 * entries, rel=0.05)
     assert trained["SHiRA 0.1"] % sums == 0
     assert trained["element 0.01"] == pytest.approx(0.01 * entries, rel=0.01)
@@ -108,8 +110,8 @@ def test_ratios_are_to_the_floor_before_and_to_each_peer_in_the_same_round(train
 
 def test_steps_of_the_few_alone(tmp_path: Path) -> None:
     results = quick("train", tmp_path, "--steps", measured="train_steps")
-    assert [row["name"] for row in results["rows"]] == ["frozen model", "element 0.1", "tiles of 16, 0.1", "LoRA r 128"]
-    assert len(results["targets"]) == 8
+    assert [row["name"] for row in results["rows"]] == ["frozen model", *COMPARED, "LoRA r 128"]
+    assert len(results["targets"]) == 12
     assert all(aim["found"] > 0 for aim in results["targets"])
 
 
@@ -127,7 +129,7 @@ def test_aims_are_read_from_the_rows(train: dict) -> None:
 def test_memory_is_measured_for_the_same_contestants_and_for_selection(tmp_path: Path) -> None:
     results = quick("memory", tmp_path)
     floor, *others = results["rows"]
-    phases = [f"selecting ({initial}), {name}" for initial in ("gradient", "dense") for name in MASKS[:2]]
+    phases = [f"selecting ({initial}), {name}" for initial in ("gradient", "dense") for name in COMPARED]
     assert [(row["library"], row["name"]) for row in others] == [("sparselet", name) for name in MASKS + phases] + PEERS
     assert floor["over_floor_bytes"] == 0
     for row in results["rows"]:
@@ -161,7 +163,7 @@ def test_choices_and_gradients_are_those_of_torch(tmp_path: Path) -> None:
     assert results["wrong"] == []
     assert [value for key, value in values.items() if key[0] != "gradient"] == [{"same": 1}] * 3
     gradients = [value["difference"] for key, value in values.items() if key[0] == "gradient"]
-    assert len(gradients) == 10
+    assert len(gradients) == 14
     assert max(gradients) < 1e-5
 
 
