@@ -17,7 +17,7 @@ Balance = Literal["target", "row"]
 
 @dataclass(frozen=True)
 class SelectionSettings:
-    """Settings of mask selection; defaults are the paper's.
+    """Settings of mask selection. The defaults make the best experts that were measured (docs/results.md, "Recipes").
 
     Raises DensityOutOfRange, UnknownScore, BlockSizeError, and ConfigError for any other value out of range.
     """
@@ -26,8 +26,8 @@ class SelectionSettings:
     """Fraction of each target's entries to train, in (0, 1]; the paper's keep-ratio."""
     block_size: BlockSize = 1
     """1 trains single entries, B tiles of B×B (paper: 16), row whole output rows, column whole input columns."""
-    score: str = field(default="mcs", metadata={"help": f"How entries are ranked: {score_help()}."})
-    when: When = "paper"
+    score: str = field(default="random", metadata={"help": f"How entries are ranked: {score_help()}."})
+    when: When = "static"
     """Before the first step (static); then again and again, a fraction of the mask at a time (refresh); or as in the paper."""
     balance: Balance = "target"
     """Keep the best of each target, or as many in each of its output rows (row)."""
@@ -85,7 +85,7 @@ class SelectionSettings:
         if not score.ranks_untrained:
             raise ConfigError(
                 f"score {self.score!r} is 0 for entries that were never trained, so it cannot choose with when={self.when!r}. "
-                f"Take one of these scores: {_growing_scores()}."
+                f"Take when='paper', or one of these scores: {_growing_scores()}."
             )
 
     @property

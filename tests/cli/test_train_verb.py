@@ -9,6 +9,7 @@ from helpers.tiny import make_adapter, make_model
 from sparselet.cli import train as train_verb
 from sparselet.errors import TaskError
 from sparselet.training import TrainSettings
+from sparselet.training_recipes import RECIPES
 
 
 @pytest.fixture
@@ -45,6 +46,19 @@ def test_one_task_or_several_are_read_from_flags_and_from_a_file(cli, seen, tmp_
     (tmp_path / "settings.toml").write_text(file)
     cli("train", "--config", tmp_path / "settings.toml", "--out", "x", *flags)
     assert seen == [TrainSettings(task=task)]
+
+
+def test_a_recipe_gives_way_to_the_file_and_the_file_to_flags(cli, seen, tmp_path):
+    (tmp_path / "settings.toml").write_text('task = "a"\ndensity = 0.3\nlearning_rate = 1e-3\n')
+    cli("train", "--recipe", "paper", "--config", tmp_path / "settings.toml", "--density", "0.5", "--out", "x")
+    cli("train", "--recipe", "paper", "--task", "a", "--out", "x")
+    own = TrainSettings(task="a", when="paper", score="mcs", density=0.5, learning_rate=1e-3)
+    assert seen == [own, TrainSettings(task="a", **RECIPES["paper"])]
+
+
+def test_an_unknown_recipe_and_one_of_another_verb_are_refused(refused, tmp_path):
+    assert "paper" in refused("train", "--recipe", "best", "--task", "a", "--out", tmp_path / "x")
+    assert "recipe" in refused("eval", "--recipe", "paper", "--task", "a")
 
 
 def test_method_second_stage_and_lora_are_read_from_flags_and_from_a_file(cli, seen, tmp_path):

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.paper import paper_config
 from helpers.tiny import make_gpt2, make_model, make_t5, make_tokenizer
 from peft import LoraConfig, get_peft_model
 
 import sparselet
-from sparselet import SparseletConfig
 from sparselet.generation.prefix import PREFIX_KEY, batch_loss, can_share_prefix, model_inputs
 from sparselet.generation.prompts import prompt_format
 from sparselet.training import collate
@@ -53,7 +53,7 @@ def test_loss_and_gradients_are_those_of_the_whole_rows(make, kind):
     torch.manual_seed(0)
     model = base = make()
     if kind == "sparse":
-        model = get_peft_model(base, SparseletConfig(initial_mask="random", density=0.3, task_type="CAUSAL_LM"))
+        model = get_peft_model(base, paper_config(initial_mask="random", density=0.3, task_type="CAUSAL_LM"))
         sparselet.freeze_masks(model)
     elif kind == "lora":
         targets = ["q_proj"] if base.config.model_type == "llama" else ["c_attn"]
@@ -81,7 +81,7 @@ def test_loss_and_gradients_are_those_of_the_whole_rows(make, kind):
 def test_selection_scores_whole_rows():
     masks = []
     for share in (True, False):
-        model = get_peft_model(make_model(), SparseletConfig(initial_mask="gradient", density=0.3, score="gm"))
+        model = get_peft_model(make_model(), paper_config(initial_mask="gradient", density=0.3, score="gm"))
         batch = collator(model.get_base_model(), make_tokenizer(), share)(rows())
         assert (PREFIX_KEY in batch) == share
         sparselet.reselect(model, [batch], loss=batch_loss)

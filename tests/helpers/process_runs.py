@@ -10,6 +10,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from helpers.paper import PAPER, paper_config
 from helpers.tiny import make_adapter, make_model, save_base, save_task
 from helpers.training_runs import QUIET, StopAt
 from peft import PeftModel, get_peft_model
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from sparselet import MaskSchedule, SparseletConfig, freeze_masks, reselect, to_adapter
+from sparselet import MaskSchedule, freeze_masks, reselect, to_adapter
 from sparselet.training import TrainSettings, train
 from sparselet.tuner import scorer, sparselet_layers
 from sparselet.tuner.distributed import broadcast_masks
@@ -89,7 +90,7 @@ def make_trainer(directory, adapter, arguments, processes=1, model=None, **more)
     """A Trainer over 4 rows a step (or more, accumulated), of which each process takes its share."""
     model = model or make_model()
     if not isinstance(model, PeftModel):
-        model = get_peft_model(model, SparseletConfig(**{"density": 0.1, "reselect_every": 2, **adapter}))
+        model = get_peft_model(model, paper_config(**{"density": 0.1, "reselect_every": 2, **adapter}))
     rows = arguments.get("per_device_train_batch_size", 2) * 2 // processes
     arguments = {
         **QUIET,
@@ -118,7 +119,7 @@ def run(case, directory, processes=1):
 
 def own_loop(directory, processes=1):
     """A loop without a Trainer; all rows have the same number of labels, and each process takes every second one."""
-    model = get_peft_model(make_model(), SparseletConfig(density=0.1, score="mcs_neg"))
+    model = get_peft_model(make_model(), paper_config(density=0.1, score="mcs_neg"))
     rank = dist.get_rank() if processes > 1 else 0
     wrapped = DistributedDataParallel(model) if processes > 1 else model
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -158,7 +159,7 @@ def trained_before(directory, processes=1):
 def unlike_start(directory, processes=1):
     """Another base model and another mask on the second process, to which DistributedDataParallel gives those of the first."""
     seed = dist.get_rank() if processes > 1 else 0
-    adapter = SparseletConfig(density=0.1, initial_mask="random", score="mcs_neg", seed=seed)
+    adapter = paper_config(density=0.1, initial_mask="random", score="mcs_neg", seed=seed)
     model = get_peft_model(make_model(seed=seed), adapter)
     make_trainer(directory, {}, {}, processes, model=model, callbacks=[MaskSchedule()]).train()
     return tensors(to_adapter(model))
@@ -166,7 +167,7 @@ def unlike_start(directory, processes=1):
 
 def sharded_by_hand(directory, processes=1):
     """FSDP2, with masks that do not move; all processes take the same rows."""
-    model = get_peft_model(make_model(), SparseletConfig(initial_mask="random", reselect_every=0))
+    model = get_peft_model(make_model(), paper_config(initial_mask="random", reselect_every=0))
     freeze_masks(model)
     if processes > 1:
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
@@ -181,7 +182,7 @@ def sharded_by_hand(directory, processes=1):
 
 def unlike_graphs(directory, processes=1):
     """A loss that uses the targets in another order on the second process, and one of them not at all."""
-    model = get_peft_model(make_model(), SparseletConfig(density=0.1, score="gm"))
+    model = get_peft_model(make_model(), paper_config(density=0.1, score="gm"))
     layers = list(sparselet_layers(model).values())
 
     def loss(model, batch):
@@ -197,7 +198,7 @@ def unlike_graphs(directory, processes=1):
 
 def unlike_scores(directory, processes=1):
     """As if the second process had averaged to something else."""
-    model = get_peft_model(make_model(), SparseletConfig(density=0.1, score="gm"))
+    model = get_peft_model(make_model(), paper_config(density=0.1, score="gm"))
 
     def loss(model, batch):
         return model(input_ids=batch["ids"], labels=batch["ids"]).loss
@@ -234,6 +235,8 @@ def prepared(directory, processes=1, **changes):
     if changes.get("method") == "multitask":
         paths["task"] = (str(directory / "task"), str(directory / "other"))
     common = {"epochs": 2, "batch_size": 4, "learning_rate": 5e-3, "chat_template": False}
+    if changes.get("method", "sparse") == "sparse" and "init_from" not in changes:
+        common |= PAPER
     return TrainSettings(**{**paths, **common, **changes})
 
 
@@ -294,14 +297,14 @@ def fsdp(directory):
 
 
 def sharded_selection(directory):
-    model = get_peft_model(make_model(), SparseletConfig())
+    model = get_peft_model(make_model(), paper_config())
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     reselect(model, [])
 
 
 def own_group(directory):
     group = dist.new_group([0, 1])
-    model = get_peft_model(make_model(), SparseletConfig())
+    model = get_peft_model(make_model(), paper_config())
     reselect(DistributedDataParallel(model, process_group=group), [])
 
 
@@ -312,14 +315,14 @@ def static_graph(directory):
 def communication_hook(directory):
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    wrapper = DistributedDataParallel(get_peft_model(make_model(), SparseletConfig()))
+    wrapper = DistributedDataParallel(get_peft_model(make_model(), paper_config()))
     wrapper.register_comm_hook(dist.group.WORLD, allreduce_hook)
     reselect(wrapper, [])
 
 
 def no_wrapper(directory):
     trainer = make_trainer(directory, {}, {}, 2)
-    model = get_peft_model(make_model(), SparseletConfig())
+    model = get_peft_model(make_model(), paper_config())
     MaskSchedule().on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
 
 
@@ -329,7 +332,7 @@ def fewer_rows_than_processes(directory):
 
 
 def unused_target(directory):
-    wrapper = DistributedDataParallel(get_peft_model(make_model(), SparseletConfig()))
+    wrapper = DistributedDataParallel(get_peft_model(make_model(), paper_config()))
 
     def loss(model, batch):
         return (

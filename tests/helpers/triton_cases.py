@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from helpers.paper import paper_config
 from hypothesis import given, settings
 from torch import Tensor
 from triton import knobs
@@ -18,7 +19,7 @@ from triton.runtime import driver, interpreter
 from sparselet.errors import ArgumentError, BlockSizeError, ShapeMismatch
 from sparselet.kernels import reference
 from sparselet.kernels import triton as kernels
-from sparselet.tuner import SparseletConfig, SparseletLayer
+from sparselet.tuner import SparseletLayer
 
 INTERPRETED = knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -337,7 +338,7 @@ def test_a_layer_writes_by_the_kernel_what_it_writes_by_the_reference(dtype, blo
         linear = torch.nn.Linear(24, 16, bias=False).to(DEVICE, dtype)
         base = linear.weight.detach().clone()
         layer = SparseletLayer(linear, "target")
-        layer.add_adapter("one", SparseletConfig(density=0.3, block_size=block_size, initial_mask="random", reselect_every=0))
+        layer.add_adapter("one", paper_config(density=0.3, block_size=block_size, initial_mask="random", reselect_every=0))
         layer.set_adapter("one")
         with torch.no_grad():
             layer.sparse_values["one"].normal_(std=0.01)

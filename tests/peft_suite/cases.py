@@ -2,6 +2,7 @@
 
 import torch
 from datasets import Dataset, DatasetDict
+from helpers.paper import paper_config
 
 from sparselet import SparseletConfig
 from sparselet.tuner import SparseletLayer
@@ -73,8 +74,8 @@ ENCODER_DECODERS = _configs("SEQ_2_SEQ_LM", MASK, {}, {**MASK, "target_modules":
 FEATURES = _configs("FEATURE_EXTRACTION", MASK, {})
 CLASSIFIERS = _configs("SEQ_CLS", MASK, {}, {**MASK, "modules_to_save": None})
 COMPILED = {
-    "sparselet-mask": (SparseletConfig(task_type="CAUSAL_LM", initial_mask="random", reselect_every=0), {}),
-    "sparselet-dense": (SparseletConfig(task_type="CAUSAL_LM"), {}),
+    "sparselet-mask": (paper_config(task_type="CAUSAL_LM", initial_mask="random", reselect_every=0), {}),
+    "sparselet-dense": (paper_config(task_type="CAUSAL_LM"), {}),
 }
 
 

@@ -16,6 +16,7 @@ from sparselet import SparseAdapter, SparseletConfig, merge
 from sparselet.apply import apply_temporarily
 from sparselet.errors import ArgumentError, ConfigError, NonFiniteScore, NoTargets, TrainingDiverged, UnsupportedExpert
 from sparselet.fingerprint import fingerprint_weight
+from sparselet.formats import open_expert
 from sparselet.generation.prompts import prompt_format
 from sparselet.models import load_model, load_tokenizer
 from sparselet.tasks.task import load_task
@@ -109,6 +110,50 @@ def test_lora_follows_its_settings(settings_of, tmp_path):
     assert (config["r"], config["lora_alpha"], config["layers_to_transform"]) == (3, 1.5, [1])
     train(settings_of("lora", target_modules=("o_proj",), epochs=1), tmp_path / "o")
     assert json.loads((tmp_path / "o" / "adapter_config.json").read_text())["target_modules"] == ["o_proj"]
+
+
+@pytest.mark.parametrize("method", ["shira", "super-tuning"])
+def test_single_entries_of_peft_are_as_many_as_asked_and_open_as_experts(settings_of, tmp_path, base_dir, method):
+    size = {"lora_rank": 2} if method == "shira" else {"density": 0.25}
+    train(settings_of(method, **size), tmp_path / "out")
+    expert = open_expert(tmp_path / "out", base_dir)
+    assert set(expert) == set(find_targets(make_model(), SparseletConfig()))
+    for name in expert:
+        rows, columns = expert[name].shape
+        assert expert[name].nnz == (2 * (rows + columns) if method == "shira" else rows * columns // 4), name
+        assert expert[name].values.any()
+    model = PeftModel.from_pretrained(make_model(), tmp_path / "out")  # stock PEFT
+    assert any("shira" in name or "supertuning" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize(("preset", "layers"), [("qkv", 3), ("attention", 4), ("mlp", 3), ("all", 7)])
+def test_a_preset_and_a_number_of_entries_make_experts_of_one_size(settings_of, tmp_path, preset, layers):
+    trained = train(
+        settings_of("sparse", target_modules=(preset,), entries="0.3k", epochs=1, when="static", score="random"),
+        tmp_path / "out",
+    )
+    assert len(trained) == 2 * layers
+    assert trained.nnz == pytest.approx(300, abs=len(trained))  # rounded in each target
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"entries": "many"}, "entries"),
+        ({"entries": 0}, "entries must be above 0"),
+        ({"entries": "1.5"}, "entries"),
+        ({"entries": 100, "density": 0.2}, "set one of them"),
+        ({"entries": "1k", "method": "full"}, "entries does not apply"),
+    ],
+)
+def test_wrong_numbers_of_entries_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainSettings(task="a", **changes)
+
+
+def test_more_entries_than_the_targets_have_are_refused(settings_of, tmp_path):
+    with pytest.raises(ConfigError, match="at most the"):
+        train(settings_of("sparse", entries="1M"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -245,11 +290,15 @@ def test_lora_is_float32_over_a_bfloat16_base(settings_of, tmp_path):
         ("multitask", {"task": ("a", "b"), "offload": True}, "offload does not apply to method multitask"),
         ("lora", {"scope": "global"}, "scope does not apply"),
         ("lora", {"layer_drop": True}, "layer_drop does not apply"),
-        ("full", {"initial_mask": "random"}, "initial_mask does not apply"),
+        ("full", {"balance": "row"}, "balance does not apply"),
         ("full", {"reselect_every": 0}, "reselect_every does not apply"),
         ("full", {"selection_epochs": 2.0}, "selection_epochs does not apply"),
         ("full", {"score_batches": 2}, "score_batches does not apply"),
-        ("full", {"layers": (1,)}, "layers does not apply to method full; it is a setting of sparse, lora, full-qkv"),
+        (
+            "full",
+            {"layers": (1,)},
+            "layers does not apply to method full; it is a setting of sparse, lora, shira, super-tuning, full-qkv",
+        ),
         ("full", {"target_modules": ("q",)}, "target_modules does not apply"),
         ("multitask", {"task": ("a", "b"), "exclude_modules": ("q",)}, "exclude_modules does not apply"),
         ("sparse", {"lora_rank": 8}, "lora_rank does not apply to method sparse; it is a setting of lora"),
@@ -260,7 +309,7 @@ def test_lora_is_float32_over_a_bfloat16_base(settings_of, tmp_path):
         ("multitask", {"task": ("a",)}, "method multitask needs several tasks"),
         ("full", {"dtype": "float16"}, "dtype float16 does not go with method full"),
         ("full-qkv", {"dtype": "float16"}, "dtype float16 does not go with method full-qkv"),
-        ("dense", {}, "method must be one of sparse, lora, full, full-qkv, multitask, got 'dense'"),
+        ("dense", {}, "method must be one of sparse, lora, shira, super-tuning, full, full-qkv, multitask, got 'dense'"),
         ("sparse", {"task": ()}, "task is missing"),
         ("sparse", {"task": ("a", "")}, "task is missing"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.paper import paper_config
 from helpers.process_runs import CASES, REFUSED, RUNS, prepared
 from helpers.tiny import make_model
 from peft import get_peft_model
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 import sparselet
-from sparselet import MaskSchedule, SparseletConfig
+from sparselet import MaskSchedule
 from sparselet.errors import ConfigError, SelectionError
 from sparselet.training import TrainSettings, train
 from sparselet.training.processes import refuse_sharding
@@ -124,7 +125,7 @@ def test_sharded_training_is_refused_before_it_begins(changes, named, tmp_path):
     else:
         for key, value in changes.items():
             object.__setattr__(arguments, key, value)
-    model = get_peft_model(make_model(), SparseletConfig())
+    model = get_peft_model(make_model(), paper_config())
     for event in (MaskSchedule().on_init_end, MaskSchedule().on_train_begin):
         with pytest.raises(SelectionError, match=f"cannot be trained with {named}.*DistributedDataParallel"):
             event(arguments, None, None, model=model)

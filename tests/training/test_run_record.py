@@ -34,7 +34,9 @@ def uneven(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(base_dir, uneven):
-    return TrainSettings(model=base_dir, task=uneven, epochs=2, batch_size=4, learning_rate=1e-2, warmup=0)
+    return TrainSettings(
+        model=base_dir, task=uneven, epochs=2, batch_size=4, learning_rate=1e-2, warmup=0, when="paper", score="mcs"
+    )
 
 
 def record(output):

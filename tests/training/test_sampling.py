@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.paper import paper_config
 from helpers.strategies import few
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparselet import SparseletConfig
 from sparselet.training.sampling import LengthGroupedSampler, balanced_rows
 from sparselet.training.scoring import draw_rows
 from sparselet.tuner.mask_state import seeded
@@ -113,7 +113,7 @@ def test_tasks_are_mixed_within_an_epoch():
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 3), (2, 1), (2, 3)])
 def test_scoring_batches_have_the_rows_of_a_step_however_it_is_divided(processes, accumulation):
-    config, rows = SparseletConfig(score_batches=2), [3, 3, 3, *range(40, 60)]
+    config, rows = paper_config(score_batches=2), [3, 3, 3, *range(40, 60)]
     whole = draw_rows(50, shares(1, 0, 12, 1), config, 7, rows)
     assert [[len(part) for part in parts] for parts in whole] == [[12], [12]]
     assert {row for (part,) in whole for row in part} <= set(rows)
@@ -125,7 +125,7 @@ def test_scoring_batches_have_the_rows_of_a_step_however_it_is_divided(processes
 
 
 def test_processes_score_as_many_micro_batches_where_rows_are_few():
-    drawn = [draw_rows(5, shares(2, rank, 1, 4), SparseletConfig(), 0, None)[0] for rank in (0, 1)]
+    drawn = [draw_rows(5, shares(2, rank, 1, 4), paper_config(), 0, None)[0] for rank in (0, 1)]
     assert len(drawn[0]) == len(drawn[1])
     assert all(part for own in drawn for part in own)
     assert sorted(row for own in drawn for part in own for row in part) == list(range(5))

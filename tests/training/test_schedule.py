@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.paper import paper_config
 from helpers.tiny import make_model
 from helpers.training_runs import QUIET
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from sparselet import MaskSchedule, SparseletConfig, freeze_masks, reselect, to_adapter
+from sparselet import MaskSchedule, freeze_masks, reselect, to_adapter
 from sparselet.errors import SelectionError
 from sparselet.tuner import sparselet_layers
 from sparselet.tuner.mask_state import seeded
@@ -72,7 +73,7 @@ def fit(tmp_path):
 
     def run(adapter=None, schedule=None, trainer_class=Trainer, model=None, data=None, callbacks=None, **arguments):
         adapter = {"density": 0.1, "score": "gm", **(adapter or {})}
-        model = get_peft_model(model or make_model(), SparseletConfig(**adapter))
+        model = get_peft_model(model or make_model(), paper_config(**adapter))
         watch = Watch()
         arguments = {
             **QUIET,
@@ -272,7 +273,7 @@ def test_initial_mask_random_keeps_its_mask_where_the_score_cannot_move_it(fit):
 
 
 def test_a_model_whose_masks_are_frozen_is_left_alone(fit):
-    model = get_peft_model(make_model(), SparseletConfig(initial_mask="random", reselect_every=0))
+    model = get_peft_model(make_model(), paper_config(initial_mask="random", reselect_every=0))
     freeze_masks(model)
 
     class Frozen(Trainer):
@@ -525,7 +526,7 @@ def begin(model, **changes):
 
 
 def test_several_processes_may_train_frozen_masks():
-    model = get_peft_model(make_model(), SparseletConfig(initial_mask="random", reselect_every=0))
+    model = get_peft_model(make_model(), paper_config(initial_mask="random", reselect_every=0))
     freeze_masks(model)
     begin(model, world_size=2)
 
@@ -536,12 +537,12 @@ def test_data_without_a_length_are_refused():
             yield from Tokens()
 
     with pytest.raises(SelectionError, match="must have a length"):
-        begin(get_peft_model(make_model(), SparseletConfig()), data=Stream())
+        begin(get_peft_model(make_model(), paper_config()), data=Stream())
 
 
 def test_a_model_with_two_active_adapters_is_refused():
-    model = get_peft_model(make_model(), SparseletConfig())
-    model.add_adapter("second", SparseletConfig())
+    model = get_peft_model(make_model(), paper_config())
+    model.add_adapter("second", paper_config())
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(SelectionError, match="exactly one adapter"):
         begin(model)

@@ -36,7 +36,7 @@ FILES = ("adapter_model.safetensors", "adapter_config.json", "profile.safetensor
 @pytest.fixture(scope="module")
 def settings(base_dir, task_dir):
     """Six steps an epoch, two epochs."""
-    return TrainSettings(model=base_dir, task=task_dir, epochs=2, batch_size=2, learning_rate=1e-2, score="gm")
+    return TrainSettings(model=base_dir, task=task_dir, epochs=2, batch_size=2, learning_rate=1e-2, when="paper", score="gm")
 
 
 class Record(TrainerCallback):

@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from helpers.paper import paper_config
 from helpers.tiny import WORDS, logits, make_model, make_tokenizer
 from helpers.training_runs import QUIET
 from peft import PeftModel, get_peft_model
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
-from sparselet import MaskSchedule, SparseletConfig, to_adapter
+from sparselet import MaskSchedule, to_adapter
 from sparselet.training.scoring import collated, draw_rows
 from sparselet.tuner.adapted import sparselet_layers
 
@@ -90,7 +91,7 @@ class Losses(TrainerCallback):
 @pytest.mark.parametrize(("wrapped", "mask"), [(False, "dense"), (True, "gradient")], ids=["config", "wrapped"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_adapter_is_selected_learns_and_is_saved_as_it_answers(make_trainer, tmp_path, kind, wrapped, mask):
-    config = SparseletConfig(density=0.2, score="mcs_neg" if mask == "dense" else "gm", initial_mask=mask, reselect_every=2)
+    config = paper_config(density=0.2, score="mcs_neg" if mask == "dense" else "gm", initial_mask=mask, reselect_every=2)
     losses = Losses()
     given = {"model": get_peft_model(make_model(), config)} if wrapped else {"model": make_model(), "peft_config": config}
     trainer = make_trainer(kind, callbacks=[MaskSchedule(), *([] if "grpo" in kind else [losses])], **given)
@@ -146,7 +147,7 @@ class SelectByHand(TrainerCallback):
 @pytest.mark.parametrize(("wrapped", "score"), [(False, "gm"), (True, "mcs_neg")], ids=["config", "wrapped"])
 @pytest.mark.parametrize("kind", ["dpo", "dpo-checkpointing"])
 def test_the_masks_of_dpo_are_those_of_a_reference_model_apart(make_trainer, kind, wrapped, score):
-    config = SparseletConfig(density=0.2, score=score, reselect_every=0, selection_epochs=0.75)
+    config = paper_config(density=0.2, score=score, reselect_every=0, selection_epochs=0.75)
     given = {"model": get_peft_model(make_model(), config)} if wrapped else {"model": make_model(), "peft_config": config}
     by_hand = SelectByHand(score, step=3)
     trainer = make_trainer(kind, callbacks=[by_hand, MaskSchedule()], **given)
@@ -159,7 +160,7 @@ def test_the_masks_of_dpo_are_those_of_a_reference_model_apart(make_trainer, kin
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_a_trained_adapter_is_its_own_reference(make_trainer, tmp_path, kind):
     """Whether it was trained in this process or loaded: the loss starts where policy and reference are equal."""
-    model = get_peft_model(make_model(), SparseletConfig(density=0.2, initial_mask="random", score="gm"))
+    model = get_peft_model(make_model(), paper_config(density=0.2, initial_mask="random", score="gm"))
     trainer = make_trainer("sft", model, [MaskSchedule()])
     trainer.train()
     trainer.save_model(tmp_path / "sft")

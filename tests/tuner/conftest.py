@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.paper import paper_config
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from sparselet import SparseletConfig, freeze_masks
+from sparselet import freeze_masks
 from sparselet.tuner import sparselet_layers
 
 VOCABULARY = 64
@@ -60,7 +61,7 @@ def wrap() -> Callable[..., nn.Module]:
 
     def make(base: nn.Module, *, fill: float = 0.05, **config) -> nn.Module:
         config = {"initial_mask": "random", "reselect_every": 0, **config}
-        model = get_peft_model(copy.deepcopy(base), SparseletConfig(**config))
+        model = get_peft_model(copy.deepcopy(base), paper_config(**config))
         for layer in sparselet_layers(model).values():
             with torch.no_grad():
                 layer.sparse_values["default"].normal_(std=fill) if fill else layer.sparse_values["default"].zero_()
@@ -77,7 +78,7 @@ def add_adapter() -> Callable[..., None]:
     """Add one more adapter with a random mask and random values to a wrapped model."""
 
     def add(model: nn.Module, name: str, *, fill: float = 0.05, **config) -> None:
-        model.add_adapter(name, SparseletConfig(**{"initial_mask": "random", "reselect_every": 0, **config}))
+        model.add_adapter(name, paper_config(**{"initial_mask": "random", "reselect_every": 0, **config}))
         for layer in sparselet_layers(model).values():
             with torch.no_grad():
                 layer.sparse_values[name].normal_(std=fill)

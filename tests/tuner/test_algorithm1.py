@@ -5,11 +5,11 @@ import os
 
 import pytest
 import torch
+from helpers.paper import paper_config
 from peft import get_peft_model
 from torch.func import functional_call
 
 import sparselet
-from sparselet import SparseletConfig
 from sparselet.delta import block_for
 from sparselet.tuner import sparselet_layers
 
@@ -86,7 +86,7 @@ def calm_adamw(parameters):
 
 
 def prepare(base, *, density, block_size, score, make_optimizer=adamw):
-    model = get_peft_model(copy.deepcopy(base), SparseletConfig(density=density, block_size=block_size, score=score))
+    model = get_peft_model(copy.deepcopy(base), paper_config(density=density, block_size=block_size, score=score))
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
     targets = list(sparselet_layers(model))
     oracle = DenseAlgorithm1(copy.deepcopy(base), targets, density, block_size, score, make_optimizer)

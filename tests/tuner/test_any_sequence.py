@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.paper import paper_config
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -19,7 +20,6 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import sparselet
-from sparselet import SparseletConfig
 from sparselet.errors import SelectionError
 from sparselet.tuner import sparselet_layers
 
@@ -64,7 +64,7 @@ class AnySequence(RuleBasedStateMachine):
     def config(self, mask, targets):
         self.count += 1
         start = {"initial_mask": "random", "reselect_every": 0, "score": "random", "seed": self.count}
-        return SparseletConfig(**{**start, **MASKS[mask], **targets})
+        return paper_config(**{**start, **MASKS[mask], **targets})
 
     # What the dense model knows
 
@@ -314,7 +314,7 @@ def test_any_sequence_of_calls_is_that_of_dense_weights():
 
 def test_what_was_saved_answers_as_the_model(tmp_path):
     model = get_peft_model(
-        network(torch.float32), SparseletConfig(target_modules=["0", "2"], initial_mask="random", reselect_every=0)
+        network(torch.float32), paper_config(target_modules=["0", "2"], initial_mask="random", reselect_every=0)
     )
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from helpers.paper import paper_config
 from helpers.tiny import make_gpt2, make_model
 from peft import get_peft_model
 
 import sparselet
-from sparselet import SparseletConfig
 
 IDS = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -14,7 +14,7 @@ IDS = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(0))
 def trained(make, block_size, compiled, steps=3):
     """The losses of some steps, and the values then. A graph break is an error."""
     torch.compiler.reset()
-    model = get_peft_model(make(), SparseletConfig(initial_mask="random", density=0.3, block_size=block_size))
+    model = get_peft_model(make(), paper_config(initial_mask="random", density=0.3, block_size=block_size))
     sparselet.freeze_masks(model)
     values = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(values.values(), lr=1e-2)

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from helpers.paper import paper_config
 from peft import get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import sparselet
-from sparselet import SparseDelta, SparseletConfig
+from sparselet import SparseDelta
 from sparselet.kernels import gather
 from sparselet.tuner import sparselet_layers
 
@@ -80,7 +81,7 @@ def test_gradient_under_gradient_checkpointing(request, wrap, make_batches, kind
 def test_gradient_checkpointing_does_not_change_what_is_selected(make_llama, make_batches, reentrant, initial_mask):
     batches, masks = make_batches(2), []
     for checkpointed in (False, True):
-        config = SparseletConfig(density=0.1, initial_mask=initial_mask, score="gm")
+        config = paper_config(density=0.1, initial_mask=initial_mask, score="gm")
         model = get_peft_model(make_llama(torch.float64), config)
         if checkpointed:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
@@ -136,7 +137,7 @@ def test_reselect_leaves_gradients_of_modules_to_save_alone(make_batches):
             vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
         )
     )
-    model = get_peft_model(base, SparseletConfig(modules_to_save=["classifier"]))
+    model = get_peft_model(base, paper_config(modules_to_save=["classifier"]))
     batch = {"input_ids": make_batches(1)[0]["input_ids"], "labels": torch.tensor([0, 1, 2, 0])}
     classifier = {n: p for n, p in model.named_parameters() if p.requires_grad and "classifier" in n}
     assert classifier
@@ -178,7 +179,7 @@ def test_layer_called_twice_gets_the_sum_of_both_gradients(wrap):
 def test_layer_called_twice_is_scored_by_the_sum_of_both_gradients(batches):
     base, inputs = Twice(), [torch.randn(4, 8, dtype=torch.float64) for _ in range(batches)]
     oracle = copy.deepcopy(base)
-    model = get_peft_model(base, SparseletConfig(target_modules=["shared"], density=0.25, score="gm"))
+    model = get_peft_model(base, paper_config(target_modules=["shared"], density=0.25, score="gm"))
     sparselet.reselect(model, [{"x": x} for x in inputs], loss=lambda model, batch: model(**batch))
     for x in inputs:
         oracle(x).backward()

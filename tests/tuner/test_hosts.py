@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from helpers.paper import paper_config
 from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,
@@ -57,7 +58,7 @@ def assert_untouched(model, base, batch):
 
 
 def test_the_method_is_called_by_a_string_with_a_value():
-    config = pickle.loads(pickle.dumps(SparseletConfig()))
+    config = pickle.loads(pickle.dumps(paper_config()))
     assert config.peft_type == "SPARSELET" == config.peft_type.value
     assert {config.peft_type: 1}["SPARSELET"] == 1
     assert json.loads(json.dumps(config.to_dict()))["peft_type"] == "SPARSELET"
@@ -79,7 +80,7 @@ def test_attributes_of_the_base_model_are_handed_on():
             self.q = nn.Linear(4, 4)
             self.layers, self.refresh, self.config_of = 1, 2, 3
 
-    model = get_peft_model(Model(), SparseletConfig(target_modules=["q"]))
+    model = get_peft_model(Model(), paper_config(target_modules=["q"]))
     assert (model.layers, model.base_model.refresh, model.config_of) == (1, 2, 3)
 
 
@@ -103,7 +104,7 @@ def test_every_door_of_peft_loads_the_same(saved, make_llama, batch, low_cpu_mem
 
 
 def test_an_adapter_without_values_is_refused_in_a_pass(make_llama, batch):
-    model = get_peft_model(make_llama(), SparseletConfig(**RANDOM), low_cpu_mem_usage=True)
+    model = get_peft_model(make_llama(), paper_config(**RANDOM), low_cpu_mem_usage=True)
     with pytest.raises(SelectionError, match="low_cpu_mem_usage"):
         answer(model, batch)
 
@@ -131,7 +132,7 @@ def test_swapping_in_place_and_mixing_methods_are_refused(saved, make_llama):
     with pytest.raises(ValueError, match="SPARSELET"):
         hotswap_adapter(PeftModel.from_pretrained(make_llama(), directory), directory, "default")
     with pytest.raises(ValueError, match="SPARSELET"):
-        get_peft_model(make_llama(), SparseletConfig(**RANDOM), mixed=True)
+        get_peft_model(make_llama(), paper_config(**RANDOM), mixed=True)
 
 
 @pytest.mark.parametrize("initial_mask", ["dense", "gradient"])
@@ -139,7 +140,7 @@ def test_swapping_in_place_and_mixing_methods_are_refused(saved, make_llama):
 def test_an_adapter_put_in_without_peft_model_is_selected_trained_and_saved(make_llama, batch, tmp_path, initial_mask, by):
     def adapted():
         model = make_llama()
-        config = SparseletConfig(density=0.2, initial_mask=initial_mask, seed=3)
+        config = paper_config(density=0.2, initial_mask=initial_mask, seed=3)
         if by == "add_adapter":
             model.add_adapter(config)
             return model
@@ -155,7 +156,7 @@ def test_an_adapter_put_in_without_peft_model_is_selected_trained_and_saved(make
 
     model, reference = (
         train(adapted()),
-        train(get_peft_model(make_llama(), SparseletConfig(density=0.2, initial_mask=initial_mask, seed=3))),
+        train(get_peft_model(make_llama(), paper_config(density=0.2, initial_mask=initial_mask, seed=3))),
     )
     adapter, wanted = to_adapter(model), to_adapter(reference)
     assert list(adapter) == list(wanted)
@@ -294,7 +295,7 @@ def test_an_adapter_in_the_cache_of_the_hub_library_is_read_and_checked(saved, m
 
 
 def test_a_configuration_saved_by_itself_is_read_again(tmp_path):
-    SparseletConfig(density=0.3).save_pretrained(tmp_path)
+    paper_config(density=0.3).save_pretrained(tmp_path)
     assert SparseletConfig.from_pretrained(tmp_path).density == 0.3
     assert PeftConfig.from_pretrained(tmp_path).density == 0.3
 
@@ -341,7 +342,7 @@ def test_a_safe_merge_that_is_refused_changes_nothing(make_llama, wrap, batch, v
 
 
 def test_masks_are_selected_and_frozen_by_the_layers_alone(make_llama, batch):
-    model = inject_adapter_in_model(SparseletConfig(density=0.2), make_llama())
+    model = inject_adapter_in_model(paper_config(density=0.2), make_llama())
     assert sparselet.reselect(model, [batch]).targets == 6
     sparselet.freeze_masks(model)
     assert to_adapter(model).density == pytest.approx(0.2, abs=0.01)

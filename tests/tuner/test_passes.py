@@ -5,11 +5,11 @@ import threading
 
 import pytest
 import torch
+from helpers.paper import paper_config
 from peft import get_peft_model
 from torch import nn
 
 import sparselet
-from sparselet import SparseletConfig
 from sparselet.errors import SelectionError
 from sparselet.tuner import sparselet_layers
 
@@ -138,7 +138,7 @@ X = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_se
 
 
 def filled(**changes):
-    model = get_peft_model(net(), SparseletConfig(**{"target_modules": ["0", "2"], **RANDOM, **changes}))
+    model = get_peft_model(net(), paper_config(**{"target_modules": ["0", "2"], **RANDOM, **changes}))
     sparselet.freeze_masks(model)
     for layer in sparselet_layers(model).values():
         layer.sparse_values["default"].data.normal_(std=0.3)
@@ -207,10 +207,10 @@ def test_a_weight_that_is_not_in_memory_is_refused():
 def test_a_weight_that_is_not_contiguous_is_used_and_merged():
     base = net()
     base[0].weight = nn.Parameter(torch.randn(8, 6, dtype=torch.float64).t())
-    model = get_peft_model(copy.deepcopy(base), SparseletConfig(target_modules=["0"], **RANDOM))
+    model = get_peft_model(copy.deepcopy(base), paper_config(target_modules=["0"], **RANDOM))
     sparselet_layers(model)["0"].sparse_values["default"].data.normal_()
     expected = dense_model(base, model)(X)
-    assert torch.equal(model(X), expected)
+    torch.testing.assert_close(model(X), expected)  # not to the bit: the layout of the weight decides how products are summed
     model.merge_adapter()
     torch.testing.assert_close(model(X), expected)
     model.unmerge_adapter()
@@ -221,7 +221,7 @@ def test_a_weight_that_is_not_contiguous_is_used_and_merged():
     "mask", [*({"density": 0.3, "block_size": size} for size in (1, 2, "row", "column")), {"initial_mask": "dense"}]
 )
 def test_a_state_of_another_mask_is_taken_over(mask):
-    first, second = filled(), get_peft_model(net(), SparseletConfig(target_modules=["0", "2"], **{**RANDOM, **mask, "seed": 3}))
+    first, second = filled(), get_peft_model(net(), paper_config(target_modules=["0", "2"], **{**RANDOM, **mask, "seed": 3}))
     for layer in sparselet_layers(second).values():
         layer.sparse_values["default"].data.normal_(std=0.3)
     first.load_state_dict({name: tensor.clone() for name, tensor in second.state_dict().items()})
@@ -242,7 +242,7 @@ def test_indices_that_cannot_be_a_mask_are_refused():
 
 @pytest.mark.parametrize("how", ["add", "data", "fused"])
 def test_dense_values_that_change_before_the_backward_pass_are_refused(how):
-    model = get_peft_model(net(), SparseletConfig(target_modules=["0", "2"]))
+    model = get_peft_model(net(), paper_config(target_modules=["0", "2"]))
     losses = [model(X).square().sum() for _ in range(2)]
     values = [p for p in model.parameters() if p.requires_grad]
     if how == "fused":
@@ -257,7 +257,7 @@ def test_dense_values_that_change_before_the_backward_pass_are_refused(how):
 
 @pytest.mark.parametrize("initial_mask", ["dense", "random"])
 def test_a_state_that_was_loaded_stays_as_it_is_when_training_goes_on(initial_mask):
-    model = get_peft_model(net(), SparseletConfig(target_modules=["0", "2"], initial_mask=initial_mask, reselect_every=0))
+    model = get_peft_model(net(), paper_config(target_modules=["0", "2"], initial_mask=initial_mask, reselect_every=0))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = {name: tensor.clone() for name, tensor in state.items()}
     model.load_state_dict(state)

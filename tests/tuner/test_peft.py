@@ -11,6 +11,7 @@ from typing import get_type_hints
 import pytest
 import torch
 import transformers
+from helpers.paper import paper_config
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -37,7 +38,7 @@ from sparselet.errors import (
     UnsortedIndices,
     WrongBase,
 )
-from sparselet.selection_settings import SelectionSettings
+from sparselet.selection_settings import SelectionSettings, When
 from sparselet.tuner import UnselectedMaskWarning, sparselet_layers, to_adapter
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -144,7 +145,7 @@ def test_architecture_is_trained_saved_and_loaded(kind, block_size, tmp_path):
     *_, expected, count = ARCHITECTURES[kind]
     base, batch = make_model(kind), make_batch(kind)
     heads = {"modules_to_save": ["classifier"]} if kind == "bert" else {}
-    model = get_peft_model(copy.deepcopy(base), SparseletConfig(score="mcs", block_size=block_size, **heads))
+    model = get_peft_model(copy.deepcopy(base), paper_config(score="mcs", block_size=block_size, **heads))
     assert model.peft_config["default"].target_modules == expected
     assert len(layers(model)) == count
     original = logits(base, batch)
@@ -162,7 +163,7 @@ def test_architecture_is_trained_saved_and_loaded(kind, block_size, tmp_path):
 
 def test_classifier_head_is_saved_with_the_adapter(tmp_path):
     base, batch = make_model("bert"), make_batch("bert")
-    model = finish(get_peft_model(copy.deepcopy(base), SparseletConfig(modules_to_save=["classifier"])), batch)
+    model = finish(get_peft_model(copy.deepcopy(base), paper_config(modules_to_save=["classifier"])), batch)
     model.save_pretrained(tmp_path)
     file = SparseAdapter.load(tmp_path)
     assert set(file.modules) == {"classifier.weight", "classifier.bias"}
@@ -174,23 +175,23 @@ def test_classifier_head_is_saved_with_the_adapter(tmp_path):
 def test_model_without_projections_lists_its_linear_layers():
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4))
     with pytest.raises(NoTargets, match=r"0 \[8, 4\] ×1, 1 \[4, 8\] ×1"):
-        get_peft_model(model, SparseletConfig())
+        get_peft_model(model, paper_config())
 
 
 def test_unmatched_target_modules_list_the_linear_layers(make_llama):
     with pytest.raises(NoTargets, match=r"q_proj \[32, 32\] ×2"):
-        get_peft_model(make_llama(), SparseletConfig(target_modules=["query"]))
+        get_peft_model(make_llama(), paper_config(target_modules=["query"]))
 
 
 def test_target_that_is_not_linear_is_refused(make_llama):
     with pytest.raises(ArgumentError, match="LlamaMLP"):
-        get_peft_model(make_llama(), SparseletConfig(target_modules=["mlp"]))
+        get_peft_model(make_llama(), paper_config(target_modules=["mlp"]))
 
 
 def test_embedding_tied_to_a_target_is_not_changed(make_llama, batch):
     base = make_llama(tie_word_embeddings=True)
     assert base.lm_head.weight is base.model.embed_tokens.weight
-    model = get_peft_model(copy.deepcopy(base), SparseletConfig())
+    model = get_peft_model(copy.deepcopy(base), paper_config())
     finish(model, batch)
     assert torch.equal(model.base_model.model.model.embed_tokens.weight, base.model.embed_tokens.weight)
 
@@ -218,36 +219,38 @@ def test_embedding_tied_to_a_target_is_not_changed(make_llama, batch):
 )
 def test_wrong_configuration_is_refused(changes, error):
     with pytest.raises(error):
-        SparseletConfig(**changes)
+        paper_config(**changes)
 
 
 def test_the_configuration_has_every_selection_setting_with_its_type_and_default():
     own = {field.name: (get_type_hints(SparseletConfig)[field.name], field.default) for field in fields(SparseletConfig)}
-    for field in fields(SelectionSettings):
+    assert own["when"] == (When | None, None)  # resolved: a saved adapter that does not name it is of the paper's schedule
+    assert SparseletConfig().when == SelectionSettings.when
+    for field in (field for field in fields(SelectionSettings) if field.name != "when"):
         assert own[field.name] == (get_type_hints(SelectionSettings)[field.name], field.default)
 
 
 def test_block_size_that_does_not_divide_names_the_target_and_the_sizes_that_fit(make_llama):
     with pytest.raises(BlockSizeError, match=r"model\.layers\.0\.self_attn\.k_proj \[16, 32\].*1, 2, 4, 8, 16, row, column\.$"):
-        get_peft_model(make_llama(), SparseletConfig(block_size=32))
+        get_peft_model(make_llama(), paper_config(block_size=32))
 
 
 @pytest.mark.parametrize("chosen", [1, [1]])
 def test_layers_to_transform(make_llama, chosen):
-    model = get_peft_model(make_llama(num_hidden_layers=3), SparseletConfig(layers_to_transform=chosen))
+    model = get_peft_model(make_llama(num_hidden_layers=3), paper_config(layers_to_transform=chosen))
     assert len(layers(model)) == 3
     assert all(".1." in name for name in layers(model))
 
 
 def test_exclude_modules_and_regular_expressions(make_llama):
-    model = get_peft_model(make_llama(), SparseletConfig(exclude_modules=["v_proj"]))
+    model = get_peft_model(make_llama(), paper_config(exclude_modules=["v_proj"]))
     assert sorted({name.split(".")[-1] for name in layers(model)}) == ["k_proj", "q_proj"]
-    model = get_peft_model(make_llama(), SparseletConfig(target_modules=r".*\.1\..*(q|o)_proj"))
+    model = get_peft_model(make_llama(), paper_config(target_modules=r".*\.1\..*(q|o)_proj"))
     assert sorted(layers(model)) == ["model.layers.1.self_attn.o_proj", "model.layers.1.self_attn.q_proj"]
 
 
 def test_trainable_parameters_are_the_kept_entries(make_llama, wrap, batch, capsys):
-    model = get_peft_model(make_llama(), SparseletConfig(density=0.1))
+    model = get_peft_model(make_llama(), paper_config(density=0.1))
     total = sum(layer.get_base_layer().weight.numel() for layer in layers(model).values())
     assert model.get_nb_trainable_parameters()[0] == total
     sparselet.reselect(model, [batch])
@@ -276,7 +279,7 @@ def assert_same_adapter(first, second):
 
 @pytest.mark.parametrize("block_size", [1, 4, "row", "column"])
 def test_saved_adapter_equals_to_adapter(make_llama, batch, tmp_path, block_size):
-    config = SparseletConfig(density=0.2, block_size=block_size, score="cs", seed=3, task="echo", metrics={"loss": 1.5})
+    config = paper_config(density=0.2, block_size=block_size, score="cs", seed=3, task="echo", metrics={"loss": 1.5})
     model = finish(get_peft_model(make_llama(), config), batch)
     model.save_pretrained(tmp_path / "peft")
     loaded, made = SparseAdapter.load(tmp_path / "peft"), to_adapter(model)
@@ -389,7 +392,7 @@ with torch.no_grad():
 def test_fresh_process_computes_equal_logits(make_llama, batch, tmp_path):
     make_llama().save_pretrained(tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = finish(get_peft_model(base, SparseletConfig(score="mcs")), batch).eval()
+    model = finish(get_peft_model(base, paper_config(score="mcs")), batch).eval()
     model.save_pretrained(tmp_path / "adapter")
     arguments = [str(tmp_path / name) for name in ("base", "adapter", "logits.pt")]
     subprocess.run([sys.executable, "-W", "ignore", "-c", FRESH, *arguments], check=True, timeout=120)
@@ -400,7 +403,7 @@ def test_fresh_process_computes_equal_logits(make_llama, batch, tmp_path):
 def test_auto_class_finds_the_base_model(make_llama, batch, tmp_path):
     make_llama().save_pretrained(tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = finish(get_peft_model(base, SparseletConfig()), batch).eval()
+    model = finish(get_peft_model(base, paper_config()), batch).eval()
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(loaded, batch), logits(model, batch))
@@ -418,7 +421,7 @@ def test_adapter_fits_the_base_model_in_another_precision(make_llama, wrap, tmp_
 
 
 def test_saving_before_a_selection_warns(make_llama, tmp_path):
-    model = get_peft_model(make_llama(), SparseletConfig())
+    model = get_peft_model(make_llama(), paper_config())
     with pytest.warns(UnselectedMaskWarning, match="6 of 6 targets"):
         model.save_pretrained(tmp_path)
     with pytest.warns(UnfinishedAdapterWarning, match="still being selected"):
@@ -426,7 +429,7 @@ def test_saving_before_a_selection_warns(make_llama, tmp_path):
 
 
 def test_saving_a_finished_adapter_warns_of_nothing(make_llama, batch, tmp_path):
-    model = finish(get_peft_model(make_llama(), SparseletConfig()), batch)
+    model = finish(get_peft_model(make_llama(), paper_config()), batch)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model.save_pretrained(tmp_path)
@@ -458,7 +461,7 @@ def test_saving_in_the_selection_phase_and_loading_goes_on_exactly(
     def adamw(model):
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
-    model = get_peft_model(copy.deepcopy(base), SparseletConfig(density=0.1, block_size=block_size, **config))
+    model = get_peft_model(copy.deepcopy(base), paper_config(density=0.1, block_size=block_size, **config))
     optimizer = adamw(model)
     if selections:
         go_on(model, optimizer, batches[:6])
@@ -629,7 +632,7 @@ def test_layers_that_share_a_weight_are_refused():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     model[1].weight = model[0].weight
     with pytest.raises(ArgumentError, match="share one weight"):
-        get_peft_model(model, SparseletConfig(target_modules=["0", "1"]))
+        get_peft_model(model, paper_config(target_modules=["0", "1"]))
 
 
 def test_model_without_adapter_is_refused(make_llama, batch):
@@ -658,9 +661,9 @@ def test_inference_mode_sees_the_adapter(saved, batch):
 
 def test_adapters_on_different_targets_are_switched(make_llama, batch):
     base = make_llama()
-    model = get_peft_model(copy.deepcopy(base), SparseletConfig(target_modules=["q_proj"]), adapter_name="query")
+    model = get_peft_model(copy.deepcopy(base), paper_config(target_modules=["q_proj"]), adapter_name="query")
     fill(model, "query")
-    model.add_adapter("value", SparseletConfig(target_modules=["v_proj"]))
+    model.add_adapter("value", paper_config(target_modules=["v_proj"]))
     fill(model, "value")
     results = {}
     for names in (["query"], ["value"], ["query", "value"]):
@@ -691,7 +694,7 @@ def test_base_modules_with_the_methods_prefix_in_their_names_are_left_alone(tmp_
             return self.block_sparse_moe["sparse_router"](self.block_sparse_moe["q"](x))
 
     base, x = Experts().requires_grad_(False), torch.randn(3, 8)
-    model = get_peft_model(copy.deepcopy(base), SparseletConfig(target_modules=["q"], density=0.25))
+    model = get_peft_model(copy.deepcopy(base), paper_config(target_modules=["q"], density=0.25))
     assert [n for n, p in model.named_parameters() if p.requires_grad] == [
         "base_model.model.block_sparse_moe.q.sparse_values.default"
     ]
@@ -715,5 +718,5 @@ def test_a_refused_target_leaves_the_model_unwrapped(make_llama):
     # 8 divides the query projection, 32×32, but not the hidden size 12 of the last named layer.
     base.model.layers[1].self_attn.v_proj = torch.nn.Linear(32, 12, bias=False)
     with pytest.raises(BlockSizeError, match=r"layers\.1\.self_attn\.v_proj"):
-        get_peft_model(base, SparseletConfig(block_size=8))
+        get_peft_model(base, paper_config(block_size=8))
     assert {name: type(module) for name, module in base.named_modules()} == before

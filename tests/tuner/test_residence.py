@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from helpers.paper import paper_config
 from peft import get_peft_model
 from torch import nn
 from transformers import Adafactor as TransformersAdafactor
 
-from sparselet import SparseletConfig
 from sparselet.errors import NonFiniteValue, SelectionError
 from sparselet.tuner import sparselet_layers
 
@@ -400,6 +400,6 @@ def test_forward_without_changes_leaves_the_weights_untouched(make_llama, wrap, 
 def test_wrapped_model_uses_the_weight_of_the_base_model_itself(make_llama):
     base = make_llama()
     weights = {name: p.data_ptr() for name, p in base.named_parameters()}
-    model = get_peft_model(base, SparseletConfig())
+    model = get_peft_model(base, paper_config())
     for name, layer in layers(model).items():
         assert layer.get_base_layer().weight.data_ptr() == weights[f"{name}.weight"]

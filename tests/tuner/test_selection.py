@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.paper import paper_config
 from helpers.strategies import block_sums
 from peft import PeftModel, get_peft_model
 from torch import nn
 
 import sparselet
-from sparselet import SparseAdapter, SparseletConfig
+from sparselet import SparseAdapter
 from sparselet.delta import block_for
 from sparselet.errors import ConfigError, NonFiniteScore, SelectionError
 from sparselet.masks import blocks_to_keep
@@ -36,7 +37,7 @@ def parameters(model):
 
 
 def start(base, optimizer=None, **config):
-    model = get_peft_model(copy.deepcopy(base), SparseletConfig(**config))
+    model = get_peft_model(copy.deepcopy(base), paper_config(**config))
     make = optimizer or (lambda p: torch.optim.AdamW(p, lr=1e-2))
     return model, make(parameters(model))
 
@@ -173,8 +174,8 @@ def test_sparse_starts_hold_nothing_dense(make_llama, make_batches):
 @pytest.mark.parametrize("score", ["mcs", "mcs_neg", "cs", "wm"])
 def test_sparse_start_refuses_a_score_that_cannot_move_the_mask(score):
     with pytest.raises(ConfigError, match="reselect_every"):
-        SparseletConfig(initial_mask="gradient", score=score, reselect_every=10)
-    assert SparseletConfig(initial_mask="gradient", score=score).selection.interval == 0
+        paper_config(initial_mask="gradient", score=score, reselect_every=10)
+    assert paper_config(initial_mask="gradient", score=score).selection.interval == 0
 
 
 def test_value_that_left_a_sparse_start_is_dropped(make_llama, make_batches):
@@ -602,7 +603,7 @@ def test_selection_without_batches_or_loss_is_refused(make_llama, make_batches):
 
 def test_selection_with_several_active_adapters_is_refused(make_llama, make_batches):
     model, _ = start(make_llama())
-    model.add_adapter("other", SparseletConfig())
+    model.add_adapter("other", paper_config())
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(SelectionError, match="exactly one"):
         sparselet.reselect(model, make_batches(1))
@@ -644,7 +645,7 @@ def test_target_that_takes_no_part_is_named():
 def test_only_the_active_adapter_is_selected(make_llama, make_batches):
     batches = make_batches(2)
     model, _ = start(make_llama(), density=0.1)
-    model.add_adapter("other", SparseletConfig(density=0.2))
+    model.add_adapter("other", paper_config(density=0.2))
     model.set_adapter("other")
     sparselet.reselect(model, batches)
     sparselet.freeze_masks(model)

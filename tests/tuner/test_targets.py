@@ -80,7 +80,7 @@ def make(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_default_targets_are_what_text_reaches(case):
-    model = get_peft_model(make(case), SparseletConfig(initial_mask="random", reselect_every=0))
+    model = get_peft_model(make(case), SparseletConfig())
     layers = sparselet_layers(model)
     assert sorted({name.rpartition(".")[2] for name in layers}) == CASES[case][2]
     assert len(layers) == CASES[case][3]

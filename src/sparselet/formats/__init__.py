@@ -1,7 +1,9 @@
 """Every kind of expert as a mapping from target names to deltas, read target by target."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sparselet.adapter import CONFIG_FILE, AdapterFile
 from sparselet.errors import ConfigError, MissingFile, UnsupportedExpert
@@ -27,6 +29,8 @@ __all__ = [
     "open_expert",
     "save_expert",
 ]
+
+Reader = Callable[[Path, Mapping[str, Any], BaseModel | None, Sequence[str]], Expert]
 
 READABLE = "sparse adapters (SPARSELET), PEFT's LORA, SHIRA and SUPERTUNING, and full checkpoints (config.json)"
 
@@ -61,19 +65,15 @@ def open_expert(path: str | Path, base: str | Path | BaseModel | None = None, wi
 def _open_adapter(directory: Path, base: BaseModel | None, without: Sequence[str]) -> Expert:
     file = check_inside(directory, CONFIG_FILE)
     config = read_object(file)
-    match config.get("peft_type"):
-        case "SPARSELET":
-            return _placed(AdapterFile(directory), base, without)
-        case "LORA":
-            return LoraFile(directory, config, base, without)
-        case ("SHIRA" | "SUPERTUNING") as kind:
-            return EntriesFile(directory, config, SHIRA if kind == "SHIRA" else SUPER_TUNING, base, without)
-        case other:
-            raise UnsupportedExpert(f"{file}: peft_type is {other!r:.60}. What can be read: {READABLE}.")
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in ADAPTERS:
+        raise UnsupportedExpert(f"{file}: peft_type is {kind!r:.60}. What can be read: {READABLE}.")
+    return ADAPTERS[kind](directory, config, base, without)
 
 
-def _placed(adapter: AdapterFile, base: BaseModel | None, without: Sequence[str]) -> Expert:
+def _open_sparse(directory: Path, config: Mapping[str, Any], base: BaseModel | None, without: Sequence[str]) -> Expert:
     """A sparse adapter under the base model's names. Raises UnknownTarget, UnsupportedExpert, WrongBase, ArgumentError."""
+    adapter = AdapterFile(directory)
     left_out = leave_out(adapter, without)
     kept = [name for name in adapter if name not in left_out]
     if base is None:
@@ -92,3 +92,12 @@ def _directory(path: str | Path) -> Path:
     if directory is None:
         raise MissingFile(f"{path} is not a directory; an expert is a directory or a hub name. What can be read: {READABLE}.")
     return directory
+
+
+# By peft_type: opens a directory, of whose adapter_config.json `config` is the content.
+ADAPTERS: dict[str, Reader] = {
+    "SPARSELET": _open_sparse,
+    "LORA": LoraFile,
+    "SHIRA": partial(EntriesFile, layout=SHIRA),
+    "SUPERTUNING": partial(EntriesFile, layout=SUPER_TUNING),
+}

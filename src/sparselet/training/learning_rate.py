@@ -11,7 +11,7 @@ from sparselet.model_config import optional_field
 logger = logging.getLogger("sparselet")
 
 WIDTH = 576  # of the model that the rule was fitted on
-STEP = 2.0  # between the rates that a search tries
+FACTOR = 2.0  # between the rates that a search tries
 TRIES = 7
 
 
@@ -44,8 +44,8 @@ def search_learning_rate(start: float, loss_at: Callable[[float], float]) -> tup
             logger.info("learning rate %.2g: validation loss %.4f in a short run.", rate, losses[rate])
         return losses[rate]
 
-    factor = STEP if loss(start * STEP) < loss(start) else 1 / STEP
-    best = start * STEP if factor > 1 else start
+    factor = FACTOR if loss(start * FACTOR) < loss(start) else 1 / FACTOR
+    best = start * FACTOR if factor > 1 else start
     while len(losses) < TRIES and (loss(best * factor) < loss(best) or math.isinf(loss(best))):
         best *= factor
     if math.isinf(losses[best]):

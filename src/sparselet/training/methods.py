@@ -32,6 +32,7 @@ from sparselet.io.atomic import atomic_write
 from sparselet.io.json_files import write_json
 from sparselet.names import Names, refuse_shared
 from sparselet.selection_settings import SelectionSettings
+from sparselet.training.merge_noise import MergeNoise
 from sparselet.training.sampling import balanced_rows
 from sparselet.training.schedule import MaskSchedule
 from sparselet.tuner import SparseletConfig, sparselet_layers, to_adapter
@@ -95,7 +96,7 @@ class TrainMethod:
 
 
 @contextlib.contextmanager
-def sparse(context: TrainContext) -> Iterator[TrainableModel]:
+def sparse(context: TrainContext, merge_noise: int) -> Iterator[TrainableModel]:
     """A sparse expert. A second stage trains the entries of the initial adapter, without selection."""
     config, initial = copy.copy(context.config), context.initial
     if initial is not None:  # as of a saved adapter: these targets, no selection
@@ -106,6 +107,7 @@ def sparse(context: TrainContext) -> Iterator[TrainableModel]:
         return balanced_rows(context.sizes, config.seed, step)
 
     schedule = MaskSchedule(rows=epoch_rows if len(context.sizes) > 1 else None)
+    noise = MergeNoise(merge_noise, config.seed) if merge_noise else None
     wrapped = _wrap(context.model, config)
     try:
         if initial is not None:
@@ -120,8 +122,10 @@ def sparse(context: TrainContext) -> Iterator[TrainableModel]:
             adapter.save(directory)
             return adapter
 
-        yield TrainableModel(wrapped, write, [schedule])
+        yield TrainableModel(wrapped, write, [schedule, noise] if noise else [schedule])
     finally:
+        if noise:
+            noise.restore()
         wrapped.unload()
 
 
@@ -242,7 +246,8 @@ TRAIN_METHODS: dict[str, TrainMethod] = {
         sparse,
         "the masked entries of the targets",
         "a sparse adapter",
-        settings=(*SELECTION, *TARGETS, "entries"),
+        settings=(*SELECTION, *TARGETS, "entries", "merge_noise"),
+        parameters=("merge_noise",),
         initial="entries",
         float16=True,
     ),

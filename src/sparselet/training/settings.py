@@ -49,6 +49,8 @@ class TrainSettings(SelectionSettings, TaskSettings):
     entries: int | str | None = None
     """Entries to train over all targets, such as 1.5M, instead of `density`."""
 
+    merge_noise: int = 0
+    """Train against noise in the place of up to so many other experts' changes (MergOPT), for experts that will be merged."""
     lora_rank: int = 128
     """Rank of the baseline lora."""
     lora_alpha: float | None = None
@@ -97,7 +99,7 @@ class TrainSettings(SelectionSettings, TaskSettings):
             raise ConfigError("task is missing; give a directory, builtin:NAME or a hub data set.")
         counts = ("batch_size", "gradient_accumulation", "max_input_length", "lora_rank", "train_rows", "validation_rows")
         check_at_least(self, 1, *counts)
-        check_at_least(self, 0, "patience", "save_steps", "weight_decay", "warmup")
+        check_at_least(self, 0, "merge_noise", "patience", "save_steps", "weight_decay", "warmup")
         if not self.warmup < 1:
             raise ConfigError(f"warmup is a fraction of the steps, below 1; got {self.warmup}.")
         object.__setattr__(self, "entries", parse_count("entries", self.entries))
@@ -126,6 +128,8 @@ class TrainSettings(SelectionSettings, TaskSettings):
                 raise ConfigError(
                     f"{name} does not apply to method {self.method}; it is a setting of {', '.join(names)}. Leave it out."
                 )
+        if self.merge_noise and self.when != "static":
+            raise ConfigError(f"merge_noise does not go with when={self.when!r}, whose mask is not fixed; take when='static'.")
         if {"entries", "density"} <= changed:
             raise ConfigError("entries stands instead of density; set one of them.")
         if len(self.tasks) < method.min_tasks:

@@ -60,7 +60,7 @@ from sparselet.tuner import SparseletConfig
 from sparselet.tuner.model import versions
 from sparselet.tuner.targets import PRESETS
 
-RATES = "learning_rate.json"  # in the work directory: the result of a search
+RATE_FILE = "learning_rate.json"  # in the work directory: the result of a search
 SHORT_STEPS, SHORT_ROWS = 32, 64  # optimizer steps and validation rows of a search's run
 
 LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -237,16 +237,16 @@ def _learning_rate(
     start = default_learning_rate(settings.method, settings.density, base[0].config)
     if settings.learning_rate is None:
         return {"peak": start}
-    file = work / RATES
+    file = work / RATE_FILE
     if file.is_file():
         return read_object(file)
-    started, wanted = time.time(), SHORT_STEPS * settings.batch_size
+    started, rows_needed = time.time(), SHORT_STEPS * settings.batch_size
     rows = sum(len(task.rows("train", settings.train_rows)) for task in inputs.tasks)
     short = replace(
         settings,
-        train_rows=-(-min(wanted, rows) // len(inputs.tasks)),
+        train_rows=-(-min(rows_needed, rows) // len(inputs.tasks)),
         validation_rows=min(SHORT_ROWS, settings.validation_rows or SHORT_ROWS),
-        epochs=max(1.0, wanted / rows),
+        epochs=max(1.0, rows_needed / rows),
         patience=0,
         save_steps=0,
         report_to=(),

@@ -57,7 +57,7 @@ class SparseletConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    when: When = SelectionSettings.when
+    when: When | None = None  # the default, or "paper" for a saved adapter, since early ones do not name it
     balance: Balance = SelectionSettings.balance
     replaced: float = SelectionSettings.replaced
     scope: Scope = SelectionSettings.scope
@@ -86,6 +86,7 @@ class SparseletConfig(PeftConfig):
         saved = self.targets is not None or self.format_version is not None
         if saved:
             check_config(vars(self), CONFIG_FILE)
+        self.when = self.when or ("paper" if saved else SelectionSettings.when)
         super().__post_init__()
         if isinstance(self.target_modules, (list, tuple, set)):
             self.target_modules = sorted(self.target_modules)

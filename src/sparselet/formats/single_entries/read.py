@@ -87,9 +87,10 @@ class EntriesFile(ExpertFile):
         self,
         path: Path,
         config: Mapping[str, Any],
-        layout: Layout,
         base: BaseModel | None,
         without: Iterable[str] = (),
+        *,
+        layout: Layout,
     ) -> None:
         file = path / CONFIG_FILE
         refuse_fields(file, config, layout.read_fields.split(), layout.refused)
