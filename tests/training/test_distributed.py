@@ -161,7 +161,19 @@ def test_a_run_that_one_process_ends_says_why_once_and_is_gone_on_with(tmp_path)
     """By one process, to the same adapter: a step has the same rows, whatever the number of processes."""
     settings = prepared(tmp_path, score="mcs_neg", save_steps=2)
     command = ["train", "--model", settings.model, "--task", settings.task, "--out", tmp_path / "out", "--epochs", 2]
-    command += ["--batch-size", 4, "--learning-rate", 5e-3, "--score", "mcs_neg", "--no-chat-template", "--save-steps", 2]
+    command += [
+        "--batch-size",
+        4,
+        "--learning-rate",
+        5e-3,
+        "--when",
+        "paper",
+        "--score",
+        "mcs_neg",
+        "--no-chat-template",
+        "--save-steps",
+        2,
+    ]
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "helpers.process_failure"]
     failed = start(*launch, *command)
     assert failed.returncode

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.paper import PAPER
 from helpers.tiny import WORDS, make_model, make_tokenizer, save_base, write_rows
 from helpers.training_runs import StopAt, bytes_of
 from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, TrainerCallback
@@ -34,9 +35,7 @@ def uneven(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(base_dir, uneven):
-    return TrainSettings(
-        model=base_dir, task=uneven, epochs=2, batch_size=4, learning_rate=1e-2, warmup=0, when="paper", score="mcs"
-    )
+    return TrainSettings(model=base_dir, task=uneven, epochs=2, batch_size=4, learning_rate=1e-2, warmup=0)
 
 
 def record(output):
@@ -50,7 +49,8 @@ def record(output):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"selection_epochs": 1, "reselect_every": 2}, {"initial_mask": "gradient"}, {"method": "full-qkv"}]
+    "changes",
+    [PAPER | {"selection_epochs": 1, "reselect_every": 2}, PAPER | {"initial_mask": "gradient"}, {"method": "full-qkv"}],
 )
 def test_accumulation_changes_neither_masks_nor_values(settings, tmp_path, changes):
     trained = [train(replace(settings, gradient_accumulation=steps, **changes), tmp_path / str(steps)) for steps in (1, 2, 4)]
@@ -96,15 +96,15 @@ class Worse(TrainerCallback):
 def whole(settings, tmp_path_factory):
     """A run that nothing disturbed."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    train(replace(settings, save_steps=1), output)
+    train(replace(settings, save_steps=1, **PAPER), output)
     return output
 
 
 @pytest.mark.parametrize("stop", [StopAtTheEnd(), StopAt(3), StopAt(6)], ids=["end", "within-an-epoch", "in-the-next"])
 def test_a_resumed_run_records_what_an_undisturbed_one_does(settings, whole, tmp_path, stop):
     with pytest.raises(KeyboardInterrupt):
-        train(replace(settings, save_steps=1), tmp_path / "stopped", callbacks=[stop])
-    train(replace(settings, save_steps=1), tmp_path / "stopped", resume=True)
+        train(replace(settings, save_steps=1, **PAPER), tmp_path / "stopped", callbacks=[stop])
+    train(replace(settings, save_steps=1, **PAPER), tmp_path / "stopped", resume=True)
     assert record(tmp_path / "stopped") == record(whole)
     assert bytes_of(tmp_path / "stopped") == bytes_of(whole)
 
