@@ -6,10 +6,10 @@ from dataclasses import fields, replace
 import pytest
 from helpers.plans import SETTINGS, made
 
-from sparselet.errors import ConfigError, UnknownMethod, UnknownScore
+from sparselet.errors import ConfigError, SparseletError, UnknownMethod, UnknownScore
 from sparselet.evaluation import EvalSettings
-from sparselet.studies.engine.unit import closure
-from sparselet.studies.paper.tables import TABLES, make_tables
+from sparselet.studies.engine.unit import closure, units_from_json, units_to_json
+from sparselet.studies.paper.tables import OF_ARMS, TABLES, make_tables
 from sparselet.studies.study import BASE
 from sparselet.training.settings import TrainSettings
 
@@ -74,11 +74,8 @@ def test_every_unit_holds_settings_that_can_be_run():
         content = unit.to_json()
         assert json.loads(json.dumps(content)) == content
         if unit.kind == "train":
-            initial = unit.initial.key if unit.initial else None
-            settings = TrainSettings(task=tuple(content["task"]), init_from=initial, **content["train"])
-            for name, value in content["train"].items():
-                assert name in known - {"model", "task", "init_from"}
-                assert value != getattr(TrainSettings(task="x"), name)
+            settings = units_from_json(units_to_json([unit]))[unit.key].settings
+            assert all(name in known - {"model", "task", "init_from"} for name in content["train"])
             assert len(settings.tasks) == len(content["data"])
         elif unit.kind == "evaluate":
             assert EvalSettings(**content["eval"]).rows == 5
@@ -196,7 +193,41 @@ def test_every_table_has_a_cell_for_each_column_and_a_chart_that_fits():
 
 
 def test_tables_are_those_the_settings_name():
-    assert list(make_tables(made())) == list(TABLES)
+    assert list(make_tables(made())) == [name for name in TABLES if name not in OF_ARMS]
+    assert list(make_tables(made(arms={"a": {"learning_rate": 1e-3}}, finalists=("a",)))) == list(TABLES)
     assert list(make_tables(made(tables=("scores", "density")))) == ["scores", "density"]
     with pytest.raises(ConfigError, match="tables names 'score'; there are density,"):
         make_tables(made(tables=("score",)))
+
+
+def test_an_arm_is_trained_by_its_own_settings_and_a_sweep_at_each_of_its_rates():
+    arms = {
+        "rows": {"when": "static", "score": "random", "target_modules": ["all"], "entries": 900, "learning_rate": 3e-3},
+        "LoRA": {"method": "lora", "lora_rank": 5, "learning_rate": 2e-3, "learning_rates": [1e-3, 2e-3]},
+    }
+    study = made(arms=arms, finalists=("rows",), seeds=(0, 1))
+    tables = make_tables(study)
+    assert list(tables["sweep"].rows) == ["rows, 0.003", "LoRA, 0.001", "LoRA, 0.002"]
+    assert len(tables["sweep"].rows["LoRA, 0.001"][0].draws) == 2
+    own = study.arm("rows")[0]["one"].settings
+    assert (own.when, own.score, own.entries, own.target_modules, own.learning_rate) == ("static", "random", 900, ("all",), 3e-3)
+    assert {unit.settings.learning_rate for unit in tables["sweep"].units()} == {1e-3, 2e-3, 3e-3}
+    assert list(tables["recipes"].rows) == ["rows"]
+    assert {unit.subject.method for unit in tables["recipes"].units() if unit.kind == "evaluate" and unit.subject.kind == "merge"} == {
+        "overlap", "uniform", "ties"
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": {"a": {}}}, r"arms.a: an arm has learning_rate"),
+        ({"arms": {"a": {"learning_rate": 1e-3, "speed": 3}}}, "arms.a: an arm has"),
+        ({"arms": {"a": {"learning_rate": 1e-3, "density": 3}}}, "arms.a: density"),
+        ({"arms": {"a": {"learning_rate": 1e-3, "learning_rates": [-1.0]}}}, "arms.a: learning_rate"),
+        ({"finalists": ("b",)}, "finalists names 'b'"),
+    ],
+)
+def test_wrong_arms_are_refused_by_name(changes, message):
+    with pytest.raises(SparseletError, match=message):
+        made(**changes)

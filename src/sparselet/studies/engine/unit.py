@@ -18,8 +18,9 @@ Kind = Literal["train", "merge", "evaluate"]
 KINDS: tuple[Kind, ...] = ("train", "merge", "evaluate")
 Settings = TypeVar("Settings", TrainSettings, EvalSettings)
 
-# Values that a unit's settings do not name: those of the defaults that have changed since, so that keys stay what they were.
-FIRST_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-4, "when": "paper", "score": "mcs"}
+# Values that a unit's settings do not name: of defaults that have changed since, the first, so that keys stay what they were.
+FIRST_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-4}
+FIRST_SELECTION: dict[str, Any] = {"when": "paper", "score": "mcs"}  # of trainings that select masks
 # Fields of TrainSettings that depend on the machine. A unit has the names of its tasks and its initial merge instead.
 MACHINE_SETTINGS = ("model", "task", "init_from")
 
@@ -57,7 +58,8 @@ class TrainUnit:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values: of `TrainSettings` what differs from its first defaults."""
-        changed = {name: value for name, value in _changed(self.settings).items() if name not in MACHINE_SETTINGS}
+        first = _first_defaults(self.settings.method, self.settings.init_from)
+        changed = {name: value for name, value in _changed(self.settings, first).items() if name not in MACHINE_SETTINGS}
         model = {**vars(self.model)}
         return {**model, "task": list(self.settings.tasks), "data": dict(self.data), "train": changed}
 
@@ -116,7 +118,7 @@ class EvalUnit:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values: of `EvalSettings` what differs from its defaults."""
-        settings = {"task": self.task, "data": self.data, "eval": _changed(self.settings), "mask": self.mask is not None}
+        settings = {"task": self.task, "data": self.data, "eval": _changed(self.settings, {}), "mask": self.mask is not None}
         return {**vars(self.model), **settings}
 
     @cached_property
@@ -158,7 +160,8 @@ def units_from_json(content: Iterable[Mapping[str, Any]]) -> dict[str, Unit]:
             if entry["kind"] == "train":
                 initial = inputs[0] if inputs else None
                 names = {"task": settings["task"], "init_from": initial.key if initial else None}
-                train = _from_json(TrainSettings, "train", {**settings["train"], **names})
+                first = _first_defaults(settings["train"].get("method", TrainSettings.method), names["init_from"])
+                train = _from_json(TrainSettings, "train", {**first, **settings["train"], **names})
                 unit = TrainUnit(model, settings["data"], train, initial, label)
             else:
                 eval_settings = _from_json(EvalSettings, "eval", settings["eval"])
@@ -173,9 +176,14 @@ def _key(unit: Unit) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _changed(settings: TrainSettings | EvalSettings) -> dict[str, Any]:
-    """The fields that differ from their first defaults, tuples as lists."""
-    defaults = {f.name: None if f.default is MISSING else f.default for f in fields(settings)} | FIRST_DEFAULTS
+def _first_defaults(method: str, init_from: str | None) -> dict[str, Any]:
+    """The first defaults of a training, of those that have changed since."""
+    return FIRST_DEFAULTS | (FIRST_SELECTION if method == "sparse" and init_from is None else {})
+
+
+def _changed(settings: TrainSettings | EvalSettings, first: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that differ from their defaults, or their first defaults, tuples as lists."""
+    defaults = {f.name: None if f.default is MISSING else f.default for f in fields(settings)} | dict(first)
     changed = {name: value for name, value in vars(settings).items() if value != defaults[name]}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
 
@@ -186,6 +194,5 @@ def _from_json(settings: type[Settings], name: str, values: Mapping[str, Any]) -
     for key in values:
         if key not in names:
             raise ConfigError(f"{name} has no setting {key!r}; it has {', '.join(sorted(names))}.")
-    first = {name: value for name, value in FIRST_DEFAULTS.items() if name in names}
-    fitted: dict[str, Any] = first | {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    fitted: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return settings(**fitted)
