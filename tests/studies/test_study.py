@@ -210,12 +210,18 @@ def test_an_arm_is_trained_by_its_own_settings_and_a_sweep_at_each_of_its_rates(
     assert list(tables["sweep"].rows) == ["rows, 0.003", "LoRA, 0.001", "LoRA, 0.002"]
     assert len(tables["sweep"].rows["LoRA, 0.001"][0].draws) == 2
     own = study.arm("rows")[0]["one"].settings
-    assert (own.when, own.score, own.entries, own.target_modules, own.learning_rate) == ("static", "random", 900, ("all",), 3e-3)
+    assert (own.when, own.score, own.entries, own.target_modules, own.learning_rate) == (
+        "static",
+        "random",
+        900,
+        ("all",),
+        3e-3,
+    )
     assert {unit.settings.learning_rate for unit in tables["sweep"].units()} == {1e-3, 2e-3, 3e-3}
     assert list(tables["recipes"].rows) == ["rows"]
-    assert {unit.subject.method for unit in tables["recipes"].units() if unit.kind == "evaluate" and unit.subject.kind == "merge"} == {
-        "overlap", "uniform", "ties"
-    }
+    assert {
+        unit.subject.method for unit in tables["recipes"].units() if unit.kind == "evaluate" and unit.subject.kind == "merge"
+    } == {"overlap", "uniform", "ties"}
 
 
 @pytest.mark.parametrize(
