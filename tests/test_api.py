@@ -173,6 +173,18 @@ def test_an_evaluation_takes_model_and_prompts_from_the_experts(expert, experts,
         sl.evaluate([expert, with_template], task_dir)
 
 
+def test_an_evaluation_under_sparse_attention_says_what_it_used(expert, base_dir, task_dir):
+    settings = sl.EvalSettings(max_new_tokens=3, chat_template=False)
+    dense = sl.evaluate(expert, task_dir, model=base_dir, settings=settings)
+    wide = sl.evaluate(expert, task_dir, model=base_dir, settings=settings, attention="window:window=4096")
+    assert wide.scores == dense.scores
+    assert "attention window: 100 % of pairs in prompts" in str(wide)
+    narrow = sl.evaluate(expert, task_dir, model=base_dir, settings=settings, attention="window:window=2,sink=1,block=1")
+    assert 0 < narrow.attention.prefill.density < 1
+    with pytest.raises(ArgumentError, match="must be one of"):
+        sl.evaluate(expert, "nowhere", model="nowhere", attention="flash")
+
+
 def test_a_checkpoint_and_a_conversion(expert, full, base_dir, tmp_path):
     sl.export(expert, "checkpoint", tmp_path / "model", base=base_dir)
     converted = sl.convert(tmp_path / "model", tmp_path / "converted", base=base_dir)

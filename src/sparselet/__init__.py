@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sparselet.api.serving import serve
     from sparselet.api.studying import study
     from sparselet.api.training import train
+    from sparselet.attention import sparse_attention
     from sparselet.delta import SparseDelta
     from sparselet.evaluation import EvalSettings
     from sparselet.merging import METHODS
@@ -87,6 +88,7 @@ __all__ = [
     "route",
     "search",
     "serve",
+    "sparse_attention",
     "split",
     "study",
     "to_adapter",
@@ -132,6 +134,7 @@ _LAZY = {
     "route": "sparselet.api.routing",
     "search": "sparselet.api.searching",
     "serve": "sparselet.api.serving",
+    "sparse_attention": "sparselet.attention",
     "split": "sparselet.api.merging",
     "study": "sparselet.api.studying",
     "to_adapter": "sparselet.tuner",

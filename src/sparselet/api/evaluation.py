@@ -1,5 +1,6 @@
 """`evaluate`: models and experts on tasks."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from sparselet.api.opening import base_of, chat_template_of, name_of, open_experts, read_checked
 from sparselet.api.progress import ProgressCallback, StepCounter
+from sparselet.attention import AttentionPattern, SparseAttention, parse_pattern, sparse_attention
 from sparselet.evaluation import EvalResult, EvalSettings
 from sparselet.evaluation import evaluate as evaluate_on_model
 from sparselet.evaluation.metrics import DEFAULT_METRICS, Metric, choose_metrics
@@ -22,10 +24,14 @@ TITLES = {"rougeL": "Rouge-L", "exact_match": "exact match", "chrf": "chrF"}
 
 @dataclass(frozen=True)
 class Evaluation(ShownAsTable):
-    """Models on tasks: the results of each model by name, and the names of the metrics, the first one shown first."""
+    """Models on tasks: the results of each model by name, and the names of the metrics, the first one shown first.
+
+    attention: what sparse attention used of the pairs of dense attention, in prompts and in answers.
+    """
 
     results: Mapping[str, tuple[EvalResult, ...]]
     metrics: tuple[str, ...]
+    attention: SparseAttention | None = None
 
     @property
     def scores(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -49,7 +55,13 @@ class Evaluation(ShownAsTable):
         ]
         count = sum(result.rows for result in next(iter(self.results.values())))
         columns = (f"{first} ({', '.join(others)})" if others else first, *tasks, "mean")
-        return ResultTable(f"{count} test rows", columns, tuple(rows))
+        title = f"{count} test rows"
+        if self.attention is not None:
+            used = (100 * self.attention.prefill.density, 100 * self.attention.decode.density)
+            title += (
+                f"; attention {self.attention.pattern.name}: {used[0]:.3g} % of pairs in prompts, {used[1]:.3g} % in answers"
+            )
+        return ResultTable(title, columns, tuple(rows))
 
     def write_predictions(self, file: str | Path) -> None:
         """Write every answer as JSON lines: model, task, the row, answer. Raises WriteFailed."""
@@ -76,6 +88,7 @@ def evaluate(
     metrics: Sequence[str | Metric] = DEFAULT_METRICS,
     columns: Mapping[str, str] | None = None,
     dtype: str = "float32",
+    attention: str | AttentionPattern | None = None,
     progress: ProgressCallback | None = None,
 ) -> Evaluation:
     """Measure greedy answers of experts, each written into the base model for its turn, to rows of tasks.
@@ -89,10 +102,12 @@ def evaluate(
     include_base: measure the model without an expert too; by default if there are no experts.
     settings: which rows, and how they are answered; by default as the experts were trained.
     metrics: names, `module:function`, or functions of answers and targets. columns: the names of `input` and `target` in rows.
+    attention: a pattern of sparse attention, such as "quest" or "block:top=32" (`sparselet.attention`); dense by default.
     progress: reports rows.
-    Raises ConfigError, TaskError, ModelError, and what opening and applying an expert raise.
+    Raises ConfigError, TaskError, ModelError, ArgumentError, and what opening and applying an expert raise.
     """
     settings = settings or EvalSettings()
+    pattern = parse_pattern(attention) if isinstance(attention, str) else attention
     names = list(choose_metrics(metrics))  # refused before anything is loaded
     sources = [] if experts is None else [experts] if isinstance(experts, str | Path | Mapping | Expert) else list(experts)
     model = model or (base_of(open_experts(sources)) if sources else None) or PACKAGED
@@ -108,11 +123,12 @@ def evaluate(
         models[_unused(name_of(source), models)] = expert
     row_count = sum(len(task.rows(settings.split, settings.rows)) for task in loaded_tasks)
     counter = StepCounter(len(models) * row_count, progress)
-    results = {
-        name: tuple(evaluate_on_model(loaded, tokenizer, loaded_tasks, expert, settings, counter.advance, metrics))
-        for name, expert in models.items()
-    }
-    return Evaluation(results, tuple(names))
+    with sparse_attention(loaded, pattern) if pattern else contextlib.nullcontext() as counts:
+        results = {
+            name: tuple(evaluate_on_model(loaded, tokenizer, loaded_tasks, expert, settings, counter.advance, metrics))
+            for name, expert in models.items()
+        }
+    return Evaluation(results, tuple(names), counts)
 
 
 def _load_tasks(

@@ -28,6 +28,7 @@ def eval_(
     target_column: str = "target",
     settings: Annotated[EvalSettings | None, Parameter(name="*")] = None,
     dtype: str = "float32",
+    attention: str | None = None,
     predictions: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -61,6 +62,8 @@ def eval_(
         What the tasks' rows call the text to produce; by default target or completion, whichever they have.
     dtype
         Dtype of the model: float32, bfloat16 or float16.
+    attention
+        Sparse attention: window, block, vertical-slash, quest or snapkv, with settings as in block:top=32,block=16.
     predictions
         Write every answer to this file, as JSON lines.
     json
@@ -69,8 +72,10 @@ def eval_(
     quiet_libraries()
     columns = {"input": input_column, "target": target_column}
     if route is not None:
-        if adapter or base or predictions:
-            raise ConfigError("--route goes with none of --adapter, --base and --predictions; it measures one library.")
+        if adapter or base or predictions or attention:
+            raise ConfigError(
+                "--route goes with none of --adapter, --base, --attention and --predictions; it measures one library."
+            )
         with progress("answering") as callback:
             routed = evaluate_routed(
                 route,
@@ -100,6 +105,7 @@ def eval_(
             metrics=metric or DEFAULT_METRICS,
             columns=columns,
             dtype=dtype,
+            attention=attention,
             progress=callback,
         )
     if predictions is not None:
