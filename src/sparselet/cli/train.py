@@ -23,17 +23,17 @@ def train_(
     resume: bool = False,
     json: bool = False,
 ) -> None:
-    """Train a sparse expert: a few percent of a model's attention weights, chosen by how much they matter to the task.
+    """Train a sparse expert: a few percent of a model's attention weights, and nothing else.
 
     The base model stays as it is; the expert is a directory with `adapter_config.json` and `adapter_model.safetensors`,
-    which PEFT loads and `sparselet merge` merges. A stopped run leaves OUT.partial and continues with --resume. For
-    comparison, --method trains the paper's baselines in the same way: LoRA, full fine-tuning, one model on
-    many tasks.
+    which PEFT loads and `sparselet merge` merges. A stopped run leaves OUT.partial and continues with --resume.
+    --recipe paper trains as the paper does. For comparison, --method trains baselines in the same way: LoRA, full
+    fine-tuning, one model on many tasks.
 
     To train over several devices, start a process for each with torchrun or `accelerate launch`: of N processes each takes
     an N-th of every batch, and the expert is that of one process up to rounding.
 
-        sparselet train --task my-task --out my-expert --learning-rate 1e-3
+        sparselet train --task my-task --out my-expert
         sparselet train --task task-a task-b --init-from merged --out merged-and-trained
         sparselet train --task task-a task-b --method multitask --out one-model
         torchrun --nproc-per-node 4 -m sparselet.cli train --task my-task --out my-expert
