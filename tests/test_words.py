@@ -22,7 +22,8 @@ VAGUE = {"told", "tell", "found", "asked", "known", "made", "about", "every", "g
 VAGUE |= {"here", "there", "one"}
 LONGEST_FILE, LONGEST_FUNCTION, MOST_GETATTR = 400, 60, 15
 
-not_yet = pytest.mark.xfail(strict=False, reason="some rooms still have to follow")
+# Packages without which deltas, adapters and merges work, and a module that Windows lacks.
+OPTIONAL = {"gguf", "regex", "resource", "tomli_w", "transformers"}
 every_file = pytest.mark.parametrize("name", TREES)
 
 
@@ -82,7 +83,6 @@ def test_no_function_is_long(name):
     assert not {f.name: long[f.name] for f in functions if f.name in long and not is_exempt(name, f)}
 
 
-@not_yet
 def test_getattr_and_hasattr_are_rare():
     calls = {
         name: count
@@ -92,11 +92,13 @@ def test_getattr_and_hasattr_are_rare():
     assert sum(calls.values()) <= MOST_GETATTR, calls
 
 
-@not_yet
 @every_file
-def test_no_module_is_imported_in_a_function(name):
+def test_only_optional_packages_are_imported_in_a_function(name):
     functions = [node for node in ast.walk(TREES[name]) if isinstance(node, FUNCTION)]
-    assert not [ast.unparse(n) for f in functions for n in ast.walk(f) if isinstance(n, ast.Import | ast.ImportFrom)]
+    imports = [n for f in functions for n in ast.walk(f) if isinstance(n, ast.Import | ast.ImportFrom)]
+    packages = {alias.name for n in imports if isinstance(n, ast.Import) for alias in n.names}
+    packages |= {str(n.module) for n in imports if isinstance(n, ast.ImportFrom)}
+    assert {package.partition(".")[0] for package in packages} <= OPTIONAL
 
 
 @every_file

@@ -28,7 +28,7 @@ class Sparsity:
 
     def means(self) -> dict[str, float]:
         """The mean of each over the vectors."""
-        return {field.name: float(getattr(self, field.name).mean()) for field in fields(self)}
+        return {field.name: float(vars(self)[field.name].mean()) for field in fields(self)}
 
 
 def sparsity(states: Tensor) -> Sparsity:

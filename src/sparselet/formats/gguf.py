@@ -13,6 +13,7 @@ from sparselet.formats.checkpoint.write import write_checkpoint
 from sparselet.formats.linear_targets import refuse_modules
 from sparselet.io.atomic import atomic_directory
 from sparselet.io.json_files import read_object, write_json
+from sparselet.model_config import optional_field
 
 # The converter's table (llama.cpp, conversion/), for the classes of transformers whose tensors it takes one by one.
 ARCHITECTURES = {
@@ -94,7 +95,7 @@ def _table(model: Any) -> Any:
     name = type(model).__name__
     if name not in ARCHITECTURES:
         raise ExportError(f"llama.cpp's converter is not known to take a {name}. It takes {', '.join(sorted(ARCHITECTURES))}.")
-    if getattr(model.config, "quantization_config", None) is not None:
+    if optional_field(model.config, "quantization_config") is not None:
         raise ExportError("the base model is quantized; load it in float32, bfloat16 or float16.")
     try:
         import gguf
@@ -113,7 +114,7 @@ def _check_tokenizer(model: Any, tokenizer: Any) -> Path | None:
         raise ExportError(f"the tokenizer has a token {highest}, but the model's vocabulary ends at {model.config.vocab_size}.")
     if not tokenizer.is_fast:
         raise ExportError(f"a {type(tokenizer).__name__} writes no tokenizer.json; load the tokenizer as a fast one.")
-    places = (getattr(tokenizer, "vocab_file", None), Path(tokenizer.name_or_path or ".") / SENTENCEPIECE)
+    places = (optional_field(tokenizer, "vocab_file"), Path(tokenizer.name_or_path or ".") / SENTENCEPIECE)
     files = [Path(place) for place in places if place and Path(place).name == SENTENCEPIECE and Path(place).is_file()]
     if not files and type(model).__name__ in NEED_SENTENCEPIECE:
         raise ExportError(

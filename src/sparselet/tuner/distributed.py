@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparselet.errors import SelectionError
+from sparselet.model_config import optional_field
 from sparselet.tuner.layer import SparseletLayer
 
 
@@ -24,7 +25,7 @@ def ddp_wrappers(module: nn.Module) -> list[DistributedDataParallel]:
     """
     # By type, since `isinstance` may run code of proxies and lazy modules.
     candidates = [item for item in gc.get_objects() if DistributedDataParallel in type(item).__mro__]
-    return [wrapper for wrapper in candidates if getattr(wrapper, "module", None) is module]
+    return [wrapper for wrapper in candidates if optional_field(wrapper, "module") is module]
 
 
 def group_of(wrapper: DistributedDataParallel) -> "dist.ProcessGroup":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparselet import kernels
 from sparselet.errors import SelectionError
 from sparselet.masks import blocks_to_keep, dropped_layers, top_k, top_k_by_row, top_k_global
+from sparselet.model_config import optional_field
 from sparselet.scores import Candidate, Score, grow_and_drop
 from sparselet.tuner.config import SparseletConfig
 from sparselet.tuner.distributed import average, broadcast_masks, on_any_process
@@ -246,7 +247,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
             f"a scoring batch is a {type(batch).__name__}, not keyword arguments of the model; pass loss=, a function of both."
         )
     output = model(**batch)
-    value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    value = output.get("loss") if isinstance(output, Mapping) else optional_field(output, "loss")
     if value is None:
         raise SelectionError("the model returned no loss for a scoring batch; put labels into it, or pass loss=.")
     return value

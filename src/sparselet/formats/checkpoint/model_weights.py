@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparselet.errors import BadShape, MissingTensor
 from sparselet.formats.checkpoint.model_files import ModelFiles
+from sparselet.model_config import optional_field
 from sparselet.names import Names
 
 # Buffers that older versions wrote and newer ones compute: rotary frequencies, positions, causal masks.
@@ -43,7 +44,7 @@ class ModelWeights:
         self._converters = {pattern: rule for rule in names.rules() for pattern in rule.source_patterns}
         self._sources: dict[str, _Source] = {}
         self.unexpected: list[str] = []
-        ignored = [*(getattr(names.model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+        ignored = [*(optional_field(names.model, "_keys_to_ignore_on_load_unexpected") or ())]
         for tensor, (placed, pattern) in names.place(files.shapes).items():
             if placed not in state:
                 if not _COMPUTED.search(placed) and not any(re.search(pattern, placed) for pattern in ignored):
@@ -95,7 +96,7 @@ class ModelWeights:
             converter.add_tensor(source.first, tensor, pattern, self.files.read(tensor))
         try:
             with torch.no_grad():
-                return converter.convert(source.first, model=self._model, config=getattr(self._model, "config", None))
+                return converter.convert(source.first, model=self._model, config=optional_field(self._model, "config"))
         except (RuntimeError, ValueError, LookupError, TypeError) as error:
             first = next(iter(source.tensors))
             raise BadShape(f"{self.files.where(first)} and its like do not make {source.first}: {error}") from error

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sparselet.errors import WrongBase
+from sparselet.model_config import optional_field
 
 # Fields that change neither what a model computes from its weights and a text, nor how its weights are laid out.
 _HARMLESS = (
@@ -41,9 +42,9 @@ def _refuse(where: str, field: str, tuned: Any, base: Any) -> None:
 
 def _fields(config: Any, pads_matter: bool, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The fields that a configuration's class knows and that matter, those of configurations in it by dotted names."""
-    parts = {name for name in getattr(config, "sub_configs", {}) if getattr(config, name, None) is not None}
+    parts = {name for name in optional_field(config, "sub_configs") or {} if optional_field(config, name) is not None}
     for part in parts:
-        yield from _fields(getattr(config, part), pads_matter, f"{prefix}{part}.")
+        yield from _fields(optional_field(config, part), pads_matter, f"{prefix}{part}.")
     content, declared = config.to_dict(), _declared_fields(config)
     for field, value in content.items():
         if (
@@ -63,7 +64,7 @@ def _fields(config: Any, pads_matter: bool, prefix: str = "") -> Iterator[tuple[
 
 def _declared_fields(config: Any) -> set[str]:
     """The fields that the class has; others in a file are notes that no model of it reads."""
-    annotated = {name for kind in type(config).__mro__ for name in getattr(kind, "__annotations__", {})}
+    annotated = {name for kind in type(config).__mro__ for name in vars(kind).get("__annotations__", {})}
     try:
         return annotated | set(type(config)().to_dict())
     except (TypeError, ValueError, AttributeError):  # of some that are made of others there is no default

@@ -12,6 +12,7 @@ from sparselet.expert import Expert, ExpertOrDeltas
 from sparselet.formats.checkpoint.base_files import copy_base_files
 from sparselet.formats.linear_targets import refuse_modules
 from sparselet.io.atomic import atomic_directory
+from sparselet.model_config import optional_field
 
 _GENERATION = "generation_config.json"
 
@@ -63,7 +64,7 @@ def write_checkpoint(
         else:
             stack.enter_context(_given_back(model))
             apply_in_place(model, adapter, dtype)
-        own = model.config.dtype, getattr(model, "generation_config", None)
+        own = model.config.dtype, optional_field(model, "generation_config")
         if base is not None and (Path(base) / _GENERATION).is_file() and own[1] is not None:
             model.generation_config = type(own[1])()  # the base's own is copied, even if transformers would refuse to save it
         try:
