@@ -33,7 +33,7 @@ def batch(seed: int) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    model = get_peft_model(tiny_model(), SparseletConfig(density=0.2))
+    model = get_peft_model(tiny_model(), SparseletConfig(density=0.2, when="paper", score="mcs"))
     model.print_trainable_parameters()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
     for step in range(1, 101):

@@ -152,7 +152,7 @@ def test_a_score_is_added_by_one_function_and_one_line(monkeypatch):
         return gradient.flatten() * kept
 
     monkeypatch.setitem(SCORES, "steepest", Score(steepest, ranks_untrained=True))
-    assert SelectionSettings(score="steepest", initial_mask="random").interval == 100
+    assert SelectionSettings(when="paper", score="steepest", initial_mask="random").interval == 100
     assert SCORES["steepest"].needs == ("gradient", "kept")
     assert "steepest: Largest k·g" in score_help()
     c = candidate(kept=2)

@@ -39,7 +39,9 @@ def build(job: dict[str, Any]) -> Training:
     variant = job["variant"]
     initial = variant.get("initial", "random" if job["device"] == "cpu" else "gradient")
     score = "gm" if initial == "gradient" else "mcs"  # mcs cannot choose again what was never trained
-    config = SparseletConfig(density=variant["density"], block_size=variant["block"], initial_mask=initial, score=score)
+    config = SparseletConfig(
+        density=variant["density"], block_size=variant["block"], when="paper", initial_mask=initial, score=score
+    )
     module = get_peft_model(model, config)
     if "initial" not in variant:
         if initial == "gradient":

@@ -35,6 +35,7 @@ from sparselet.cli.profile import profile_
 from sparselet.cli.pull import pull_
 from sparselet.cli.push import push_
 from sparselet.cli.search import search_
+from sparselet.cli.serve import serve_
 from sparselet.cli.split import split_
 from sparselet.cli.study import study_
 from sparselet.cli.update import update_
@@ -43,7 +44,15 @@ from sparselet.training import TrainSettings
 
 FUNCTIONS = {"train": train_verb.train_, "merge": merge_, "eval": eval_, "inspect": inspect_, "demo": demo.demo_}
 FUNCTIONS |= {"profile": profile_, "push": push_, "pull": pull_, "import": import_, "export": export_, "study": study_}
-FUNCTIONS |= {"update": update_, "search": search_, "split": split_, "locate": locate_, "graft": graft_, "probe": probe_}
+FUNCTIONS |= {
+    "update": update_,
+    "search": search_,
+    "split": split_,
+    "locate": locate_,
+    "graft": graft_,
+    "probe": probe_,
+    "serve": serve_,
+}
 FAST = ["--epochs", "2", "--batch-size", "2", "--learning-rate", "1e-2", "--score", "gm"]
 
 pytestmark = pytest.mark.usefixtures("loud_again")
@@ -166,7 +175,7 @@ def seen(monkeypatch):
 def test_settings_come_from_a_toml_file_with_underscores(refused, toml, seen):
     file = toml(
         'task = "some/where"\nblock_size = 4\nlearning_rate = 1e-3\nlayers = [0, 2]\ninitial_mask = "gradient"\n'
-        'target_modules = ["q_proj"]\nchat_template = false\nsave_steps = 7\nout = "there"\nresume = true\n'
+        'when = "paper"\ntarget_modules = ["q_proj"]\nchat_template = false\nsave_steps = 7\nout = "there"\nresume = true\n'
     )
     refused("train", "--config", file)
     ((settings, out, kwargs),) = seen
@@ -175,6 +184,7 @@ def test_settings_come_from_a_toml_file_with_underscores(refused, toml, seen):
         block_size=4,
         learning_rate=1e-3,
         layers=(0, 2),
+        when="paper",
         initial_mask="gradient",
         target_modules=("q_proj",),
         chat_template=False,

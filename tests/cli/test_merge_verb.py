@@ -391,7 +391,7 @@ def test_changes_that_make_no_sense_are_refused(refused, tmp_path, experts, thir
         ((counted, "--add", third), f"{third} is already in the merge"),
         ((counted, "--remove", experts[1]), "is not in the merge; remaining experts:"),
         ((counted, "--remove", experts[0], third), "no expert would remain in the merge"),
-        ((counted, "--add", experts[1]), "sums and counts need one block size"),
+        ((counted, "--add", experts[1]), "sums and counts need one kind of block"),
         ((counted, "--add"), "nothing to change; give experts to add or to remove"),
         ((counted, "--remove", third, "--weights", 2), "0 experts need as many weights, got 1"),
         ((experts[0], "--add", third), "so experts cannot be added or removed"),

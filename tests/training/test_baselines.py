@@ -92,7 +92,8 @@ def test_a_method_trains_as_a_loop_written_out_by_hand(settings_of, tmp_path, ba
 def test_a_lora_is_a_directory_that_stock_peft_loads(settings_of, tmp_path, base_dir):
     look = Look()
     done = train(settings_of("lora"), tmp_path / "out", callbacks=[look])
-    assert sorted(p.name for p in done.path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", RUN_FILE]
+    files = sorted(path.name for path in done.path.iterdir())
+    assert files == ["adapter_config.json", "adapter_model.safetensors", "profile.safetensors", RUN_FILE]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir), done.path)

@@ -31,6 +31,7 @@ class MergeMethod:
     per_expert_stats: `global_stats` of `per_expert`, always over all targets.
     needs_profiles: `function` takes `moments`, for each expert the second moment of its inputs of the target (`profiles`), or
         None where its profile has none.
+    dense: `function` writes out the target and a square matrix of its columns, so targets beyond any model's are refused.
     """
 
     name: str
@@ -42,6 +43,7 @@ class MergeMethod:
     per_expert: Callable[..., list[SparseDelta]] | None = None
     per_expert_stats: GlobalStats | None = None
     needs_profiles: bool = False
+    dense: bool = False
 
     @property
     def defaults(self) -> dict[str, Any]:

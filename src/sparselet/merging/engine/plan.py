@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from sparselet.adapter import as_expert, expert_profile
-from sparselet.delta import SparseDelta
+from sparselet.delta import SparseDelta, check_dense_shape
 from sparselet.errors import ArgumentError, MissingProfile, NonFiniteValue, ShapeMismatch
 from sparselet.expert import Expert, ExpertOrDeltas
 from sparselet.fingerprint import require_same_base
 from sparselet.formats import BaseModel, open_expert
+from sparselet.io.memory import require_memory
 from sparselet.merging.algebra.bands import join_bands, split_into_bands
 from sparselet.merging.algebra.entries import common_blocks, is_very_sparse
 from sparselet.merging.algebra.ranges import require_finite_number
@@ -84,7 +85,10 @@ class MergePlan:
         return [weight_for(weight, name) for weight in self.weights]
 
     def merge(self, name: str, deltas: Sequence[SparseDelta]) -> SparseDelta:
-        """Merge one target's deltas."""
+        """Merge one target's deltas. Raises AbsurdShape, NotEnoughMemory."""
+        if self.method.dense:
+            check_dense_shape(self.shapes[name], name)
+            require_memory(self.bytes_of(name), f"merging {name} by {self.method.name}")
         moments = {} if self._profiles is None else {MOMENTS: [p and p.moment(name) for p in self._profiles]}
         return self.method.function(deltas, self.weights_of(name), **self.parameters, **self._stats, **moments)
 
@@ -109,8 +113,12 @@ class MergePlan:
         return 2 * self.bytes_of(name) > MAX_MEMORY
 
     def bytes_of(self, name: str) -> int:
-        """The estimated memory for merging a target: its deltas twice, and half a dozen sums of its size."""
-        return self._bytes(self.shapes[name][0] * self.shapes[name][1])
+        """The estimated memory for merging a target: its deltas twice, and half a dozen sums of its size.
+
+        Of a dense method also as many in float64, and four square matrices of its columns.
+        """
+        rows, columns = self.shapes[name]
+        return self._bytes(rows * columns) + (self.method.dense and 48 * rows * columns + 32 * columns**2)
 
     def _bytes(self, entries: int) -> int:
         return int(entries * (28 + 16 * self._total_density))

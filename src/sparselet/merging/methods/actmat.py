@@ -38,4 +38,4 @@ def actmat(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale: fl
     return on_union(scale * left @ torch.linalg.pinv(divisor, rtol=_CUTOFF, hermitian=True), deltas)
 
 
-ACTMAT = MergeMethod("actmat", actmat, "λ · (Σ wᵢ·ΔWᵢ·Cᵢ)·(Σ Cᵢ)⁺, Cᵢ = ΔWᵢᵀ·ΔWᵢ", "ACTMat 2026")
+ACTMAT = MergeMethod("actmat", actmat, "λ · (Σ wᵢ·ΔWᵢ·Cᵢ)·(Σ Cᵢ)⁺, Cᵢ = ΔWᵢᵀ·ΔWᵢ", "ACTMat 2026", dense=True)

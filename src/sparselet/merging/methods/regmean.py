@@ -173,4 +173,5 @@ REGMEAN = MergeMethod(
     "(Σ wᵢ·ΔWᵢ·Cᵢ)·(Σ wᵢ·Cᵢ)⁻¹ on the union of the masks, Cᵢ = XᵢXᵢᵀ of the expert's own inputs",
     "Jin et al. 2023",
     needs_profiles=True,
+    dense=True,
 )

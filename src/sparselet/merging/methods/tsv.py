@@ -35,4 +35,6 @@ def tsv(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale: float
     return on_union(scale * (nearest_orthonormal(lefts) * values) @ nearest_orthonormal(rights).T, deltas)
 
 
-TSV = MergeMethod("tsv", tsv, "λ · U·S·Vᵀ of the experts' largest singular vectors, made orthonormal", "Gargiulo et al. 2025")
+TSV = MergeMethod(
+    "tsv", tsv, "λ · U·S·Vᵀ of the experts' largest singular vectors, made orthonormal", "Gargiulo et al. 2025", dense=True
+)
