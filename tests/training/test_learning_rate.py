@@ -14,12 +14,12 @@ from sparselet.training.run_directory import RUN_FILE, work_directory
 
 def test_the_default_falls_with_the_width_and_is_highest_for_sparse_experts():
     config = make_model().config
-    rates = {method: default_learning_rate(method, 0.1, config) for method in ("sparse", "lora", "full", "full-qkv")}
+    rates = {method: default_learning_rate(method, config) for method in ("sparse", "lora", "full", "full-qkv")}
     assert rates["sparse"] > rates["lora"] > rates["full"] == rates["full-qkv"]
     config.hidden_size = WIDTH
-    narrow = default_learning_rate("sparse", 0.1, config)
+    narrow = default_learning_rate("sparse", config)
     config.hidden_size = 4 * WIDTH
-    assert default_learning_rate("sparse", 0.1, config) == pytest.approx(narrow / 4)
+    assert default_learning_rate("sparse", config) == pytest.approx(narrow / 4)
 
 
 @pytest.mark.parametrize("best", [1e-4, 1e-3, 8e-3])
@@ -55,7 +55,7 @@ def test_a_run_records_its_rate_and_a_search_is_repeatable(settings_of, tmp_path
         return json.loads((tmp_path / name / RUN_FILE).read_text())["learning_rate"]
 
     config = make_model().config
-    assert rate("rule", learning_rate=None) == {"peak": default_learning_rate(method, 0.1, config)}
+    assert rate("rule", learning_rate=None) == {"peak": default_learning_rate(method, config)}
     assert rate("given", learning_rate=3e-3) == {"peak": 3e-3}
     first, second = rate("auto", learning_rate="auto"), rate("again", learning_rate="auto")
     assert first["losses"] == second["losses"]

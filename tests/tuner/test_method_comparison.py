@@ -31,7 +31,7 @@ def test_it_is_the_default_recipe_within_the_budget_and_at_the_rate_of_the_rule(
     sizes = [model.get_submodule(name).weight.numel() for name in find_targets(model, own)]
     assert 9.0e6 < sum(blocks_to_keep(own.density, size) for size in sizes) <= 9.2e6
     rate = json.loads((EXPERIMENT / "training_params.json").read_text())["optimizer_kwargs"]["lr"]
-    assert rate == pytest.approx(default_learning_rate("sparse", own.density, LlamaConfig(**SHAPE)), rel=0.01)
+    assert rate == pytest.approx(default_learning_rate("sparse", LlamaConfig(**SHAPE)), rel=0.01)
 
 
 def test_the_harness_trains_it_without_a_callback(tmp_path, make_llama, make_batches):

@@ -42,8 +42,9 @@ def train(
     """
     if isinstance(task, TrainSettings):
         if settings or recipe:
-            settings = with_recipe(recipe, settings)
-            raise ConfigError(f"{min(settings)} is given beside TrainSettings; set it there.")
+            raise ConfigError(
+                f"{min([*settings, *(['recipe'] if recipe else [])])} is given beside TrainSettings; set it there."
+            )
         chosen = task
     else:
         unknown = sorted(settings.keys() - TrainSettings.__dataclass_fields__.keys())

@@ -11,18 +11,19 @@ from sparselet.model_config import optional_field
 logger = logging.getLogger("sparselet")
 
 WIDTH = 576  # of the model that the rule was fitted on
+RATE_AT_WIDTH = {"sparse": 3e-3, "shira": 3e-3, "super-tuning": 3e-3, "lora": 2e-3}  # others train weights themselves
 FACTOR = 2.0  # between the rates that a search tries
 TRIES = 7
 
 
-def default_learning_rate(method: str, density: float, model_config: Any) -> float:
+def default_learning_rate(method: str, model_config: Any) -> float:
     """The peak learning rate that a method takes by default: `rate · 576 / hidden size`.
 
     rate: the best of a grid by validation loss (docs/results.md, "Recipes"), of SmolLM2-135M, whose hidden size is 576. The
     inverse proportion is that of Yang et al. 2022 for AdamW; it gives about the rates published for models of 3 to 8 billion
-    weights (NeuroAda 7e-4, SHiRA 3e-4, LoRA 1e-4 to 3e-4, full fine-tuning 1e-5 to 5e-5). density: of a sparse expert.
+    weights (NeuroAda 7e-4, SHiRA 3e-4, LoRA 1e-4 to 3e-4, full fine-tuning 1e-5 to 5e-5).
     """
-    rate = {"sparse": 3e-3, "lora": 2e-3}.get(method, 2e-4)
+    rate = RATE_AT_WIDTH.get(method, 2e-4)
     width = optional_field(model_config.get_text_config(), "hidden_size") or WIDTH
     return rate * WIDTH / width
 

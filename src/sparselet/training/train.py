@@ -234,7 +234,7 @@ def _learning_rate(
     """
     if settings.learning_rate not in (None, "auto"):
         return {"peak": settings.learning_rate}
-    start = default_learning_rate(settings.method, settings.density, base[0].config)
+    start = default_learning_rate(settings.method, base[0].config)
     if settings.learning_rate is None:
         return {"peak": start}
     file = work / RATE_FILE
