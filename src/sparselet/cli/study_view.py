@@ -18,6 +18,7 @@ from sparselet.io.printable import printable
 from sparselet.report.quantities import format_bytes, format_duration
 from sparselet.studies.engine.plan import Progress
 from sparselet.studies.engine.run import OnProgress
+from sparselet.studies.engine.unit import KINDS
 
 MINUTE = 60.0
 BAR_WIDTH = 24
@@ -39,12 +40,12 @@ def live(silent: bool = False) -> Iterator[OnProgress]:
 def show_plan(described: Mapping[str, Any]) -> None:
     """The output of `--dry-run`."""
     rows = [
-        [name, row["train"], row["merge"], row["evaluate"], row["left"], format_duration(row["seconds"])]
+        [name, *(row[kind] for kind in KINDS), row["left"], format_duration(row["seconds"])]
         for name, row in described["tables"].items()
     ]
-    kinds = [described[kind] for kind in ("train", "merge", "evaluate")]
+    kinds = [described[kind] for kind in KINDS]
     rows.append(["all", *kinds, described["left"], ""])
-    table("Units of each table that no table before it has", ["table", "train", "merge", "evaluate", "left", "work"], rows)
+    table("Units of each table that no table before it has", ["table", *KINDS, "left", "work"], rows)
     rough = " (rough: not all kinds of units have been measured here)" if described["rough"] and described["left"] else ""
     say(
         f"{described['done']} units are done{_failures(described['failed'])}; {described['left']} are left.",
@@ -58,7 +59,7 @@ def show_plan(described: Mapping[str, Any]) -> None:
 
 def show_state(state: Mapping[str, Any]) -> None:
     """The output of `--status`."""
-    kinds = [kind for kind in ("train", "merge", "evaluate") if kind in state["done"] or kind in state["missing"]]
+    kinds = [kind for kind in KINDS if kind in state["done"] or kind in state["missing"]]
     failed = Counter(unit["kind"] for unit in state["failed"])
     rows = [[kind, state["done"].get(kind, 0), state["missing"].get(kind, 0), failed[kind]] for kind in kinds]
     table("Units", ["", "done", "missing", "of these failed"], rows)

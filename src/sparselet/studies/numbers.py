@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparselet.studies.engine.unit import EvalUnit, TrainUnit
-from sparselet.studies.table import Cell
+from sparselet.studies.table import Cell, Measured
 
 # The measured numbers of each unit that is done, by key and name.
 Measures = Mapping[str, Mapping[str, float]]
@@ -82,14 +82,21 @@ def bootstrap(better: Mapping[str, float], worse: Mapping[str, float]) -> Interv
     return Interval(float(differences.mean()), float(low), float(high), len(differences))
 
 
-def _by_task(units: Sequence[TrainUnit | EvalUnit], measure: str, measures: Measures) -> dict[str, float]:
+def _by_task(units: Sequence[Measured], measure: str, measures: Measures) -> dict[str, float]:
     """The measure of each unit that has a result, by task; a training on several tasks counts once, by all their names."""
     values = {}
     for unit in units:
         if unit.key in measures:
-            name = "+".join(unit.settings.tasks) if isinstance(unit, TrainUnit) else unit.task
+            name = _name(unit)
             values[name] = float(measures[unit.key][measure])
     return values
+
+
+def _name(unit: Measured) -> str:
+    """What a unit's numbers are of."""
+    if isinstance(unit, TrainUnit):
+        return "+".join(unit.settings.tasks)
+    return unit.task if isinstance(unit, EvalUnit) else unit.subject
 
 
 def _mean(values: Sequence[float]) -> float:

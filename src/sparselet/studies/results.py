@@ -40,7 +40,7 @@ def make_results(
             for task in (*settings.held_in, *settings.held_out)
         },
         "base": study.base,
-        "units": {kind: kinds[kind] for kind in KINDS} | {"missing": missing},
+        "units": {kind: kinds[kind] for kind in KINDS if kinds[kind] or kind != "analyse"} | {"missing": missing},
     }
 
 

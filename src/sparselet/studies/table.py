@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sparselet.studies.engine.unit import EvalUnit, TrainUnit
+from sparselet.studies.engine.unit import AnalysisUnit, EvalUnit, TrainUnit
 
-Measure = Literal["rougeL", "exact_match", "parameters", "active_layers", "validation_loss"]
+# Units that have numbers.
+Measured = TrainUnit | EvalUnit | AnalysisUnit
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,13 @@ class Cell:
     minus: the cell to subtract, task by task. percent_of: the cell whose mean is 100 %.
     """
 
-    draws: tuple[tuple[TrainUnit | EvalUnit, ...], ...]
-    measure: Measure = "rougeL"
+    draws: tuple[tuple[Measured, ...], ...]
+    measure: str = "rougeL"
     paper: float | None = None
     minus: "Cell | None" = None
     percent_of: "Cell | None" = None
 
-    def units(self) -> Iterator[TrainUnit | EvalUnit]:
+    def units(self) -> Iterator[Measured]:
         """All units that its number needs."""
         for draw in self.draws:
             yield from draw
@@ -61,6 +62,6 @@ class Table:
     note: str = ""
     charts: tuple[Chart, ...] = field(default=())
 
-    def units(self) -> list[TrainUnit | EvalUnit]:
+    def units(self) -> list[Measured]:
         """The units that its cells need."""
         return [unit for row in self.rows.values() for cell in row if cell for unit in cell.units()]

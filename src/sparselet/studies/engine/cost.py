@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sparselet.studies.engine.unit import EvalUnit, MergeUnit, TrainUnit, Unit
+from sparselet.studies.engine.unit import AnalysisUnit, EvalUnit, MergeUnit, TrainUnit, Unit
 from sparselet.studies.engine.unit_results import UnitCost
 
 # Defaults without a measurement: seconds of a training row in an epoch, and of an evaluated row, for a model of 135M parameters
 # on one core; rows of a task whose settings take all of them.
 TRAIN_SECONDS, EVALUATE_SECONDS, ROWS = 0.25, 0.4, 1000
-DEFAULT_SECONDS = {"train": TRAIN_SECONDS, "merge": 1.0, "evaluate": EVALUATE_SECONDS}
+DEFAULT_SECONDS = {"train": TRAIN_SECONDS, "merge": 1.0, "evaluate": EVALUATE_SECONDS, "analyse": 60.0}
 
 
 class CostMeter:
@@ -81,7 +81,7 @@ class Estimates:
         for group in _groups(unit)[:2]:
             if group in self._bytes:
                 return statistics.median(self._bytes[group])
-        if isinstance(unit, EvalUnit):
+        if isinstance(unit, EvalUnit | AnalysisUnit):
             return 0.0
         if isinstance(unit, TrainUnit) and unit.settings.method in ("full", "multitask"):
             return self.model_bytes
@@ -96,6 +96,8 @@ class Estimates:
 def _groups(unit: Unit) -> list[tuple[str, ...]]:
     """Ever larger groups of units that take about as long for each row."""
     method = unit.settings.method if isinstance(unit, TrainUnit) else ""
+    if isinstance(unit, AnalysisUnit):
+        method = unit.analysis
     tasks = unit.settings.tasks if isinstance(unit, TrainUnit) else (unit.task,) if isinstance(unit, EvalUnit) else ()
     return [(unit.kind, method, *tasks), (unit.kind, method, "any"), (unit.kind,)]
 
@@ -106,6 +108,8 @@ def _rows(unit: Unit) -> float:
         return max(1, len(unit.experts))
     if isinstance(unit, EvalUnit):
         return unit.settings.rows or ROWS
+    if isinstance(unit, AnalysisUnit):
+        return 1
     return (unit.settings.train_rows or ROWS) * len(unit.settings.tasks) * unit.settings.epochs
 
 

@@ -36,12 +36,20 @@ from sparselet.io.tensor_files import TensorFile
 from sparselet.masks import layer_of
 from sparselet.merging import merge, merge_to
 from sparselet.models import load_model, load_tokenizer, local_path, model_fingerprint
+from sparselet.studies.analyses import AnalysisContext, run_analysis
 from sparselet.studies.engine.cost import CostMeter
 from sparselet.studies.engine.jobs import EmitEvent, Event, Job
 from sparselet.studies.engine.store import ANSWERS, EXPERT, Store
-from sparselet.studies.engine.unit import EvalUnit, MergeUnit, ModelSettings, TrainUnit, Unit
-from sparselet.studies.engine.unit_results import EvalUnitResult, MergeUnitResult, TrainUnitResult, UnitCost
-from sparselet.tasks.task import Task, load_task
+from sparselet.studies.engine.unit import AnalysisUnit, EvalUnit, MergeUnit, ModelSettings, TrainUnit, Unit
+from sparselet.studies.engine.unit_results import (
+    AnalysisUnitResult,
+    EvalUnitResult,
+    MergeUnitResult,
+    TrainUnitResult,
+    UnitCost,
+    UnitResult,
+)
+from sparselet.tasks.task import SPLITS, Task, load_task
 from sparselet.training import TrainSettings, train
 from sparselet.training.run_directory import RUN_FILE, work_directory
 
@@ -98,8 +106,11 @@ class JobRunner:
         emit(Event("started", unit.key))
         meter = CostMeter()
         directory = self.store.directory(unit)
+        result: UnitResult
         if isinstance(unit, TrainUnit):
             result = self._train(unit, directory / EXPERT, emit)
+        elif isinstance(unit, AnalysisUnit):
+            result = self._analyse(unit, emit)
         else:
             assert isinstance(unit, MergeUnit)
             result = self._merge(unit, directory / EXPERT)
@@ -119,6 +130,17 @@ class JobRunner:
             experts = [self._open(expert) for expert in unit.experts]
             merge_to(output, experts, unit.method, parameters=dict(unit.parameters), workers=torch.get_num_threads())
         return sparse_result(AdapterFile(output))
+
+    def _analyse(self, unit: AnalysisUnit, emit: EmitEvent) -> AnalysisUnitResult:
+        model, tokenizer = self._base(unit.model)
+        context = AnalysisContext(
+            model,
+            tokenizer,
+            experts=[self._open(expert) for expert in unit.experts],
+            tasks=[self._task(name, SPLITS, fingerprint) for name, fingerprint in unit.data.items()],
+            progress=lambda fraction: emit(Event("progress", unit.key, fraction)),
+        )
+        return AnalysisUnitResult(run_analysis(unit.analysis, context, unit.settings))
 
     def _evaluate_all(self, units: list[EvalUnit], emit: EmitEvent) -> None:
         """Evaluations of one subject, which is written into the model once."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -14,8 +14,8 @@ from sparselet.training.settings import TrainSettings
 # Raised when the same settings give another result: units of earlier versions are then done again.
 ALGORITHM = 1
 
-Kind = Literal["train", "merge", "evaluate"]
-KINDS: tuple[Kind, ...] = ("train", "merge", "evaluate")
+Kind = Literal["train", "merge", "evaluate", "analyse"]
+KINDS: tuple[Kind, ...] = ("train", "merge", "evaluate", "analyse")
 Settings = TypeVar("Settings", TrainSettings, EvalSettings)
 
 # Values that a unit's settings do not name: of defaults that have changed since, the first, so that keys stay what they were.
@@ -127,7 +127,40 @@ class EvalUnit:
         return _key(self)
 
 
-Unit = TrainUnit | MergeUnit | EvalUnit
+@dataclass(frozen=True, eq=False)
+class AnalysisUnit:
+    """A function of ANALYSES on experts or on the base model.
+
+    settings: its arguments, JSON values. subject: what its numbers are of, such as a task or a pair of experts: a table's cell
+    has one number for each subject. data: fingerprints of the rows of the tasks that it reads, of all splits.
+    """
+
+    kind: ClassVar[Kind] = "analyse"
+    model: ModelSettings
+    analysis: str
+    settings: Mapping[str, Any]
+    subject: str
+    data: Mapping[str, str] = field(default_factory=dict)
+    experts: tuple[TrainUnit, ...] = ()
+    label: str = ""
+
+    @property
+    def inputs(self) -> "tuple[Unit, ...]":
+        """The units whose results it reads."""
+        return self.experts
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        own = {"analysis": self.analysis, "arguments": dict(self.settings), "subject": self.subject, "data": dict(self.data)}
+        return {**vars(self.model), **own}
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of the settings and the inputs' keys, 32 hex digits."""
+        return _key(self)
+
+
+Unit = TrainUnit | MergeUnit | EvalUnit | AnalysisUnit
 
 
 def closure(units: Iterable[Unit]) -> dict[str, Unit]:
@@ -163,6 +196,9 @@ def units_from_json(content: Iterable[Mapping[str, Any]]) -> dict[str, Unit]:
                 first = _first_defaults(settings["train"].get("method", TrainSettings.method), names["init_from"])
                 train = _from_json(TrainSettings, "train", {**first, **settings["train"], **names})
                 unit = TrainUnit(model, settings["data"], train, initial, label)
+            elif entry["kind"] == "analyse":
+                values = (settings["analysis"], settings["arguments"], settings["subject"], settings["data"])
+                unit = AnalysisUnit(model, *values, tuple(inputs), label)
             else:
                 eval_settings = _from_json(EvalSettings, "eval", settings["eval"])
                 subject, mask = [*inputs, None, None][:2]

@@ -55,7 +55,22 @@ class EvalUnitResult:
         return dict(self.metrics)
 
 
-UnitResult = TrainUnitResult | MergeUnitResult | EvalUnitResult
+@dataclass(frozen=True)
+class AnalysisUnitResult:
+    """numbers: by name."""
+
+    numbers: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dict(self.numbers)
+
+    def measures(self) -> dict[str, float]:
+        """The numbers that a table's cell can show, by name."""
+        return dict(self.numbers)
+
+
+UnitResult = TrainUnitResult | MergeUnitResult | EvalUnitResult | AnalysisUnitResult
 
 
 @dataclass(frozen=True)
@@ -74,4 +89,6 @@ def result_from_json(kind: Kind, content: Mapping[str, Any]) -> UnitResult:
     if kind == "evaluate":
         metrics = {name: float(value) for name, value in content.items() if name not in EVAL_COUNTS}
         return EvalUnitResult(metrics, content["rows"], tuple(content["scores"]))
+    if kind == "analyse":
+        return AnalysisUnitResult({name: float(value) for name, value in content.items()})
     return (TrainUnitResult if kind == "train" else MergeUnitResult)(**content)
