@@ -14,7 +14,7 @@ train() { # score task flags…
 }
 for score in mcs mcs_neg gm random dense; do
     for task in $tasks; do
-        if [ "$score" = dense ]; then train dense "$task" --density 1; else train "$score" "$task" --score "$score"; fi
+        if [ "$score" = dense ]; then train dense "$task" --density 1; else train "$score" "$task" --when paper --score "$score"; fi
     done
     own=$(for task in $tasks; do echo "$out/$score/$task"; done)
     for method in overlap uniform; do

@@ -7,7 +7,7 @@
 set -euo pipefail
 tasks=$1 out=$2
 names="num_to_words sst2 e2e_nlg"
-common="--train-rows 300 --validation-rows 100 --epochs 2 --batch-size 8 --no-chat-template --json --score mcs_neg"
+common="--train-rows 300 --validation-rows 100 --epochs 2 --batch-size 8 --no-chat-template --json --when paper --score mcs_neg"
 
 train() { # name learning-rate flags…
     local path="$out/$1-$2-$3"
