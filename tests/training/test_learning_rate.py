@@ -48,7 +48,9 @@ def test_a_search_goes_down_from_rates_that_diverge():
 
 
 @pytest.mark.parametrize("method", ["sparse", "lora", "full"])
-def test_a_run_records_its_rate_and_a_search_is_repeatable(settings_of, tmp_path, method):
+def test_a_run_records_its_rate_and_a_search_is_repeatable(settings_of, tmp_path, method, monkeypatch):
+    monkeypatch.setattr("sparselet.training.train.SHORT_STEPS", 4)
+
     def rate(name, **changes):
         train(settings_of(method, epochs=1, **changes), tmp_path / name)
         assert not work_directory(tmp_path / name).exists()
