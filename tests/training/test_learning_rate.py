@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 from helpers.tiny import make_model
@@ -49,7 +50,7 @@ def test_a_search_goes_down_from_rates_that_diverge():
 
 @pytest.mark.parametrize("method", ["sparse", "lora", "full"])
 def test_a_run_records_its_rate_and_a_search_is_repeatable(settings_of, tmp_path, method, monkeypatch):
-    monkeypatch.setattr("sparselet.training.train.SHORT_STEPS", 4)
+    monkeypatch.setattr(sys.modules[train.__module__], "SHORT_STEPS", 4)  # the package has the function under the module's name
 
     def rate(name, **changes):
         train(settings_of(method, epochs=1, **changes), tmp_path / name)
