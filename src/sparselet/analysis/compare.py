@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sparselet.analysis.pairs import Overlap, overlap_of, subspace_overlap
-from sparselet.analysis.threads import one_thread
 from sparselet.errors import ArgumentError
 from sparselet.expert import ExpertOrDeltas
+from sparselet.kernels.threads import one_thread
 from sparselet.masks import natural_order
 
 

@@ -10,11 +10,11 @@ from sparselet.analysis.concentration import Concentration, Null, concentration,
 from sparselet.analysis.histogram import Histogram
 from sparselet.analysis.lines import Lines, lines
 from sparselet.analysis.spectrum import BAND_ENTRIES, random_ranks, spectrum
-from sparselet.analysis.threads import one_thread
 from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError
 from sparselet.expert import ExpertOrDeltas
 from sparselet.kernels import ENTRY
+from sparselet.kernels.threads import one_thread
 from sparselet.masks import layer_of, natural_order, projection_of
 
 SMALL = 1e-5  # |Δ| that counts as no change (Mukherjee et al. 2025)

@@ -105,17 +105,15 @@ def _forward(
     dense = int(pairs.sum()) * (len(query) // len(pairs)) * query.shape[1]
     counts.dense += dense
     if seen is None:
-        counts.used += dense
-        counts.computed += query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
-        counts.flops += 4 * query.shape[3] * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+        used, computed = dense, query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-        return output, None
-    block = pattern.block if is_prompt else 1
-    output, used, computed = attend(query, key, value, seen, block, attention_mask, scaling)
+    else:
+        output, used, computed = attend(query, key, value, seen, pattern.block if is_prompt else 1, attention_mask, scaling)
+        output = output.transpose(1, 2).contiguous()
     counts.used += used
     counts.computed += computed
     counts.flops += 4 * query.shape[3] * computed
-    return output.transpose(1, 2).contiguous(), None
+    return output, None
 
 
 def _require_plain_decoder(model: PreTrainedModel) -> None:

@@ -1,14 +1,14 @@
 """Work on several targets at once, within a bound on memory."""
 
-import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
 from sparselet.errors import ArgumentError
+from sparselet.kernels.threads import one_thread
 
 Item = TypeVar("Item")
 WorkResult = TypeVar("WorkResult")
@@ -39,7 +39,7 @@ def _by_threads(
     work: Callable[[Item], WorkResult], items: Iterable[Item], bytes_of: Callable[[Item], int], workers: int
 ) -> Generator[WorkResult]:
     pending: deque[tuple[Future[WorkResult], int]] = deque()
-    with _single_threaded_torch(), ThreadPoolExecutor(workers) as pool:
+    with one_thread(), ThreadPoolExecutor(workers) as pool:
         try:
             for item in items:
                 size = bytes_of(item)
@@ -51,13 +51,3 @@ def _by_threads(
         finally:
             for future, _ in pending:
                 future.cancel()
-
-
-@contextlib.contextmanager
-def _single_threaded_torch() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

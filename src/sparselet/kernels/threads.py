@@ -1,4 +1,4 @@
-"""One thread for work on many matrices of a few hundred rows."""
+"""One of torch's threads, where more would wait for one another."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ import torch
 def one_thread() -> Iterator[None]:
     """Torch uses one thread within the block, or the function that this decorates.
 
-    On matrices of this size its threads wait for one another longer than they work, many times so on a busy machine.
+    For work that is spread over threads already, and on matrices of a few hundred rows, where torch's threads wait for one
+    another longer than they work, many times so on a busy machine.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
