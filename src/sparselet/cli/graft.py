@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from sparselet.analysis.grafts import PARTS
 from sparselet.api.grafting import graft
 from sparselet.cli.merging import Many
-from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, show, word
+from sparselet.cli.terminal import progress, quiet_libraries, show_analysis, word
 from sparselet.evaluation import EvalSettings
 from sparselet.io.paths import check_output
 from sparselet.workflows.graft import GRAFTS, GraftSettings
@@ -82,14 +82,5 @@ def graft_(
             dtype=dtype,
             progress=callback,
         )
-    if out is not None:
-        grafted.write_page(out)
-    if json:
-        print_json(grafted.as_json())
-        return
-    for table in grafted.tables():
-        show(table)
-    if out is not None:
-        say(f"Pictures written to {out}")
     model_flag = f" --model {word(model)}" if model else ""
-    say(f"Next: sparselet locate {word(expert)}{model_flag}")
+    show_analysis(grafted, out, json, f"sparselet locate {word(expert)}{model_flag}")

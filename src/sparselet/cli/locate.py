@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from sparselet.api.locating import locate
 from sparselet.cli.merging import Many
-from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, show, word
+from sparselet.cli.terminal import progress, quiet_libraries, show_analysis, word
 from sparselet.io.paths import check_output
 
 
@@ -52,13 +52,4 @@ def locate_(
         check_output(out, directory=False)
     with progress("locating") as callback:
         located = locate(experts, against or (), base=model, density=density, structure=structure, progress=callback)
-    if out is not None:
-        located.write_page(out)
-    if json:
-        print_json(located.as_json())
-        return
-    for table in located.tables():
-        show(table)
-    if out is not None:
-        say(f"Pictures written to {out}")
-    say(f"Next: sparselet graft {word(experts[0])} --task TASK")
+    show_analysis(located, out, json, f"sparselet graft {word(experts[0])} --task TASK")

@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from sparselet.api.probing import ProbeSettings, probe
 from sparselet.cli.merging import Many
-from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, show
+from sparselet.cli.terminal import progress, quiet_libraries, show_analysis
 from sparselet.io.paths import check_output
 from sparselet.models import PACKAGED
 
@@ -70,14 +70,5 @@ def probe_(
             dtype=dtype,
             progress=callback,
         )
-    if out is not None:
-        probed.write_page(out)
-    if json:
-        print_json(probed.as_json())
-        return
-    for table in probed.tables():
-        show(table)
-    if out is not None:
-        say(f"Pictures written to {out}")
-    else:
-        say("Next: the same command with --shuffled, and --out FILE.html for pictures.")
+    following = "" if out else "the same command with --shuffled, and --out FILE.html for pictures."
+    show_analysis(probed, out, json, following)

@@ -12,7 +12,8 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from rich.box import ASCII
 from rich.console import Console
@@ -122,6 +123,29 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 def show(shown: ResultTable) -> None:
     """Print a result as a table."""
     table(shown.title, shown.columns, shown.rows)
+
+
+class Analysis(Protocol):
+    """A result with tables, numbers and a page of pictures."""
+
+    def tables(self) -> Sequence[ResultTable]: ...
+    def as_json(self) -> Any: ...
+    def write_page(self, file: Path) -> Path: ...
+
+
+def show_analysis(result: Analysis, out: Path | None, json: bool, following: str) -> None:
+    """Write a result's page to `out`, if that is given, and print its numbers as JSON, or its tables and what to do next."""
+    if out is not None:
+        result.write_page(out)
+    if json:
+        print_json(result.as_json())
+        return
+    for shown in result.tables():
+        show(shown)
+    if out is not None:
+        say(f"Pictures written to {out}")
+    if following:
+        say(f"Next: {following}")
 
 
 def facts(title: str, rows: Sequence[tuple[str, object]]) -> None:
