@@ -327,40 +327,6 @@ def test_a_merge_that_makes_no_sense_is_refused(refused, tmp_path, experts, base
     assert contents(tmp_path) == {"here/file": b""}
 
 
-def test_flags_of_earlier_versions_do_what_the_new_verbs_do(cli, tmp_path, experts, base_dir):
-    merge = ("merge", *experts, "--method", "emr")
-    assert cli(*merge, "--out", tmp_path / "merged")[0] == 0
-    assert cli("export", tmp_path / "merged", "--to", "checkpoint", "--model", base_dir, "--out", tmp_path / "new")[0] == 0
-    code, _, err = cli(*merge, "--as", "checkpoint", "--model", base_dir, "--out", tmp_path / "old")
-    assert code == 0
-    assert "sparselet export MERGED --to checkpoint" in err
-    name = "model.safetensors"
-    assert (tmp_path / "old" / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
-    code, out, _ = cli(*merge, "--out", tmp_path / "x", "--per-task", tmp_path / "old-parts", "--json")
-    assert len(json.loads(out)["per_task"]) == 2
-    assert cli("split", *experts, "--out", tmp_path / "new-parts")[0] == 0
-    assert contents(tmp_path / "old-parts") == contents(tmp_path / "new-parts")
-    assert sorted(names_in(tmp_path)) == ["merged", "new", "new-parts", "old", "old-parts", "x"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "reason"),
-    [
-        ("--dtype bfloat16", "--dtype goes with --as checkpoint only"),
-        ("--as checkpoint", "--as checkpoint needs the base model; give --model"),
-        ("--as checkpoint --model BASE --dtype int8", "dtype must be one of float32, bfloat16, float16, got 'int8'"),
-        ("--as checkpoint --model BASE --keep-counts", "--as checkpoint does not go with --keep-counts"),
-        ("--per-task p", "--per-task goes with method emr or consensus, not with overlap"),
-        ("--method emr --per-task OUT/deeper", "must be apart from each other"),
-        ("--method emr --per-task .", "exists already"),
-    ],
-)
-def test_flags_of_earlier_versions_are_judged_before_the_work(refused, tmp_path, experts, base_dir, flags, reason):
-    words = [word.replace("OUT", str(tmp_path / "x")) for word in flags.split()]
-    assert reason in refused("merge", *experts, "--out", tmp_path / "x", *[base_dir if w == "BASE" else w for w in words])
-    assert not names_in(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -368,6 +334,8 @@ def test_flags_of_earlier_versions_are_judged_before_the_work(refused, tmp_path,
         (["merge", "--search", "weights"], "sparselet search EXPERTS"),
         (["merge", "--add", "c"], "sparselet update MERGED"),
         (["merge", "--remove=c"], "sparselet update MERGED"),
+        (["merge", "--per-task", "d"], "sparselet split EXPERTS"),
+        (["merge", "--as", "checkpoint"], "sparselet export MERGED"),
         (["merge", "--workers", "many"], "many"),
         (["search", "--validation", "task", "--choose", "all"], "all"),
         (["search"], "--validation"),

@@ -7,12 +7,16 @@ from sparselet.errors import SparseletError
 
 UPDATE = "sparselet update MERGED --add EXPERT --remove EXPERT --out DIR"
 SEARCH = "sparselet search EXPERTS --choose weights --validation TASK --model MODEL --out DIR"
+EXPORT = "sparselet export MERGED --to checkpoint --model MODEL --out DIR"
+SPLIT = "sparselet split EXPERTS --method emr --out DIR"
 # By verb, the flags that it had, and the command that replaces each.
 MOVED = {
     "merge": {
         **dict.fromkeys(("--add", "--remove"), UPDATE),
         **dict.fromkeys(("--search", "--validation", "--validation-rows", "--trials", "--seconds", "--seed"), SEARCH),
         **dict.fromkeys(("--chat-template", "--no-chat-template", "--max-new-tokens"), SEARCH),
+        **dict.fromkeys(("--as", "--dtype"), EXPORT),
+        "--per-task": SPLIT,
     }
 }
 SYNONYMS = {"base": "model"}  # arguments of the library that have another name as a flag
