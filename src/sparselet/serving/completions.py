@@ -5,7 +5,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from sparselet.errors import RequestRefused, ServerBusy
+from sparselet.profiles.router import Route
 from sparselet.serving.bodies import ChatBody, CompletionBody, GenerationBody
 from sparselet.serving.http_errors import describe, status_of
 from sparselet.serving.metrics import ServingMetrics
-from sparselet.serving.registry import MERGE_NAME
+from sparselet.serving.registry import MERGE_NAME, ROUTE_NAME
 from sparselet.serving.request import GenerationRequest, Output, Sampling
 from sparselet.serving.service import Service
 from sparselet.tasks.rows import Message
@@ -69,13 +70,13 @@ class Completions:
     async def _answer(
         self, body: GenerationBody, prompt: str | Sequence[Message], http: Request, shape: CompletionShape
     ) -> Response:
-        outputs: asyncio.Queue[Output] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def emit(output: Output) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended with its clients
-                loop.call_soon_threadsafe(outputs.put_nowait, output)
-
+        route = None
+        if body.model == ROUTE_NAME and body.experts is None:
+            route = await self._route(prompt, http)
+            if route is None:
+                return Response(status_code=CLIENT_GONE)
+            body = body.model_copy(update={"model": route.expert})
+        outputs, emit = _output_queue()
         label = MERGE_NAME if body.experts is not None else str(body.model)
         request = await run_in_threadpool(self._prepare, body, prompt, emit)
         try:
@@ -93,7 +94,7 @@ class Completions:
         received = self._received(request, outputs, http, label)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            events = _events(received, frame, shape, len(request.prompt), usage)
+            events = _events(received, frame, shape, len(request.prompt), usage, _route_json(route))
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         last = [output async for output in received][-1:]
         if not last:
@@ -101,8 +102,31 @@ class Completions:
         if last[0].error is not None:
             return JSONResponse(describe(last[0].error), status_of(last[0].error))
         choices = [shape.whole(last[0].text, last[0].finish)]
-        content = {**frame, "object": shape.name, "choices": choices, "usage": _usage(len(request.prompt), last[0])}
+        usage = _usage(len(request.prompt), last[0])
+        content = {**frame, "object": shape.name, "choices": choices, "usage": usage, **_route_json(route)}
         return JSONResponse(content, headers=headers)
+
+    async def _route(self, prompt: str | Sequence[Message], http: Request) -> Route | None:
+        """Whom a prompt belongs to; None if the client has gone. Raises what `Service` and the engine raise."""
+        tokens = await run_in_threadpool(self.service.encode_for_route, prompt)
+        state = self.service.router.kept(tokens)
+        if state is None:
+            outputs, emit = _output_queue()
+            base = self.service.registry.base
+            request = GenerationRequest(base, tokens, frozenset(), Sampling(max_tokens=1), emit, state_only=True)
+            self.service.engine.submit(request)
+            try:
+                output = await _next_output(outputs, http)
+            finally:
+                request.cancelled = True
+            if output is None:
+                return None
+            if output.error is not None:
+                raise output.error
+            assert output.state is not None
+            state = output.state
+            self.service.router.keep(tokens, state)
+        return await run_in_threadpool(self.service.router.route, state)
 
     def _prepare(self, body: GenerationBody, prompt: str | Sequence[Message], emit: Any) -> GenerationRequest:
         """Find or merge the expert, and encode the prompt. Raises what `Service` raises."""
@@ -124,33 +148,63 @@ class Completions:
         self, request: GenerationRequest, outputs: "asyncio.Queue[Output]", http: Request, label: str
     ) -> AsyncIterator[Output]:
         """A request's outputs up to the last one, or until the client has gone, which cancels the request."""
-        status, getting = str(CLIENT_GONE), None
+        status = str(CLIENT_GONE)
         try:
-            while True:
-                getting = asyncio.ensure_future(outputs.get())
-                while not (await asyncio.wait({getting}, timeout=DISCONNECT_SECONDS))[0]:
-                    if await http.is_disconnected():
-                        return
-                output = getting.result()
+            while (output := await _next_output(outputs, http)) is not None:
                 if output.error is not None:
                     status = str(status_of(output.error))
                 elif output.finish is not None:
                     status = "200"
                     self.metrics.answered(label, len(request.prompt), output)
                 yield output
-                if output.error is not None or output.finish is not None:
+                if output.is_last:
                     return
         finally:
-            if getting is not None:
-                getting.cancel()
             request.cancelled = True  # has no effect on an answer that has ended
             self.metrics.requests.labels(label, status).inc()
 
 
+def _output_queue() -> tuple["asyncio.Queue[Output]", Callable[[Output], None]]:
+    """A queue of this loop, and the function that puts an output into it from another thread."""
+    outputs: asyncio.Queue[Output] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def emit(output: Output) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended with its clients
+            loop.call_soon_threadsafe(outputs.put_nowait, output)
+
+    return outputs, emit
+
+
+async def _next_output(outputs: "asyncio.Queue[Output]", http: Request) -> Output | None:
+    """The next output, None if the client has gone before it comes."""
+    getting = asyncio.ensure_future(outputs.get())
+    try:
+        while not (await asyncio.wait({getting}, timeout=DISCONNECT_SECONDS))[0]:
+            if await http.is_disconnected():
+                return None
+        return getting.result()
+    finally:
+        getting.cancel()
+
+
+def _route_json(route: Route | None) -> dict[str, Any]:
+    """The field of an answer that was routed: the expert, the margin to the second nearest, and the distances of all."""
+    return {} if route is None else {"route": {**vars(route), "distances": dict(route.distances)}}
+
+
 async def _events(
-    received: AsyncIterator[Output], frame: dict[str, Any], shape: CompletionShape, prompt_tokens: int, with_usage: bool
+    received: AsyncIterator[Output],
+    frame: dict[str, Any],
+    shape: CompletionShape,
+    prompt_tokens: int,
+    with_usage: bool,
+    route: dict[str, Any],
 ) -> AsyncIterator[str]:
-    """Server-sent events: the parts, the usage if it is wanted, and [DONE]; or an error, after which none follows."""
+    """Server-sent events: the parts, the usage if it is wanted, and [DONE]; or an error, after which none follows.
+
+    The part that ends the answer has the fields of `route` too.
+    """
     frame = {**frame, "object": shape.part_name}
     if shape.chat:
         yield _event({**frame, "choices": [shape.part("", None, first=True)]})
@@ -162,7 +216,7 @@ async def _events(
             if output.text:
                 yield _event({**frame, "choices": [shape.part(output.text, None)]})
             if output.finish is not None:
-                yield _event({**frame, "choices": [shape.part("", output.finish)]})
+                yield _event({**frame, "choices": [shape.part("", output.finish)], **route})
                 if with_usage:
                     yield _event({**frame, "choices": [], "usage": _usage(prompt_tokens, output)})
                 yield "data: [DONE]\n\n"

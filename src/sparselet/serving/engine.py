@@ -20,6 +20,7 @@ from sparselet.fingerprint import Fingerprint
 from sparselet.generation.decode import can_decode
 from sparselet.generation.padding import padding_side
 from sparselet.generation.prompts import padding_token, prompt_format
+from sparselet.profiles.collect import prompt_states
 from sparselet.serving.limits import ServingLimits
 from sparselet.serving.request import GenerationRequest, Output
 from sparselet.serving.row_batch import RowBatch
@@ -142,9 +143,13 @@ class Engine:
         if len(batch):
             self.counts.tokens += batch.step()
             self.counts.steps += 1
-        if admitted:
-            batch.join(admitted)
-            self.counts.tokens += len(admitted)
+        answered = [request for request in admitted if not request.state_only]
+        if answered:
+            batch.join(answered)
+            self.counts.tokens += len(answered)
+        for request in admitted:
+            if request.state_only:
+                request.emit(Output(state=prompt_states(self._model, [request.prompt])[0]))
         rows = {answer.request for answer in batch.answers}
         with self._changed:
             for request in group.running - rows:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparselet.adapter import expert_profile
 from sparselet.adapter_format import CONFIG_FILE
 from sparselet.errors import BadConfig, ConfigError, RequestRefused, SparseletError, UnknownExpert, UnsafePath
 from sparselet.expert import Expert
 from sparselet.io.json_files import read_object, write_json
 from sparselet.io.printable import printable
+from sparselet.profiles.profile import Profile
 from sparselet.serving.served_expert import FitCheck, ServedExpert, serve_expert
 
 logger = logging.getLogger("sparselet")
@@ -24,10 +26,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 @dataclass(frozen=True)
 class Registration:
-    """A name's expert, and the directory it was read from."""
+    """A name's expert, the directory it was read from, and the profile that lies there, if any."""
 
     expert: ServedExpert
     path: Path
+    profile: Profile | None = None
 
 
 class ExpertRegistry:
@@ -62,7 +65,7 @@ class ExpertRegistry:
                     self._paths[path.name] = path
         for name, path in self._paths.items():
             try:
-                self._registrations[name] = Registration(self._read(path), path)
+                self._registrations[name] = self._read(path)
             except SparseletError as error:
                 logger.warning("%s is not served: %s", name, printable(error))
 
@@ -86,10 +89,9 @@ class ExpertRegistry:
         Raises RequestRefused (the name), UnsafePath, and what opening and checking raise.
         """
         self._check_name(name)
-        place = self._inside(path)
-        registration = Registration(self._read(place), place)
+        registration = self._read(self._inside(path))
         with self._lock:
-            self._set({**self._paths, name: place})
+            self._set({**self._paths, name: registration.path})
             self._registrations[name] = registration
         return registration
 
@@ -127,10 +129,11 @@ class ExpertRegistry:
             if name in self._registrations:
                 self._registrations[new] = self._registrations.pop(name)
 
-    def _read(self, path: Path) -> ServedExpert:
-        expert = serve_expert(self._open(path), self._fits)
+    def _read(self, path: Path) -> Registration:
+        opened = self._open(path)
+        expert, profile = serve_expert(opened, self._fits), expert_profile(opened)
         same = [r.expert for r in self._registrations.copy().values() if r.expert.digest == expert.digest]
-        return same[0] if same else expert
+        return Registration(same[0] if same else expert, path, profile)
 
     def _set(self, paths: dict[str, Path]) -> None:
         """Record the names and paths, and the paths that have no name any more, on the disk first."""

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from sparselet.errors import RequestRefused
 from sparselet.serving.served_expert import ServedExpert
 
@@ -45,10 +47,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Output:
-    """A part of an answer. The last one has `finish` or `error`.
+    """A part of an answer. The last one has `finish`, `state` or `error`.
 
     text: what is new. tokens: of the answer so far, with its end token; empty unless it is finished. waited: seconds from the
-    request to its first token. seconds: from the first token to the last.
+    request to its first token. seconds: from the first token to the last. state: of a request for the prompt's state.
     """
 
     text: str = ""
@@ -56,7 +58,13 @@ class Output:
     tokens: tuple[int, ...] = ()
     waited: float = 0.0
     seconds: float = 0.0
+    state: Tensor | None = None
     error: Exception | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether none follows."""
+        return self.finish is not None or self.state is not None or self.error is not None
 
 
 @dataclass(eq=False)
@@ -64,8 +72,9 @@ class GenerationRequest:
     """One prompt for one expert.
 
     expert: who answers. prompt: token ids. ends: the tokens that end an answer. stream: emit text as it is decoded, not only at
-    the end. emit: called on the engine's thread with each `Output`; it must return at once. cancelled: set it from any
-    thread, and the request leaves at the engine's next step without a further output.
+    the end. emit: called on the engine's thread with each `Output`; it must return at once. state_only: decode nothing, and
+    emit the prompt's state, as `prompt_states`. cancelled: set it from any thread, and the request leaves at the engine's next
+    step without a further output.
     """
 
     expert: ServedExpert
@@ -74,10 +83,11 @@ class GenerationRequest:
     sampling: Sampling
     emit: Callable[[Output], None]
     stream: bool = False
+    state_only: bool = False
     cancelled: bool = False
     arrived: float = field(default_factory=time.monotonic)
 
     @property
     def cache_tokens(self) -> int:
         """The most tokens whose keys and values it will need."""
-        return len(self.prompt) + self.sampling.max_tokens
+        return 0 if self.state_only else len(self.prompt) + self.sampling.max_tokens

@@ -7,10 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparselet.adapter import expert_profile
 from sparselet.apply import target_weights
 from sparselet.errors import RequestRefused, TaskError
 from sparselet.expert import Expert
-from sparselet.fingerprint import fingerprint_weight
+from sparselet.fingerprint import fingerprint_weight, require_same_base
 from sparselet.formats import BaseModel, open_expert
 from sparselet.generation.prompts import prompt_format, prompt_tokens
 from sparselet.models import load_model, load_tokenizer, local_path
@@ -18,7 +19,8 @@ from sparselet.names import Names
 from sparselet.serving.engine import Engine
 from sparselet.serving.limits import ServingLimits
 from sparselet.serving.merge_cache import MergeCache
-from sparselet.serving.registry import BASE_NAME, MERGE_NAME, ROUTE_NAME, ExpertRegistry
+from sparselet.serving.prompt_router import PromptRouter
+from sparselet.serving.registry import BASE_NAME, MERGE_NAME, ExpertRegistry
 from sparselet.serving.served_expert import ServedExpert, base_digest
 from sparselet.tasks.rows import Message
 
@@ -33,7 +35,7 @@ class EncodedPrompt:
 
 
 class Service:
-    """An engine with its registry of experts and its cache of merges.
+    """An engine with its registry of experts, its router and its cache of merges.
 
     open_expert: opens a directory as an expert under the model's names. directories, state: as in `ExpertRegistry`.
     Raises what `Engine` and `ExpertRegistry` raise.
@@ -51,10 +53,14 @@ class Service:
         base = {name: fingerprint_weight(layer.parameter) for name, layer in Names(model).layers.items()}
 
         def fits(expert: Expert) -> object:
+            profile = expert_profile(expert)
+            if profile is not None:
+                require_same_base(profile.fingerprints, base, "the expert's profile and the model")
             return target_weights(model, expert, base)
 
         self.engine = Engine(model, tokenizer, base, limits)
         self.registry = ExpertRegistry(open_expert, fits, ServedExpert(base_digest(base), None), directories, state)
+        self.router = PromptRouter(self.registry)
         self.merges = MergeCache(self.engine.limits.merge_cache_bytes, fits)
         self._forms = {template: prompt_format(model, tokenizer, template) for template in (True, False)}
 
@@ -71,8 +77,6 @@ class Service:
             return self.merges.merged([(self.registry[name], weight) for name, weight in members], method, parameters)
         if model is None or model == MERGE_NAME:
             raise RequestRefused("name an expert in model, or several with their weights in experts.", "experts")
-        if model == ROUTE_NAME:
-            raise RequestRefused("no profiles of the experts are loaded, so none can be chosen by the prompt.", "model")
         return self.registry[model]
 
     def encode(self, expert: ServedExpert, prompt: str | Sequence[Message]) -> EncodedPrompt:
@@ -82,8 +86,16 @@ class Service:
         must be a single user's message, whose text is the prompt, as in training.
         Raises RequestRefused for a prompt that cannot be encoded, or fills the model's positions.
         """
+        return self._encode(prompt, expert.metadata.chat_template is not False)
+
+    def encode_for_route(self, prompt: str | Sequence[Message]) -> tuple[int, ...]:
+        """The tokens of a prompt as the experts with a profile were trained. Raises as `encode`, and `PromptRouter`."""
+        self.router.candidates()
+        return self._encode(prompt, self.router.chat_template()).tokens
+
+    def _encode(self, prompt: str | Sequence[Message], chat_template: bool) -> EncodedPrompt:
         field = "prompt" if isinstance(prompt, str) else "messages"
-        form = self._forms[not isinstance(prompt, str) and expert.metadata.chat_template is not False]
+        form = self._forms[not isinstance(prompt, str) and chat_template]
         if not isinstance(prompt, str) and not form.template:
             if len(prompt) != 1 or prompt[0].role != "user":
                 raise RequestRefused("this expert answers without a chat template: send one user's message.", "messages")
