@@ -25,6 +25,7 @@ from sparselet.merging import (
 )
 from sparselet.merging import merge as merge_in_memory
 from sparselet.merging.engine.plan import ExpertSource, Weight
+from sparselet.merging.layer_scaling import LayerScaling
 from sparselet.merging.methods import complete_parameters
 from sparselet.result_table import ResultTable, ShownAsTable
 
@@ -62,6 +63,7 @@ def merge(
     weights: Sequence[Weight] | None = None,
     parameters: Mapping[str, Any] | None = None,
     *,
+    layer_scaling: LayerScaling | None = None,
     base: str | Path | None = None,
     out: str | Path | None = None,
     keep_counts: bool = False,
@@ -78,6 +80,7 @@ def merge(
     method: a name in `sl.METHODS`. weights: one an expert, 1 each by default: a number, or `{pattern of target names: number}`,
         of which the longest pattern that matches counts.
     parameters, values: parameters of the method, as a mapping or as keywords.
+    layer_scaling: (α, β): layer l of L of the merged change is multiplied by α + β·l/(L − 1) (LiNeS).
     base: the base model, which full checkpoints need.
     out: write the merge to this directory, target by target, with a `recipe.toml` if all experts lie on the disk or the hub.
     keep_counts: also keep what `update` needs there; method overlap only.
@@ -91,16 +94,19 @@ def merge(
     if out is None:
         if keep_counts:
             raise ArgumentError("counts are kept beside a merge on the disk: set `out` with `keep_counts`.")
-        return merge_in_memory(open_experts(experts, base), method, weights, chosen, workers=workers)
+        opened = open_experts(experts, base)
+        return merge_in_memory(opened, method, weights, chosen, layer_scaling=layer_scaling, workers=workers)
     check_output(out)
     opened = open_experts(experts, base)
     places = [str(place) for place in map(_place_of, experts) if place is not None]
-    if len(places) == len(experts):
-        model = None if base is None else str(base)
-        recipe = MergeRecipe(tuple(places), method, tuple(weights or ()), chosen, model, keep_counts)
+    lasting = len(places) == len(experts)  # a merge of experts in memory cannot be run again
+    names = tuple(places) if lasting else tuple(f"expert {i}" for i in range(1, len(experts) + 1))
+    model = None if base is None else str(base)
+    recipe = MergeRecipe(names, method, tuple(weights or ()), chosen, model, keep_counts, layer_scaling)
+    if lasting:
         return write_merge(recipe, opened, out, workers, progress).adapter
     with _output(out, opened, progress) as (directory, counter):
-        _merge_into(directory, opened, method, weights, chosen, keep_counts, workers, counter)
+        _merge_into(directory, recipe, opened, workers, counter)
     return AdapterFile(out)
 
 
@@ -134,7 +140,7 @@ def write_merge(
 ) -> MergeResult:
     """Merge opened experts as the recipe says. files: JSON content that is written beside the merge, by file name."""
     with _output(out, experts, progress) as (directory, counter):
-        _merge_into(directory, experts, recipe.method, recipe.weights, recipe.parameters, recipe.keep_counts, workers, counter)
+        _merge_into(directory, recipe, experts, workers, counter)
         write_text(directory / RECIPE_FILE, recipe_text(recipe, out))
         for name, content in (files or {}).items():
             write_json(directory / name, content)
@@ -230,22 +236,22 @@ def _output(out: str | Path, experts: Sequence[Expert], progress: ProgressCallba
 
 
 def _merge_into(
-    directory: Path,
-    experts: Sequence[Expert],
-    method: str,
-    weights: Sequence[Weight] | None,
-    parameters: Mapping[str, Any],
-    keep_counts: bool,
-    workers: int | None,
-    counter: StepCounter,
+    directory: Path, recipe: MergeRecipe, experts: Sequence[Expert], workers: int | None, counter: StepCounter
 ) -> None:
-    """Merge into a directory that is there."""
-    if not keep_counts:
-        merge_to(directory, experts, method, weights, parameters, workers=workers, progress=counter.step)
-    elif method == "overlap" and not parameters:
-        merge_with_counts(directory, experts, weights, workers=workers, progress=counter.step)
-    else:
-        raise ConfigError(f"keep_counts needs method overlap, got {method}.")
+    """Merge opened experts into a directory that is there."""
+    if recipe.keep_counts:
+        merge_with_counts(directory, experts, recipe.weights, workers=workers, progress=counter.step)
+        return
+    merge_to(
+        directory,
+        experts,
+        recipe.method,
+        recipe.weights,
+        recipe.parameters,
+        layer_scaling=recipe.layer_scaling,
+        workers=workers,
+        progress=counter.step,
+    )
 
 
 def _place_of(source: ExpertSource) -> str | Path | None:

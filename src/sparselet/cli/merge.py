@@ -77,6 +77,8 @@ def show_merge(merged: MergeResult, *lines: str) -> None:
     show(merged.table())
     if merged.recipe.parameters:
         say("Parameters: " + ", ".join(f"{name} = {value}" for name, value in merged.recipe.parameters.items()))
+    if merged.recipe.layer_scaling is not None:
+        say("Layers scaled by alpha = {:g}, beta = {:g}".format(*merged.recipe.layer_scaling))
     say(
         *lines,
         f"A merged entry was selected by {merged.experts_per_entry:.2f} experts on average.",

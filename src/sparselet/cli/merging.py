@@ -22,6 +22,8 @@ class MergeFlags:
     """One factor an expert, 1 each by default."""
     set_: Annotated[list[str] | None, Parameter(name="--set", consume_multiple=True, negative="")] = None
     """Parameters of the method, as name=value."""
+    layer_scaling: Annotated[tuple[float, float] | None, Parameter(negative="")] = None
+    """Alpha and beta of LiNeS: layer l of L of the merged change times alpha + beta * l / (L - 1)."""
     recipe: Path | None = None
     """Run this TOML file, which names experts, weights, method and parameters."""
     model: str | None = None
@@ -30,10 +32,13 @@ class MergeFlags:
     def read(self, experts: list[str] | None, keep_counts: bool = False) -> MergeRecipe:
         """The recipe that the flags describe. Raises ConfigError."""
         flags = {"experts": experts, "--method": self.method, "--weights": self.weights, "--set": self.set_}
+        flags |= {"--layer-scaling": self.layer_scaling, "--keep-counts": keep_counts}
         if self.recipe is None:
             method, weights = self.method or "overlap", tuple(self.weights or ())
-            return MergeRecipe(tuple(experts or ()), method, weights, parse_parameters(self.set_), self.model, keep_counts)
-        for flag, value in {**flags, "--keep-counts": keep_counts}.items():
+            parameters = parse_parameters(self.set_)
+            names = tuple(experts or ())
+            return MergeRecipe(names, method, weights, parameters, self.model, keep_counts, self.layer_scaling)
+        for flag, value in flags.items():
             if value:
                 raise ConfigError(f"--recipe and {flag} do not go together.")
         recipe = read_recipe(self.recipe)

@@ -2,7 +2,8 @@
 
 method = "ties"
 model = "packaged:smollm2-135m"      # needed for full checkpoints among the experts, export as a checkpoint, and search
-keep_counts = false                  # true with overlap only
+layer_scaling = [0.5, 0.8]           # alpha and beta of LiNeS
+keep_counts = false                  # true with overlap only, without layer_scaling
 
 [parameters]
 density = 0.2
@@ -26,6 +27,7 @@ from urllib.parse import unquote_to_bytes
 from sparselet.errors import ConfigError, MissingExtra, prefix_errors
 from sparselet.io.toml_settings import parse_table, read_toml
 from sparselet.merging.engine.plan import Weight, check_weights
+from sparselet.merging.layer_scaling import LayerScaling, check_layer_scaling
 from sparselet.merging.methods import complete_parameters
 
 _FILE = "file://"
@@ -37,9 +39,10 @@ class MergeRecipe:
 
     experts: paths or hub names. weights: one per expert, 1 by default. parameters: those of the method; missing ones get
     their defaults. model: the base model. keep_counts: whether experts can be added and removed later.
+    layer_scaling: (α, β) of `layer_factors`.
 
-    Raises ConfigError (no expert, a repeated expert, keep_counts with another method than overlap), ArgumentError,
-    UnknownMethod.
+    Raises ConfigError (no expert, a repeated expert, keep_counts with another method than overlap or with layer_scaling),
+    ArgumentError, UnknownMethod.
     """
 
     experts: tuple[str, ...]
@@ -48,6 +51,7 @@ class MergeRecipe:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
     keep_counts: bool = False
+    layer_scaling: LayerScaling | None = None
 
     def __post_init__(self) -> None:
         if not self.experts:
@@ -58,8 +62,11 @@ class MergeRecipe:
                 raise ConfigError(f"{name} is listed twice; list it once, and give it a weight if it should count for more.")
         object.__setattr__(self, "weights", tuple(check_weights(self.weights or None, len(self.experts))))
         object.__setattr__(self, "parameters", complete_parameters(self.method, self.parameters))
+        object.__setattr__(self, "layer_scaling", check_layer_scaling(self.layer_scaling))
         if self.keep_counts and self.method != "overlap":
             raise ConfigError(f"keep_counts needs method overlap, got {self.method}.")
+        if self.keep_counts and self.layer_scaling is not None:
+            raise ConfigError("keep_counts and layer_scaling do not go together: counts are of the merge without it.")
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ class _RecipeFile:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
     keep_counts: bool = False
+    layer_scaling: tuple[float, ...] | None = None
 
 
 def read_recipe(file: str | Path) -> MergeRecipe:
@@ -97,6 +105,7 @@ def read_recipe(file: str | Path) -> MergeRecipe:
             recipe.parameters,
             None if recipe.model is None else _resolve(file.parent, recipe.model),
             recipe.keep_counts,
+            recipe.layer_scaling,
         )
 
 
@@ -111,6 +120,8 @@ def recipe_text(recipe: MergeRecipe, directory: str | Path) -> str:
         content["model"] = _relative_name(directory, recipe.model)
     if recipe.keep_counts:
         content["keep_counts"] = True
+    if recipe.layer_scaling is not None:
+        content["layer_scaling"] = list(recipe.layer_scaling)
     if recipe.parameters:
         content["parameters"] = dict(recipe.parameters)
     content["experts"] = [

@@ -79,7 +79,12 @@ def metadata_from_records(records: Sequence[Mapping[str, Any]], plan: MergePlan)
             "task_type": _common_value(record["task_type"] for record in records),
             "chat_template": _common_value(record["chat_template"] for record in records),
             **({"block_size": block_size} if isinstance(block_size, str) else {}),
-            "merge": {"method": plan.method.name, "parameters": dict(plan.parameters), "experts": list(records)},
+            "merge": {
+                "method": plan.method.name,
+                "parameters": dict(plan.parameters),
+                **({"layer_scaling": list(plan.layer_scaling)} if plan.layer_scaling else {}),
+                "experts": list(records),
+            },
         }
     )
 

@@ -102,7 +102,8 @@ def search(
         drawn = study.ask()
         chosen = {name: drawn.suggest_float(name, low, high) for name, (low, high) in ranges.items()}
         trial_recipe = _apply_choice(recipe, settings.choose, chosen)
-        merged = merge(experts, trial_recipe.method, trial_recipe.weights, trial_recipe.parameters)
+        how = (trial_recipe.method, trial_recipe.weights, trial_recipe.parameters)
+        merged = merge(experts, *how, layer_scaling=trial_recipe.layer_scaling)
         scores = {result.task: result.scores["rougeL"] for result in evaluate(model, tokenizer, tasks, merged, eval_settings)}
         trials.append(Trial(chosen, sum(scores.values()) / len(scores), scores))
         study.tell(drawn, trials[-1].score)

@@ -73,6 +73,8 @@ def test_actmat_weighs_each_change_by_its_own_rows():
     left = sum(w * d @ d.T @ d for w, d in zip(WEIGHTS, changes, strict=True))
     expected = left @ np.linalg.pinv(sum(d.T @ d for d in changes))
     assert_equals(actmat(deltas, WEIGHTS, scale=0.5), 0.5 * expected)
+    turned = [SparseDelta.from_dense(delta.to_dense().T.contiguous()) for delta in deltas]
+    assert_equals(actmat(turned, WEIGHTS, scale=0.5, transposed=True), 0.5 * expected.T)
 
 
 def test_experts_at_right_angles_keep_their_outputs_with_tsv_and_actmat():
@@ -118,3 +120,5 @@ def test_vectors_of_singular_values_that_are_zero_are_left_out():
 def test_bad_parameters_are_refused_by_name():
     with pytest.raises(ArgumentError, match=r"common must be in \(0, 1\], got 2"):
         iso_cts(full_deltas(2), [1.0, 1.0], common=2)
+    with pytest.raises(ArgumentError, match="transposed must be true or false, got 1"):
+        actmat(full_deltas(2), [1.0, 1.0], transposed=1)

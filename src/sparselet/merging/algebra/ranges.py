@@ -20,6 +20,12 @@ def require_fraction(name: str, value: float, *, allow_zero: bool = False, allow
         raise ArgumentError(f"{name} must be in {'[' if allow_zero else '('}0, 1{']' if allow_one else ')'}, got {value!r}.")
 
 
+def require_flag(name: str, value: bool) -> None:
+    """Raise ArgumentError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ArgumentError(f"{name} must be true or false, got {value!r}.")
+
+
 def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise ArgumentError unless `value` is one of `choices`."""
     if value not in choices:

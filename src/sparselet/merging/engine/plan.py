@@ -16,6 +16,7 @@ from sparselet.merging.algebra.bands import join_bands, split_into_bands
 from sparselet.merging.algebra.entries import common_blocks, is_very_sparse
 from sparselet.merging.algebra.ranges import require_finite_number
 from sparselet.merging.engine.parallel import MAX_MEMORY, map_in_order
+from sparselet.merging.layer_scaling import LayerScaling, check_layer_scaling, layer_factors
 from sparselet.merging.method import MOMENTS, STATS, GlobalStats
 from sparselet.merging.methods import get_method
 from sparselet.profiles.profile import Profile
@@ -25,7 +26,7 @@ Weight = float | Mapping[str, float]
 
 
 class MergePlan:
-    """Experts of one base model, and the method, weights and parameters to merge them with.
+    """Experts of one base model, and the method, weights, parameters and scaling of layers to merge them with.
 
     Raises ArgumentError (no expert; a wrong number of weights, a weight that is not finite, a pattern that matches no target;
     a parameter out of range), UnknownMethod, ShapeMismatch, WrongBase, MissingProfile (the method needs profiles), and what
@@ -39,12 +40,14 @@ class MergePlan:
         weights: Sequence[Weight] | None,
         parameters: Mapping[str, Any] | None,
         base: str | Path | None = None,
+        layer_scaling: LayerScaling | None = None,
     ) -> None:
         if isinstance(experts, (str, Path)) or not experts:
             raise ArgumentError(f"experts must be a list of at least one expert, got {experts!r}.")
         self.method = get_method(method)
         self.parameters = self.method.complete_parameters(parameters or {})
         self.weights = check_weights(weights, len(experts))
+        self.layer_scaling = check_layer_scaling(layer_scaling)
         model = None if base is None else BaseModel(base)
         self.experts = [open_expert(e, model) if isinstance(e, (str, Path)) else as_expert(e) for e in experts]
         for i, expert in enumerate(self.experts):
@@ -54,6 +57,7 @@ class MergePlan:
                 )
         self.shapes = _common_shapes(self.experts)
         check_patterns(self.weights, self.shapes)
+        self._factors = layer_factors(self.shapes, self.layer_scaling or (1.0, 0.0))
         self.fingerprints = _common_fingerprints(self.experts)
         self._profiles = _require_profiles(self.method.name, self.experts) if self.method.needs_profiles else None
         self._stats: dict[str, Any] = {}
@@ -84,8 +88,12 @@ class MergePlan:
         """The experts' weights for one target."""
         return [weight_for(weight, name) for weight in self.weights]
 
+    def scaled(self, name: str, merged: SparseDelta) -> SparseDelta:
+        """One target's merged delta times the factor of its layer."""
+        return merged if self.layer_scaling is None else merged.scale(self._factors[name])
+
     def merge(self, name: str, deltas: Sequence[SparseDelta]) -> SparseDelta:
-        """Merge one target's deltas. Raises AbsurdShape, NotEnoughMemory."""
+        """Merge one target's deltas, without the factor of the layer. Raises AbsurdShape, NotEnoughMemory."""
         if self.method.dense:
             check_dense_shape(self.shapes[name], name)
             require_memory(self.bytes_of(name), f"merging {name} by {self.method.name}")

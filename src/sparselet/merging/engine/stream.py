@@ -14,6 +14,7 @@ from sparselet.io.atomic import atomic_directory
 from sparselet.io.paths import check_output
 from sparselet.merging.engine.parallel import map_in_order
 from sparselet.merging.engine.plan import ExpertSource, MergePlan, Weight
+from sparselet.merging.layer_scaling import LayerScaling
 from sparselet.merging.record import Digests, metadata_from_plan
 
 NamedDelta = tuple[str, SparseDelta]
@@ -25,6 +26,7 @@ def merge(
     weights: Sequence[Weight] | None = None,
     parameters: Mapping[str, Any] | None = None,
     *,
+    layer_scaling: LayerScaling | None = None,
     base: str | Path | None = None,
     workers: int | None = None,
 ) -> SparseAdapter:
@@ -36,6 +38,7 @@ def merge(
     method: a name in `sparselet.METHODS`. parameters: that method's own, by name.
     weights: one per expert, 1 by default: a number, or `{pattern of target names: number}`, of which the longest matching
         pattern applies (`{"*": 0.5, "*.v_proj": 1}`).
+    layer_scaling: (α, β) of `merging.layer_scaling.layer_factors`, applied to the merged change.
     base: the base model, a directory or hub name; needed for full checkpoints.
     workers: threads; they do not change the result.
 
@@ -43,7 +46,7 @@ def merge(
     UnknownMethod, ShapeMismatch, WrongBase, NonFiniteValue, and what opening an expert raises; later, with the target's name,
     NonFiniteValue for a merged value beyond float32 and what the method raises.
     """
-    plan = MergePlan(experts, method, weights, parameters, base)
+    plan = MergePlan(experts, method, weights, parameters, base, layer_scaling)
     digests = Digests(len(plan.experts))
     with contextlib.closing(_merged(plan, digests, workers)) as targets:
         deltas = dict(targets)
@@ -57,6 +60,7 @@ def merge_to(
     weights: Sequence[Weight] | None = None,
     parameters: Mapping[str, Any] | None = None,
     *,
+    layer_scaling: LayerScaling | None = None,
     base: str | Path | None = None,
     workers: int | None = None,
     progress: Callable[[str], None] | None = None,
@@ -67,7 +71,7 @@ def merge_to(
     Raises what `merge` raises, OutputExists and WriteFailed; no partial output is left.
     """
     check_output(output)
-    plan = MergePlan(experts, method, weights, parameters, base)
+    plan = MergePlan(experts, method, weights, parameters, base, layer_scaling)
     digests = Digests(len(plan.experts))
     with contextlib.closing(_merged(plan, digests, workers)) as targets, atomic_directory(output) as directory:
         with adapter_stream(directory, plan.shapes) as stream:
@@ -89,6 +93,7 @@ def _merged(plan: MergePlan, digests: Digests, workers: int | None) -> Generator
         digests.add(name, deltas)
         with prefix_errors(name):
             merged = plan.merge_in_bands(name, deltas, workers) if plan.is_large(name) else plan.merge(name, deltas)
+        merged = plan.scaled(name, merged)
         require_finite(merged.values, name)
         return name, merged
 

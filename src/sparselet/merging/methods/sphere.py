@@ -15,7 +15,7 @@ from sparselet.errors import ArgumentError
 from sparselet.kernels import selected
 from sparselet.merging.algebra.entries import common_blocks, compact, mask_count, weighted_sum
 from sparselet.merging.algebra.gram import cosines, gram
-from sparselet.merging.algebra.ranges import require_finite_number, require_sum
+from sparselet.merging.algebra.ranges import require_finite_number, require_flag, require_sum
 from sparselet.merging.method import MergeMethod
 
 _NO_DIRECTION = 1e-6  # of its terms' lengths: a shorter sum is taken for 0; from a Gram matrix it is known to about 1e-8
@@ -34,8 +34,7 @@ def multislerp(deltas: Sequence[SparseDelta], weights: Sequence[float], *, norma
     Returns a delta on the union of the masks, of blocks when all have the same.
     Raises ShapeMismatch, ArgumentError (a parameter out of range, weights to be divided by a sum of 0).
     """
-    if not isinstance(normalize_weights, bool):
-        raise ArgumentError(f"normalize_weights must be true or false, got {normalize_weights!r}.")
+    require_flag("normalize_weights", normalize_weights)
     alphas = _shares("multislerp", weights) if normalize_weights else torch.tensor(list(weights), dtype=torch.float64)
     deltas = common_blocks(deltas)
     products = gram(deltas)

@@ -17,10 +17,7 @@ def tsv(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale: float
     Of each wᵢ·ΔWᵢ the k = max(1, ⌊r/N⌋) largest of r singular values are kept. Concatenated vectors are replaced by the nearest
     orthonormal ones, P·Qᵀ of their own P·Σ·Qᵀ.
 
-    scale: λ, 1 as published.
-    deltas: N of one target. weights: N. Computed in float64.
-    Returns an element mask, the union: what the matrix has outside it is dropped; dense experts lose nothing.
-    Raises ShapeMismatch, ArgumentError.
+    scale: λ, 1 as published. deltas, weights, what is returned and raised: as `actmat`. Computed in float64.
     """
     require_finite_number("scale", scale)
     shape = common_blocks(deltas)[0].shape
