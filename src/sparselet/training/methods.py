@@ -9,7 +9,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -32,6 +32,7 @@ from sparselet.io.atomic import atomic_write
 from sparselet.io.json_files import write_json
 from sparselet.names import Names, refuse_shared
 from sparselet.selection_settings import SelectionSettings
+from sparselet.training.freezing import freeze_layers, freeze_weights
 from sparselet.training.merge_noise import MergeNoise
 from sparselet.training.sampling import balanced_rows
 from sparselet.training.schedule import MaskSchedule
@@ -48,7 +49,7 @@ class TrainContext:
 
     form: the prompt format. config: the settings of masks and targets, seed and data fingerprint. initial: the adapter that a
     second stage starts from; it fits the model. sizes: training rows of each task. keep: the model must have its own weights
-    again afterwards.
+    again afterwards. frozen: by target, flat entries that stay as they are.
     """
 
     model: PreTrainedModel
@@ -57,6 +58,7 @@ class TrainContext:
     initial: SparseAdapter | None
     sizes: Sequence[int]
     keep: bool
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,9 @@ def sparse(context: TrainContext, merge_noise: int) -> Iterator[TrainableModel]:
     try:
         if initial is not None:
             load_initial_adapter(wrapped, initial)
+        callbacks: list[TrainerCallback] = [schedule, noise] if noise else [schedule]
+        if context.frozen:
+            callbacks.append(freeze_layers(sparselet_layers(wrapped), ADAPTER, context.frozen))
 
         def write(directory: Path, metadata: Mapping[str, Any]) -> SparseAdapter:
             adapter = to_adapter(wrapped, metadata=metadata)
@@ -122,7 +127,7 @@ def sparse(context: TrainContext, merge_noise: int) -> Iterator[TrainableModel]:
             adapter.save(directory)
             return adapter
 
-        yield TrainableModel(wrapped, write, [schedule, noise] if noise else [schedule])
+        yield TrainableModel(wrapped, write, callbacks)
     finally:
         if noise:
             noise.restore()
@@ -188,7 +193,10 @@ def full(context: TrainContext) -> Iterator[TrainableModel]:
     """
     model, form = context.model, context.form
     weights = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    with _trainable_weights(context, weights, context.keep) as (_, autocast):
+    with (
+        _trainable_weights(context, weights, context.keep) as (_, autocast),
+        freeze_weights(context.frozen, weights) as frozen,
+    ):
         dtype, generation = model.config.dtype, model.generation_config
 
         def write(directory: Path, metadata: Mapping[str, Any]) -> None:
@@ -203,7 +211,7 @@ def full(context: TrainContext) -> Iterator[TrainableModel]:
                 model.generation_config = generation
                 model.config.dtype = dtype  # saving sets it to that of the trained weights
 
-        yield TrainableModel(model, write, autocast=autocast)
+        yield TrainableModel(model, write, [frozen], autocast)
 
 
 @contextlib.contextmanager
@@ -213,7 +221,10 @@ def full_qkv(context: TrainContext) -> Iterator[TrainableModel]:
     weights = {name: _weight(model, name) for name in find_targets(model, config)}
     refuse_shared(Names(model), weights, "method full-qkv")
     parameters = {f"{name}.weight": weight for name, weight in weights.items()}
-    with _trainable_weights(context, parameters, keep=True) as (before, autocast):
+    with (
+        _trainable_weights(context, parameters, keep=True) as (before, autocast),
+        freeze_weights(context.frozen, parameters) as frozen,
+    ):
 
         def write(directory: Path, metadata: Mapping[str, Any]) -> SparseAdapter:
             deltas, fingerprints = dict(initial or {}), dict(initial.fingerprints if initial else {})
@@ -221,6 +232,10 @@ def full_qkv(context: TrainContext) -> Iterator[TrainableModel]:
                 base = before[f"{name}.weight"]
                 fingerprints[name] = fingerprint_weight(base)
                 difference = (weight.detach() - base.to(weight)).cpu()
+                if name in context.frozen:  # not rounded by adding and subtracting W
+                    start = initial[name].to_dense() if initial and name in initial else torch.zeros_like(difference)
+                    entries = context.frozen[name]
+                    difference.view(-1)[entries] = start.view(-1)[entries].to(difference.dtype)
                 deltas[name] = SparseDelta.from_dense(difference, torch.ones(difference.shape, dtype=torch.bool))
             fields = {
                 "task_type": cast(TaskType, config.task_type).value,
@@ -234,7 +249,7 @@ def full_qkv(context: TrainContext) -> Iterator[TrainableModel]:
             adapter.save(directory)
             return adapter
 
-        yield TrainableModel(model, write, autocast=autocast)
+        yield TrainableModel(model, write, [frozen], autocast)
 
 
 SELECTION = tuple(field.name for field in fields(SelectionSettings) if field.name != "seed")
@@ -246,7 +261,7 @@ TRAIN_METHODS: dict[str, TrainMethod] = {
         sparse,
         "the masked entries of the targets",
         "a sparse adapter",
-        settings=(*SELECTION, *TARGETS, "entries", "merge_noise"),
+        settings=(*SELECTION, *TARGETS, "entries", "merge_noise", "freeze"),
         parameters=("merge_noise",),
         initial="entries",
         float16=True,
@@ -276,9 +291,13 @@ TRAIN_METHODS: dict[str, TrainMethod] = {
         parameters=("density",),
         initial=None,
     ),
-    "full": TrainMethod(full, "all weights", "a checkpoint in float32"),
-    "full-qkv": TrainMethod(full_qkv, "all entries of the targets", "a sparse adapter of density 1", settings=TARGETS),
-    "multitask": TrainMethod(full, "all weights, on several tasks", "a checkpoint in float32", min_tasks=2),
+    "full": TrainMethod(full, "all weights", "a checkpoint in float32", settings=("freeze",)),
+    "full-qkv": TrainMethod(
+        full_qkv, "all entries of the targets", "a sparse adapter of density 1", settings=(*TARGETS, "freeze")
+    ),
+    "multitask": TrainMethod(
+        full, "all weights, on several tasks", "a checkpoint in float32", settings=("freeze",), min_tasks=2
+    ),
 }
 
 

@@ -19,7 +19,7 @@ logger = logging.getLogger("sparselet")
 
 RUN_FILE = "run.json"  # in the work directory the run's identity, in the output its record
 COMPLETE = "complete"  # marks a checkpoint that was written to its end
-DATA, INITIAL = "data_fingerprint", "init_from_sha256"  # of the identity, beside the settings
+DATA, INITIAL, FROZEN = "data_fingerprint", "init_from_sha256", "freeze_sha256"  # of the identity, beside the settings
 
 
 def work_directory(output: Path) -> Path:
@@ -66,7 +66,7 @@ def claimed(work: Path, identity: Mapping[str, Any], resume: bool) -> Iterator[P
 def remove_finished(output: Path, work: Path, identity: Mapping[str, Any]) -> None:
     """Remove the work directory of a finished run. Raises OutputExists unless its identity is this one."""
     run = read_object(output / RUN_FILE)
-    settings = {key: value for key, value in identity.items() if key not in (DATA, INITIAL)}
+    settings = {key: value for key, value in identity.items() if key not in (DATA, INITIAL, FROZEN)}
     if run.get(DATA) != identity[DATA] or run.get("settings") != settings:
         raise OutputExists(f"{output} exists already. Choose another output, or remove it first.")
     with held(work) as acquired:
@@ -110,7 +110,11 @@ def _check_identity(work: Path, identity: Mapping[str, Any]) -> None:
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"{work / RUN_FILE} cannot be read, so the run cannot be resumed: {error}. Remove {work}.") from error
     changed = sorted(key for key in identity if previous.get(key) != identity[key])
-    contents = {DATA: f"other rows in {identity['task']}", INITIAL: f"another adapter at {identity['init_from']}"}
+    contents = {
+        DATA: f"other rows in {identity['task']}",
+        INITIAL: f"another adapter at {identity['init_from']}",
+        FROZEN: f"other adapters at {identity['freeze']}",
+    }
     if changed and set(changed) <= set(contents):
         raise ConfigError(f"the run at {work} was started with {contents[changed[0]]}. Remove it to start again.")
     if changed:

@@ -40,6 +40,8 @@ class TrainSettings(SelectionSettings, TaskSettings):
     Raises ConfigError for a value out of range or a setting that the method does not have, and what `SelectionSettings` raises.
     """
 
+    freeze: tuple[str, ...] = ()
+    """Adapters of the same base model whose entries stay as they are, bit for bit, such as the cores of earlier tasks."""
     target_modules: tuple[str, ...] = ()
     """Names that the layers to adapt end in, or one of qkv (the default), attention, mlp and all (linear layers)."""
     exclude_modules: tuple[str, ...] = ()
@@ -143,6 +145,6 @@ class TrainSettings(SelectionSettings, TaskSettings):
                 f"init_from does not go with method {self.method}: its result would be of no use without that "
                 "adapter. Export the adapter as a checkpoint (sparselet export --to checkpoint) and set `model` to that."
             )
-        selection = sorted(changed & {*method.settings})
+        selection = sorted(changed & {*method.settings} - {"freeze"})
         if self.init_from is not None and method.initial == "entries" and selection:
             raise ConfigError(f"{selection[0]} does not go with init_from: targets and masks are those of {self.init_from}.")

@@ -29,6 +29,7 @@ from sparselet.profiles.file import PROFILE_FILE, write_profile
 from sparselet.selection_settings import selection_values
 from sparselet.tasks.task import Task, load_task
 from sparselet.training.collate import Encoded, collator, encode
+from sparselet.training.freezing import frozen_entries
 from sparselet.training.learning_rate import default_learning_rate, search_learning_rate
 from sparselet.training.methods import TRAIN_METHODS, TrainableModel, TrainContext, find_targets
 from sparselet.training.processes import (
@@ -45,6 +46,7 @@ from sparselet.training.processes import (
 from sparselet.training.profiling import MakeProfile, profiler
 from sparselet.training.run_directory import (
     DATA,
+    FROZEN,
     INITIAL,
     RUN_FILE,
     check_directories,
@@ -81,6 +83,7 @@ class RunInputs:
 
     tasks: Sequence[Task]
     initial: SparseAdapter | None
+    frozen: Sequence[AdapterFile]
     identity: Mapping[str, Any]
 
 
@@ -210,7 +213,8 @@ def _trained(
     # Activations that are computed again in the backward pass cannot read a cache of keys and values.
     collate = collator(model, form, share=not settings.gradient_checkpointing)
     sizes = [len(task_rows) for task_rows in rows["train"].values()]
-    context = TrainContext(model, form, _adapter_config(settings, model, inputs.identity[DATA]), inputs.initial, sizes, keep)
+    config, frozen = _adapter_config(settings, model, inputs.identity[DATA]), frozen_entries(model, inputs.frozen)
+    context = TrainContext(model, form, config, inputs.initial, sizes, keep, frozen)
     method = TRAIN_METHODS[settings.method]
     parameters = {name: vars(settings)[name] for name in method.parameters}
     make_profile = profiler(context, method, rows["train"]) if settings.profile and is_first() else None
@@ -305,9 +309,16 @@ def _load_inputs(settings: TrainSettings) -> RunInputs:
     if settings.init_from is not None:
         path = local_directory(settings.init_from) or Path(settings.init_from)
         initial = _read_initial_adapter(path)
-        with open(path / WEIGHTS_FILE, "rb") as file:
-            identity[INITIAL] = hashlib.file_digest(file, "sha256").hexdigest()
-    return RunInputs(tasks, initial, identity)
+        identity[INITIAL] = _weights_sha256(path)
+    frozen = [AdapterFile(local_directory(name) or Path(name)) for name in settings.freeze]
+    if frozen:
+        identity[FROZEN] = [_weights_sha256(adapter.path) for adapter in frozen]
+    return RunInputs(tasks, initial, frozen, identity)
+
+
+def _weights_sha256(adapter: Path) -> str:
+    with open(adapter / WEIGHTS_FILE, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_initial_adapter(path: Path) -> SparseAdapter:

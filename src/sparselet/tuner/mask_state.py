@@ -19,6 +19,7 @@ class MaskState:
     selecting: the selection phase has not ended.
     pending: Ŵ of all entries, float32 [rows, columns], while off-mask values may still return; else None.
     selections: the number of selections so far.
+    excluded: blocks that no selection may choose, ascending; None for none.
     """
 
     block: Block
@@ -26,6 +27,7 @@ class MaskState:
     selecting: bool
     pending: Tensor | None = None
     selections: int = 0
+    excluded: Tensor | None = None
 
     @property
     def unread(self) -> bool:

@@ -151,6 +151,8 @@ class Scorer:
         if self.exchange is not None and mask is not None and values is not None:
             moved = kernels.block_sum(values.abs(), state.block)
             scores = grow_and_drop(moved, scores, mask, kept, self.exchange)
+        if state.excluded is not None:
+            scores = scores.index_fill(0, state.excluded.long().to(scores.device), torch.finfo(scores.dtype).min)
         if self.scores_jointly:
             self.scores[target] = scores.cpu() if config.offload else scores
             return
@@ -161,8 +163,14 @@ class Scorer:
 
     def _best(self, layer: SparseletLayer, scores: Tensor, kept: int) -> Tensor:
         if self.config.balance == "row" and self.exchange is None:
-            return top_k_by_row(scores, kept, layer.shape[0] // layer.sparse_mask[self.name].block[0], layer.transposed)
-        return top_k(scores, kept)
+            rows = layer.shape[0] // layer.sparse_mask[self.name].block[0]
+            return self._allowed(layer, top_k_by_row(scores, kept, rows, layer.transposed))
+        return self._allowed(layer, top_k(scores, kept))
+
+    def _allowed(self, layer: SparseletLayer, chosen: Tensor) -> Tensor:
+        """The chosen blocks without excluded ones, which have the lowest scores."""
+        excluded = layer.sparse_mask[self.name].excluded
+        return chosen if excluded is None else chosen[~torch.isin(chosen, excluded.to(chosen.device))]
 
     def _input_norms(self, layer: SparseletLayer) -> Tensor:
         total = self.inputs.pop(layer.target_name, None)
@@ -197,6 +205,7 @@ class Scorer:
         remaining = {target: score for target, score in scores.items() if target not in dropped}
         if self.config.scope == "global":
             chosen = top_k_global(remaining, blocks_to_keep(self.config.density, sum(s.numel() for s in scores.values())))
+            chosen = {target: self._allowed(self.layers[target], blocks) for target, blocks in chosen.items()}
         else:
             chosen = {
                 target: self._best(self.layers[target], s, blocks_to_keep(self.config.density, s.numel()))

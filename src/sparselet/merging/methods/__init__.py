@@ -10,6 +10,7 @@ from sparselet.merging.methods.arithmetic import ARITHMETIC, MAGMAX
 from sparselet.merging.methods.average import OVERLAP, UNIFORM
 from sparselet.merging.methods.breadcrumbs import BREADCRUMBS
 from sparselet.merging.methods.consensus import CONSENSUS
+from sparselet.merging.methods.cpi import CPI
 from sparselet.merging.methods.dare import DARE
 from sparselet.merging.methods.della import DELLA
 from sparselet.merging.methods.emr import EMR
@@ -44,6 +45,7 @@ METHODS: dict[str, MergeMethod] = {
         REGMEAN,
         ACTMAT,
         LOCALIZE,
+        CPI,
         TSV,
         ISO_C,
         ISO_CTS,
