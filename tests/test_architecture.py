@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generation": INPUTS,
     "training": INPUTS | {"generation", "tuner"},
     "evaluation": INPUTS | {"generation", "tuner"},
-    "serving": INPUTS | {"generation", "tuner", "formats", "merging"},
+    "serving": INPUTS | {"generation", "tuner", "formats", "merging", "analysis"},
     "workflows": LIBRARY,
     "studies": LIBRARY | {"workflows"},
     "report": CORE,

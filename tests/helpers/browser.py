@@ -50,14 +50,14 @@ class Browser:
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
 
-    def open(self, page: Path, width: int, *, dark: bool = False, media: str = "", height: int = 900) -> None:
-        """Open a file in a window of this width and wait until all of it is loaded."""
+    def open(self, page: Path | str, width: int, *, dark: bool = False, media: str = "", height: int = 900) -> None:
+        """Open a file or an address in a window of this width and wait until all of it is loaded."""
         self.call("Page.navigate", url="about:blank")
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", media=media, features=features)
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.events.clear()
-        self.call("Page.navigate", url=page.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         self._until(lambda message: message.get("method") == "Page.loadEventFired")
 
     def evaluate(self, expression: str) -> Any:
@@ -73,10 +73,10 @@ class Browser:
             told = {"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": codes[key]}
             self.call("Input.dispatchKeyEvent", **told, **({"text": "\r"} if key == "Enter" else {}))
 
-    def picture(self, path: Path) -> None:
+    def picture(self, path: Path | str) -> None:
         """Write the whole page as a PNG."""
         found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(found["data"]))
+        Path(path).write_bytes(base64.b64decode(found["data"]))
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """A command's result. Raises AssertionError for an error or after two minutes."""

@@ -71,7 +71,10 @@ def serve_(
             (name, r.expert.metadata.task or "", f"{r.expert.bytes:,}", r.expert.digest) for name, r in registrations.items()
         ]
         table(f"{len(registrations)} experts", ["model", "task", "bytes", "digest"], rows)
-        say(f"Serving at {address}; Ctrl-C ends.", f"Next: curl {word(address + '/v1/models')}")
+        say(
+            f"Serving at {address}, where a browser shows the experts; Ctrl-C ends.",
+            f"Next: curl {word(address + '/v1/models')}",
+        )
 
     with spinner:
         serve(

@@ -16,6 +16,7 @@ from sparselet.serving.bodies import LoadBody, RenameBody, SaveMergeBody, Unload
 from sparselet.serving.completions import Completions
 from sparselet.serving.http_errors import BodyLimit, add_error_handlers
 from sparselet.serving.metrics import ServingMetrics
+from sparselet.serving.page_routes import library_routes, page_files
 from sparselet.serving.registry import BASE_NAME, Registration
 from sparselet.serving.served_expert import ServedExpert
 from sparselet.serving.service import Service
@@ -40,6 +41,8 @@ def create_app(service: Service, api_key: str | None = None, admin_key: str | No
     metrics = ServingMetrics(service)
     clients = [Depends(_require_key(api_key))] if api_key is not None else []
     app.include_router(_public_routes(service, metrics), dependencies=clients)
+    app.include_router(library_routes(service), dependencies=clients)
+    app.include_router(page_files())
     app.include_router(_admin_routes(service), dependencies=[Depends(_require_key(admin_key))], prefix="/admin")
 
     @app.get("/health")

@@ -42,6 +42,8 @@ class ExpertRegistry:
 
     An expert that cannot be read at the start is reported and left out; the others are served. Raises ConfigError for a
     directory that does not exist, two experts of one name, and a name that cannot be served.
+
+    refused: the names that are not served, and why.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class ExpertRegistry:
         self._lock = threading.Lock()
         self._roots = [Path(os.path.realpath(directory)) for directory in (*directories, state / MERGED_DIRECTORY)]
         self._registrations: dict[str, Registration] = {}
+        self.refused: dict[str, SparseletError] = {}
         self._paths, self._unloaded = self._read_state()  # of all names, also of those that could not be read
         for directory in directories:
             for path in _experts_in(directory):
@@ -67,6 +70,7 @@ class ExpertRegistry:
             try:
                 self._registrations[name] = self._read(path)
             except SparseletError as error:
+                self.refused[name] = error
                 logger.warning("%s is not served: %s", name, printable(error))
 
     def __getitem__(self, name: str) -> ServedExpert:
@@ -93,6 +97,7 @@ class ExpertRegistry:
         with self._lock:
             self._set({**self._paths, name: registration.path})
             self._registrations[name] = registration
+            self.refused.pop(name, None)
         return registration
 
     def save(self, name: str, expert: ServedExpert) -> Registration:
@@ -118,6 +123,7 @@ class ExpertRegistry:
             self._require(name)
             self._set({key: path for key, path in self._paths.items() if key != name})
             self._registrations.pop(name, None)
+            self.refused.pop(name, None)
 
     def rename(self, name: str, new: str) -> None:
         """Serve an expert under another name. Raises UnknownExpert, RequestRefused."""
@@ -128,6 +134,8 @@ class ExpertRegistry:
             self._set({new if key == name else key: path for key, path in self._paths.items()})
             if name in self._registrations:
                 self._registrations[new] = self._registrations.pop(name)
+            if name in self.refused:
+                self.refused[new] = self.refused.pop(name)
 
     def _read(self, path: Path) -> Registration:
         opened = self._open(path)

@@ -38,6 +38,7 @@ class Service:
     """An engine with its registry of experts, its router and its cache of merges.
 
     open_expert: opens a directory as an expert under the model's names. directories, state: as in `ExpertRegistry`.
+    name: of the base model, as clients are shown it.
     Raises what `Engine` and `ExpertRegistry` raise.
     """
 
@@ -49,7 +50,9 @@ class Service:
         directories: Sequence[Path],
         state: Path,
         limits: ServingLimits | None = None,
+        name: str = "",
     ) -> None:
+        self.name = name
         base = {name: fingerprint_weight(layer.parameter) for name, layer in Names(model).layers.items()}
 
         def fits(expert: Expert) -> object:
@@ -127,4 +130,4 @@ def open_service(
     base = BaseModel(local_path(model))
     directories = [Path(directory) for directory in experts]
     loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
-    return Service(loaded, tokenizer, lambda path: open_expert(path, base), directories, state, limits)
+    return Service(loaded, tokenizer, lambda path: open_expert(path, base), directories, state, limits, model)
