@@ -17,9 +17,9 @@ from sparselet.delta import SparseDelta
 from sparselet.errors import ArgumentError, ConfigError
 from sparselet.merging.method import MergeMethod
 from sparselet.scores import SCORES, Score
-from sparselet.studies.paper.tables import TABLES, make_tables
 from sparselet.studies.study import Study
 from sparselet.studies.table import Cell, Table
+from sparselet.studies.tables import TABLES, make_tables
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()

@@ -33,7 +33,7 @@ def made(**changes: Any) -> Study:
     """A study with made-up fingerprints."""
     settings = replace(SETTINGS, **changes)
     tasks = (*settings.held_in, *settings.held_out)
-    return Study(settings, {task: {"train": f"train {task}", "test": f"test {task}"} for task in tasks}, "base")
+    return Study(settings, {task: {split: f"{split} {task}" for split in ("train", "test", "all")} for task in tasks}, "base")
 
 
 def measured(tables: Mapping[str, Table], value: Callable[[Unit], float]) -> dict[str, dict[str, float]]:

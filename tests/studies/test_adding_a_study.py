@@ -15,10 +15,10 @@ from sparselet.studies.engine.jobs import Event
 from sparselet.studies.engine.run import read_measures, run_study
 from sparselet.studies.engine.store import Store
 from sparselet.studies.engine.unit import closure
-from sparselet.studies.paper.tables import TABLES, make_tables
 from sparselet.studies.results import make_results
 from sparselet.studies.settings import fingerprint_tasks, read_study, task_sources
 from sparselet.studies.study import Study
+from sparselet.studies.tables import TABLES, make_tables
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/adding-a-study.md").read_text()

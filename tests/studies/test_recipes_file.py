@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from sparselet.studies.paper.tables import make_tables
 from sparselet.studies.settings import read_study
 from sparselet.studies.study import Study
+from sparselet.studies.tables import make_tables
 
 FILE = Path(__file__).parents[2] / "studies" / "recipes.toml"
 

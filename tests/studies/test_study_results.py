@@ -6,8 +6,8 @@ import pytest
 from helpers.plans import by_hash, made, measured
 
 from sparselet.io.json_files import json_bytes
-from sparselet.studies.paper.tables import make_tables
 from sparselet.studies.results import make_results
+from sparselet.studies.tables import make_tables
 
 STUDY = made()
 TABLES = make_tables(STUDY)

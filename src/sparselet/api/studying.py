@@ -25,11 +25,11 @@ from sparselet.studies.engine.plan import Progress, describe_plan, describe_stat
 from sparselet.studies.engine.run import OnProgress, lock_study, read_measures, run_study
 from sparselet.studies.engine.store import Store
 from sparselet.studies.engine.unit import Unit
-from sparselet.studies.paper.tables import make_tables
 from sparselet.studies.results import make_results
 from sparselet.studies.settings import fingerprint_tasks, read_study, task_sources
 from sparselet.studies.study import Study
 from sparselet.studies.table import Table
+from sparselet.studies.tables import make_tables
 from sparselet.tuner.model import versions
 
 RESULTS_FILE, COST_FILE, STUDY_FILE = "results.json", "cost.json", "study.json"

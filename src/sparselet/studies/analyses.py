@@ -15,9 +15,10 @@ from sparselet.analysis.locate import locate as locate_expert
 from sparselet.errors import ConfigError
 from sparselet.evaluation import EvalSettings
 from sparselet.expert import Expert
+from sparselet.studies.pretraining import pretrain
 from sparselet.tasks.task import Task
 from sparselet.workflows.graft import GraftSettings, graft_curve, measured_rows
-from sparselet.workflows.probing import demonstrated_rows, probe_rows, shuffled_rows
+from sparselet.workflows.probing import demonstrated_rows, probe_rows, random_rows, shuffled_rows
 
 Numbers = dict[str, float]
 
@@ -51,7 +52,8 @@ def locate(context: AnalysisContext) -> Numbers:
     parts = {"": location.whole, "within ": location.selected, "Gaussian ": location.gaussian, "Laplace ": location.laplace}
     for prefix, part in parts.items():
         numbers |= {f"{prefix}{name}": value for name, value in _concentration(part).items()}
-    return numbers | {"unchanged": 100 * location.unchanged.zero, "below 1e-5": 100 * location.unchanged.small}
+    small = 100 * location.unchanged.small
+    return numbers | {"unchanged": 100 * location.unchanged.zero, "below 1e-5": small, "above 1e-5": 100 - small}
 
 
 def compare(context: AnalysisContext, density: float = 0.01) -> Numbers:
@@ -64,6 +66,7 @@ def compare(context: AnalysisContext, density: float = 0.01) -> Numbers:
         "chance": 100 * largest.chance,
         "beyond chance": 100 * (largest.jaccard - largest.chance),
         "signs": 100 * largest.sign_agreement,
+        "signs by chance": 50.0,
         "cosine": 100 * both.masks.cosine,
         "directions": 100 * both.directions[0],
         "directions by chance": 100 * both.directions[1],
@@ -94,8 +97,9 @@ def graft(
 def probe_task(context: AnalysisContext, rows: int, layer: int = -1, demonstrations: int = 0) -> Numbers:
     """Sparsity of hidden states at the last prompt token of a task's rows, in percent, raw and without outliers (`rest`).
 
-    natural, shuffled: of the rows, and of the same tokens in random order. difference: of the two, row by row. loss: Spearman's
-    correlation of sparsity and loss over the natural rows. Gaussian: of as many channels. demonstrations: put before each row.
+    natural, shuffled, random: of the rows, of the same tokens in random order, and of random tokens in their stead.
+    difference: of shuffled and natural, row by row. loss: Spearman's correlation of sparsity and loss over the natural rows.
+    Gaussian: of as many channels. demonstrations: put before each row.
     """
     (task,) = context.tasks
     chosen = task.rows("test", rows)
@@ -103,6 +107,7 @@ def probe_task(context: AnalysisContext, rows: int, layer: int = -1, demonstrati
         chosen = demonstrated_rows(chosen, task.rows("train"), demonstrations)
     natural = probe_rows(context.model, context.tokenizer, chosen)
     sets: dict[str, Sequence[ProbeRow]] = {"natural": natural, "shuffled": shuffled_rows(natural)}
+    sets["random"] = random_rows(natural, len(context.tokenizer))
     probed = {name: probe(context.model, own, [layer]) for name, own in sets.items()}
     outliers = outlier_channels(probed["natural"].states[0, :, 0])
     numbers: Numbers = {}
@@ -115,9 +120,11 @@ def probe_task(context: AnalysisContext, rows: int, layer: int = -1, demonstrati
             values = {name: vars(s)[statistic] for name, s in measured.items()}
             numbers |= {f"{view} {statistic} {name}": 100 * float(v.mean()) for name, v in values.items()}
             numbers[f"{view} {statistic} difference"] = 100 * float((values["shuffled"] - values["natural"]).mean())
-        numbers[f"{view} hoyer loss"] = spearman(measured["natural"].hoyer.numpy(), probed["natural"].losses.numpy()).rho
+        loss = spearman(measured["natural"].hoyer.numpy(), probed["natural"].losses.numpy())
+        numbers[f"{view} hoyer loss"] = 100 * loss.rho
     null = gaussian_sparsity(probed["natural"].states.shape[-1])
-    return numbers | {f"Gaussian {name}": 100 * null[name] for name in ("hoyer", "gini", "top5", "effective_rank", "channel")}
+    gaussian = {f"Gaussian {name}": 100 * null[name] for name in ("hoyer", "gini", "top5", "effective_rank", "channel")}
+    return numbers | gaussian | {"no correlation": 0.0}
 
 
 def _concentration(part: Concentration | Null) -> Numbers:
@@ -132,4 +139,5 @@ ANALYSES: dict[str, Callable[..., Numbers]] = {
     "compare": compare,
     "graft": graft,
     "probe": probe_task,
+    "pretrain": lambda context, **settings: pretrain(**settings, progress=context.progress),
 }

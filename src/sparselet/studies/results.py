@@ -5,20 +5,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from sparselet.studies.claim import Claim
 from sparselet.studies.engine.unit import KINDS, closure
 from sparselet.studies.numbers import Measures, Number, cell_number
-from sparselet.studies.paper.claims import CLAIMS, Claim
-from sparselet.studies.paper.verdicts import judge
 from sparselet.studies.study import Study
 from sparselet.studies.table import Cell, Chart, Table
+from sparselet.studies.tables import CLAIMS
+from sparselet.studies.verdicts import judge
 
 
 def make_results(
-    study: Study, tables: Mapping[str, Table], measures: Measures, claims: Sequence[Claim] = CLAIMS
+    study: Study, tables: Mapping[str, Table], measures: Measures, claims: Sequence[Claim] | None = None
 ) -> dict[str, Any]:
     """Tables, claims, settings and fingerprints as JSON values. The same measures give the same bytes, in any order.
 
-    measures: of the units that are done, by key. A cell counts its units without a result as `missing`.
+    measures: of the units that are done, by key. A cell counts its units without a result as `missing`. claims: by default
+    those that the settings name.
     """
     settings = study.settings
     numbers = {
@@ -32,7 +34,7 @@ def make_results(
         "name": settings.name,
         "preset": settings.preset,
         "tables": {name: _table(table, numbers[name]) for name, table in tables.items()},
-        "claims": [asdict(judge(claim, tables, numbers)) for claim in claims],
+        "claims": [asdict(judge(claim, tables, numbers)) for claim in (CLAIMS[settings.claims] if claims is None else claims)],
         "settings": {name: _plain(value) for name, value in asdict(settings).items()},
         "tasks": {
             task: {"held": "in" if task in settings.held_in else "out", "fingerprint": study.data[task]["test"]}

@@ -23,7 +23,7 @@ from sparselet.models import MODEL_DTYPES
 from sparselet.scores import get_score
 from sparselet.setting_checks import check_seed, check_settings
 from sparselet.tasks.builtin import BUILTIN
-from sparselet.tasks.task import BUILTIN_PREFIX, load_task
+from sparselet.tasks.task import BUILTIN_PREFIX, SPLITS, load_task
 from sparselet.training.settings import TrainSettings
 
 # Keys of `learning_rate`. `sparse` is also used to train all entries of the targets, `multitask` for all weights on all tasks.
@@ -63,6 +63,8 @@ class StudySettings:
     """The directory of the tasks' directories; the argument `tasks` overrides it."""
     tables: tuple[str, ...] = ()
     """Tables to make; all by default."""
+    claims: str = "paper"
+    """Claims to judge: a name of `CLAIMS` in studies/tables.py."""
     threads: int = 1
     """Threads of a training or an evaluation; the last bits of sums depend on it."""
     seeds: tuple[int, ...] = (0,)
@@ -217,7 +219,7 @@ def task_sources(settings: StudySettings, directory: str | Path | None = None) -
 
 
 def fingerprint_tasks(settings: StudySettings, sources: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """The fingerprints of each task's rows: `train` (training and validation rows; held-in tasks only) and `test`.
+    """The fingerprints of each task's rows: `test`, and of held-in tasks `train` (training and validation rows) and `all`.
 
     sources: of `task_sources`. Raises TaskError, naming file and line.
     """
@@ -226,6 +228,7 @@ def fingerprint_tasks(settings: StudySettings, sources: Mapping[str, str]) -> di
         fingerprints[name] = {"test": load_task(sources[name], ("test",)).fingerprint()}
         if name in settings.held_in:
             fingerprints[name]["train"] = load_task(sources[name], ("train", "validation")).fingerprint()
+            fingerprints[name]["all"] = load_task(sources[name], SPLITS).fingerprint()
     return fingerprints
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from sparselet.evaluation import EvalSettings
 from sparselet.merging.methods import complete_parameters
-from sparselet.studies.engine.unit import EvalUnit, MergeUnit, ModelSettings, TrainUnit
+from sparselet.studies.engine.unit import AnalysisUnit, EvalUnit, MergeUnit, ModelSettings, TrainUnit
 from sparselet.studies.settings import StudySettings
 from sparselet.studies.table import Cell
 from sparselet.training.settings import TrainSettings
@@ -35,7 +35,7 @@ BASE: Subject = (None,)
 class Study:
     """Makes the units of a study.
 
-    data: for each task the fingerprints of its rows, `train` and `test`. base: the base model's fingerprint.
+    data: for each task the fingerprints of its rows, as `fingerprint_tasks` gives them. base: the base model's fingerprint.
     """
 
     settings: StudySettings
@@ -129,6 +129,13 @@ class Study:
         )
         label = f"{subject.label if subject else 'base'}{', own mask only' if mask else ''}, asked {task}"
         return EvalUnit(self._model(), task, self.data[task]["test"], eval_settings, subject, mask, label)
+
+    def analyse(
+        self, analysis: str, subject: str, experts: Sequence[TrainUnit] = (), tasks: Sequence[str] = (), **settings: Any
+    ) -> AnalysisUnit:
+        """One of ANALYSES on experts or the base model. subject: what its numbers are of. tasks: whose rows it reads."""
+        data = {task: self.data[task]["all"] for task in tasks}
+        return AnalysisUnit(self._model(), analysis, settings, subject, data, tuple(experts), f"{analysis}: {subject}")
 
     # Random sets of tasks
 

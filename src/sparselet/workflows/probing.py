@@ -70,6 +70,16 @@ def shuffled_rows(rows: Sequence[ProbeRow], seed: int = 0) -> list[ProbeRow]:
     return mixed
 
 
+def random_rows(rows: Sequence[ProbeRow], vocabulary: int, seed: int = 0) -> list[ProbeRow]:
+    """Random tokens below `vocabulary` for all of each prompt but the first and the last, so that the same token is probed."""
+    drawn = []
+    for i, row in enumerate(rows):
+        prompt, scored = row.tokens[: len(row.tokens) - row.scored], row.tokens[len(row.tokens) - row.scored :]
+        inner = torch.randint(vocabulary, (max(0, len(prompt) - 2),), generator=seeded(seed, "random", i)).tolist()
+        drawn.append(ProbeRow((*prompt[:1], *inner, *prompt[1:][-1:], *scored), row.scored))
+    return drawn
+
+
 def demonstrated_rows(rows: Sequence[Row], pool: Sequence[Row], count: int, seed: int = 0) -> list[Row]:
     """Each row after `count` demonstrations drawn from `pool`. Raises ConfigError if the pool has too few."""
     if len(pool) < count:

@@ -34,6 +34,7 @@ def analyses(sources, experts):
         "compare": make_analysis(sources, "compare", experts, subject="backwards and second", density=0.1),
         "graft": make_analysis(sources, "graft", experts[:1], TASKS[:1], "backwards", **GRAFT),
         "probe": make_analysis(sources, "probe", (), TASKS[1:2], "second", rows=3),
+        "pretrain": make_analysis(sources, "pretrain", subject="run 0", seed=0, steps=2, probe_every=1),
     }
 
 
@@ -77,7 +78,11 @@ def test_numbers_are_those_of_the_library(store, analyses, experts):
     for statistic in ("hoyer", "top5"):
         change = numbers[f"raw {statistic} shuffled"] - numbers[f"raw {statistic} natural"]
         assert numbers[f"raw {statistic} difference"] == pytest.approx(change)
-    assert -1 <= numbers["rest hoyer loss"] <= 1
+    assert numbers["raw hoyer random"] != numbers["raw hoyer natural"]
+    assert -100 <= numbers["rest hoyer loss"] <= 100
+    numbers = store.result(analyses["pretrain"]).measures()
+    assert numbers["familiar loss highest"] >= numbers["familiar loss end"] > 0
+    assert 0 < numbers["unfamiliar hoyer end"] < 100
 
 
 def test_a_cell_is_the_mean_over_subjects(store, analyses):

@@ -6,7 +6,7 @@ import pytest
 from helpers.plans import made
 
 from sparselet.studies.engine.unit import closure
-from sparselet.studies.paper.tables import make_tables
+from sparselet.studies.tables import make_tables
 
 CHANGES = {
     "seeds": (0, 3),

@@ -3,11 +3,12 @@
 import pytest
 from helpers.plans import made
 
+from sparselet.studies.claim import CellPattern, Claim
 from sparselet.studies.numbers import Number
-from sparselet.studies.paper.claims import CLAIMS, CellPattern, Claim
-from sparselet.studies.paper.tables import make_tables
-from sparselet.studies.paper.verdicts import judge
+from sparselet.studies.paper.claims import PAPER_CLAIMS
 from sparselet.studies.table import Table
+from sparselet.studies.tables import make_tables
+from sparselet.studies.verdicts import judge
 
 TASKS = ("a", "b", "c", "d")
 BAD = CellPattern("t", "bad", "x")
@@ -174,8 +175,8 @@ def test_every_claim_finds_its_cells_in_the_tables_of_a_whole_study():
         name: {row: tuple(cell and own([1.0, 2.0, i]) for cell in cells) for i, (row, cells) in enumerate(table.rows.items())}
         for name, table in tables.items()
     }
-    verdicts = {claim.text: judge(claim, tables, numbers) for claim in CLAIMS}
-    assert len(CLAIMS) == len(verdicts) >= 10
+    verdicts = {claim.text: judge(claim, tables, numbers) for claim in PAPER_CLAIMS}
+    assert len(PAPER_CLAIMS) == len(verdicts) >= 10
     for text, got in verdicts.items():
         assert got.verdict != "not tested", (text, got.why)
 
@@ -212,7 +213,9 @@ def test_the_papers_own_figures_bear_its_claims_out_but_for_one():
         if name != "density"
     }
     told = {
-        claim.text: judge(claim, tables, numbers) for claim in CLAIMS if claim.pairs[0][0].table in PAPER.keys() - {"density"}
+        claim.text: judge(claim, tables, numbers)
+        for claim in PAPER_CLAIMS
+        if claim.pairs[0][0].table in PAPER.keys() - {"density"}
     }
     assert len(told) >= 12
     wrong = [text for text, got in told.items() if got.verdict != "holds"]

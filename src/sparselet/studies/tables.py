@@ -1,11 +1,15 @@
-"""Every table of the study, by name: a function and a line each."""
+"""Every table of a study, and every set of claims, by name: a function and a line each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sparselet.errors import ConfigError
+from sparselet.studies.claim import Claim
+from sparselet.studies.paper.claims import PAPER_CLAIMS
 from sparselet.studies.paper.merging_tables import interference, merging, number_of_experts, second_stage
 from sparselet.studies.paper.training_tables import block_sizes, density, layer_drop, learning_rates, scores, selection, targets
 from sparselet.studies.recipes import recipes, sweep
+from sparselet.studies.sparse_regions.claims import REGION_CLAIMS
+from sparselet.studies.sparse_regions.tables import activations, grafts, overlaps, pretraining, updates
 from sparselet.studies.study import Study
 from sparselet.studies.table import Table
 
@@ -23,14 +27,24 @@ TABLES: dict[str, Callable[[Study], Table]] = {
     "block_sizes": block_sizes,
     "sweep": sweep,
     "recipes": recipes,
+    "updates": updates,
+    "overlaps": overlaps,
+    "grafts": grafts,
+    "activations": activations,
+    "pretraining": pretraining,
 }
 OF_ARMS = ("sweep", "recipes")  # made by default only where the settings have arms
+OF_REGIONS = ("updates", "overlaps", "grafts", "activations", "pretraining")  # made only where they are named
+CLAIMS: dict[str, Sequence[Claim]] = {"paper": PAPER_CLAIMS, "sparse_regions": REGION_CLAIMS, "none": ()}
 
 
 def make_tables(study: Study) -> dict[str, Table]:
     """The tables that the study's settings name, all if they name none. Raises ConfigError for one that is not there."""
-    names = study.settings.tables or [name for name in TABLES if study.settings.arms or name not in OF_ARMS]
+    hidden = OF_REGIONS if study.settings.arms else (*OF_REGIONS, *OF_ARMS)
+    names = study.settings.tables or [name for name in TABLES if name not in hidden]
     unknown = [name for name in names if name not in TABLES]
     if unknown:
         raise ConfigError(f"tables names {unknown[0]!r}; there are {', '.join(TABLES)}.")
+    if study.settings.claims not in CLAIMS:
+        raise ConfigError(f"claims must be one of {', '.join(CLAIMS)}, got {study.settings.claims!r}.")
     return {name: TABLES[name](study) for name in names}

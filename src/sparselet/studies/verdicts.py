@@ -1,4 +1,4 @@
-"""Whether a study's numbers support the claims of the paper."""
+"""Whether a study's numbers support a claim."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparselet.io.patterns import groups
+from sparselet.studies.claim import CellPattern, Claim
 from sparselet.studies.numbers import Interval, Number, bootstrap
-from sparselet.studies.paper.claims import CellPattern, Claim
 from sparselet.studies.table import Table
 
 Verdict = Literal["holds", "undecided", "reversed", "not tested"]

@@ -1,0 +1,1 @@
+"""Does a task's change lie in sparse regions? Tables and claims."""
