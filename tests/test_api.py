@@ -153,8 +153,8 @@ def test_a_search_finds_a_merge_and_writes_it(experts, base_dir, task_dir, tmp_p
     assert_shown(report, "Trials of the search", "weight 1", "Rouge-L")
     assert read_recipe(tmp_path / "best" / "recipe.toml").weights == report.search.recipe.weights
     assert len(json.loads((tmp_path / "best" / "search.json").read_text())["trials"]) == 2
-    with pytest.raises(ConfigError, match="set `validation` and `base`"):
-        sl.search(experts, [task_dir])
+    with pytest.raises(ConfigError, match="set `validation`"):
+        sl.search(experts, [])
 
 
 def test_an_evaluation_takes_model_and_prompts_from_the_experts(expert, experts, base_dir, task_dir, tmp_path):

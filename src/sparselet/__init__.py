@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sparselet.api.probing import ProbeSettings, probe
     from sparselet.api.profiling import ProfileSettings, profile
     from sparselet.api.routing import RouteSettings, evaluate_routed, route
-    from sparselet.api.searching import search
+    from sparselet.api.searching import auto_merge, search
     from sparselet.api.serving import serve
     from sparselet.api.studying import study
     from sparselet.api.training import train
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from sparselet.training.schedule import MaskSchedule
     from sparselet.training.settings import TrainSettings
     from sparselet.tuner import SparseletConfig, SparseletModel, freeze_masks, reselect, to_adapter
+    from sparselet.workflows.auto_merge import AutoSettings
     from sparselet.workflows.demonstrations import order_demonstrations
     from sparselet.workflows.graft import GraftSettings
     from sparselet.workflows.probing import probe_rows
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "SCORES",
+    "AutoSettings",
     "EvalSettings",
     "GraftSettings",
     "MaskSchedule",
@@ -67,6 +69,7 @@ __all__ = [
     "SparseletModel",
     "SyncPatches",
     "TrainSettings",
+    "auto_merge",
     "convert",
     "evaluate",
     "evaluate_routed",
@@ -99,6 +102,7 @@ __all__ = [
 _LAZY = {
     "METHODS": "sparselet.merging",
     "SCORES": "sparselet.scores",
+    "AutoSettings": "sparselet.workflows.auto_merge",
     "EvalSettings": "sparselet.evaluation",
     "GraftSettings": "sparselet.workflows.graft",
     "MaskSchedule": "sparselet.training.schedule",
@@ -113,6 +117,7 @@ _LAZY = {
     "SparseletModel": "sparselet.tuner",
     "SyncPatches": "sparselet.serving.sync_patches",
     "TrainSettings": "sparselet.training.settings",
+    "auto_merge": "sparselet.api.searching",
     "convert": "sparselet.api.exporting",
     "evaluate": "sparselet.api.evaluation",
     "evaluate_routed": "sparselet.api.routing",

@@ -305,7 +305,6 @@ def test_a_search_by_real_answers(cli, tmp_path, experts, base_dir, task_dir):
         ("merge --workers 0", "workers must be at least 1, got 0"),
         ("merge --recipe r.toml", "--recipe and experts do not go together"),
         ("merge --recipe nothing.toml", "--recipe and experts do not go together"),
-        ("search --validation TASK", "set --validation and --model"),
         ("search --choose density --validation TASK --model BASE", "method overlap has no density to search; ties"),
         ("search --weights 1 -1 --validation TASK --model BASE", "the recipe starts outside: weight 2 -1"),
         ("search --trials 0 --validation TASK --model BASE", "trials must be at least 1"),
@@ -330,7 +329,7 @@ def test_a_merge_that_makes_no_sense_is_refused(refused, tmp_path, experts, base
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["merge", "--trials", "3"], "sparselet search EXPERTS"),
+        (["merge", "--seed", "3"], "sparselet search EXPERTS"),
         (["merge", "--search", "weights"], "sparselet search EXPERTS"),
         (["merge", "--add", "c"], "sparselet update MERGED"),
         (["merge", "--remove=c"], "sparselet update MERGED"),

@@ -1,24 +1,32 @@
-"""`search`: weights or parameters of a merge, chosen by the merged model's score on validation rows."""
+"""`search`, `auto_merge`: a merge chosen by the merged model's score on validation rows."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from sparselet.api.merging import MergeResult, write_merge
-from sparselet.api.opening import chat_template_of, open_experts
+from sparselet.api.opening import base_of, chat_template_of, open_experts
 from sparselet.api.progress import ProgressCallback, StepCounter
 from sparselet.errors import ConfigError
 from sparselet.evaluation import EvalSettings
+from sparselet.expert import Expert
 from sparselet.io.paths import check_output
 from sparselet.merging import MergeRecipe
 from sparselet.models import load_model, load_tokenizer
 from sparselet.result_table import ResultTable, ShownAsTable
 from sparselet.tasks.task import Task, load_task
+from sparselet.workflows.auto_merge import AutoResult, AutoSettings
+from sparselet.workflows.auto_merge import auto_merge as try_merges
 from sparselet.workflows.search import SearchResult, SearchSettings
 from sparselet.workflows.search import search as search_recipes
 
-SEARCH_FILE = "search.json"
+SEARCH_FILE, AUTO_FILE = "search.json", "auto.json"
 VALIDATION = EvalSettings(rows=50, split="validation")
+FEW_ROWS = EvalSettings(rows=32, split="validation")
+
+ExpertsOrRecipe = MergeRecipe | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,33 @@ class SearchReport(ShownAsTable):
         return ResultTable("Trials of the search", ("trial", *trials[0].chosen, "Rouge-L"), rows)
 
 
+@dataclass(frozen=True)
+class AutoReport(ShownAsTable):
+    """Merges that were tried, and the best one as it was written, None without `out`."""
+
+    result: AutoResult
+    merge: MergeResult | None
+
+    def table(self) -> ResultTable:
+        """A trial a row: how it was merged, its score on each task and their mean; the best is marked."""
+        trials, is_loss = self.result.trials, self.result.score == "loss"
+        rows = []
+        for i, trial in enumerate(trials, 1):
+            parameters = {k: v for k, v in trial.recipe.parameters.items() if v != trials[0].recipe.parameters.get(k)}
+            settings = ", ".join(f"{name}={value}" for name, value in parameters.items())
+            scaling = " + ".join(f"{number:.3g}" for number in trial.recipe.layer_scaling or ())
+            scores = [*trial.tasks.values(), trial.score] if trial.score is not None else []
+            cells = [f"{score:.3f}" if is_loss else score for score in scores] or ["failed"]
+            cells += [""] * (len(trials[0].tasks) + 1 - len(cells))
+            mark = "best" if trial is self.result.best else ""
+            rows.append((i, trial.recipe.method, settings, scaling, *cells, mark))
+        title = f"Merges by {'loss' if is_loss else 'Rouge-L'} on validation rows"
+        columns = ("trial", "method", "parameters", "layers", *trials[0].tasks, "mean", "")
+        return ResultTable(title, columns, tuple(rows))
+
+
 def search(
-    recipe: MergeRecipe | Sequence[str | Path],
+    recipe: ExpertsOrRecipe,
     validation: Sequence[str | Path | Task],
     settings: SearchSettings | None = None,
     *,
@@ -54,28 +87,103 @@ def search(
 
     recipe: where the search starts; experts alone are merged by overlap. validation: tasks, whose validation split is used.
     settings: what is chosen, and how many trials there are; by default the weights, in 20 trials.
-    base: the base model, by default the recipe's. eval_settings: how the merged models answer; by default 50 rows a task, as
-        the experts were trained.
+    base: the base model, by default the recipe's, or the one that the experts record. eval_settings: how the merged models
+        answer; by default 50 rows a task, as the experts were trained.
     out: write the best merge to this directory, with its recipe and all trials. progress: reports trials.
     Raises ConfigError, and what merging and evaluating raise.
     """
+    settings = settings or SearchSettings()
+    setup = _prepare(recipe, validation, base, eval_settings, out)
+    counter = StepCounter(settings.trials, progress)
+    result = search_recipes(
+        setup.recipe,
+        settings,
+        setup.model,
+        setup.tokenizer,
+        setup.tasks,
+        setup.eval_settings,
+        experts=setup.experts,
+        progress=counter.advance,
+    )
+    if out is None:
+        return SearchReport(result, None)
+    trials = {SEARCH_FILE: {"trials": [asdict(trial) for trial in result.trials]}}
+    return SearchReport(result, write_merge(result.recipe, setup.experts, out, workers, files=trials))
+
+
+def auto_merge(
+    recipe: ExpertsOrRecipe,
+    validation: Sequence[str | Path | Task],
+    settings: AutoSettings | None = None,
+    *,
+    base: str | None = None,
+    eval_settings: EvalSettings = FEW_ROWS,
+    out: str | Path | None = None,
+    workers: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> AutoReport:
+    """Try the merge methods that suit the experts, each with a few settings, and keep the best on validation rows.
+
+        print(sl.auto_merge(["expert-a", "their/lora"], ["task-a", "task-b"], out="merged"))
+
+    recipe: experts, or the merge that is tried first; methods and scales are tried with its weights.
+    validation, base, progress: as in `search`. settings: the number of trials, the time, and what is compared.
+    eval_settings: by default 32 rows a task.
+    out: write the best merge to this directory, with its recipe, which runs again, and all trials in `auto.json`.
+    Raises ConfigError, and what merging by the recipe and evaluating raise.
+    """
+    settings = settings or AutoSettings()
+    setup = _prepare(recipe, validation, base, eval_settings, out)
+    counter = StepCounter(settings.trials, progress)
+    result = try_merges(
+        setup.recipe,
+        settings,
+        setup.model,
+        setup.tokenizer,
+        setup.tasks,
+        setup.eval_settings,
+        experts=setup.experts,
+        progress=counter.advance,
+    )
+    if out is None:
+        return AutoReport(result, None)
+    merged = write_merge(result.best.recipe, setup.experts, out, workers, files={AUTO_FILE: result.as_json()})
+    return AutoReport(result, merged)
+
+
+@dataclass(frozen=True)
+class _ValidationSetup:
+    """What merges are tried and measured with."""
+
+    recipe: MergeRecipe
+    experts: list[Expert]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    tasks: list[Task]
+    eval_settings: EvalSettings
+
+
+def _prepare(
+    recipe: ExpertsOrRecipe,
+    validation: Sequence[str | Path | Task],
+    base: str | None,
+    eval_settings: EvalSettings,
+    out: str | Path | None,
+) -> _ValidationSetup:
+    """Check the output, open the experts, and load tasks and model. Raises ConfigError, and what these raise."""
     if out is not None:
         check_output(out)
     if not isinstance(recipe, MergeRecipe):
         recipe = MergeRecipe(tuple(map(str, recipe)))
-    recipe = replace(recipe, model=base or recipe.model)
-    if recipe.model is None or not validation:
-        raise ConfigError("a search needs validation tasks and the base model; set `validation` and `base`.")
-    settings = settings or SearchSettings()
-    experts = open_experts(recipe.experts, recipe.model)
+    if not validation:
+        raise ConfigError("a merge is chosen by validation tasks; set `validation`.")
+    name = base or recipe.model or base_of(open_experts(recipe.experts))
+    if name is None:
+        raise ConfigError("the experts record no base model; set `base`.")
+    recipe = replace(recipe, model=name)
+    experts = open_experts(recipe.experts, name)
     if eval_settings.chat_template is None:
         eval_settings = replace(eval_settings, chat_template=chat_template_of(experts))
     split = (eval_settings.split,)
     tasks = [source if isinstance(source, Task) else load_task(source, split) for source in validation]
-    model, tokenizer = load_model(recipe.model), load_tokenizer(recipe.model)
-    counter = StepCounter(settings.trials, progress)
-    result = search_recipes(recipe, settings, model, tokenizer, tasks, eval_settings, experts=experts, progress=counter.advance)
-    if out is None:
-        return SearchReport(result, None)
-    trials = {SEARCH_FILE: {"trials": [asdict(trial) for trial in result.trials]}}
-    return SearchReport(result, write_merge(result.recipe, experts, out, workers, files=trials))
+    return _ValidationSetup(recipe, experts, load_model(name), load_tokenizer(name), tasks, eval_settings)

@@ -13,8 +13,7 @@ SPLIT = "sparselet split EXPERTS --method emr --out DIR"
 MOVED = {
     "merge": {
         **dict.fromkeys(("--add", "--remove"), UPDATE),
-        **dict.fromkeys(("--search", "--validation", "--validation-rows", "--trials", "--seconds", "--seed"), SEARCH),
-        **dict.fromkeys(("--chat-template", "--no-chat-template", "--max-new-tokens"), SEARCH),
+        **dict.fromkeys(("--search", "--seed"), SEARCH),
         **dict.fromkeys(("--as", "--dtype"), EXPORT),
         "--per-task": SPLIT,
     }

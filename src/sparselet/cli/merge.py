@@ -6,9 +6,12 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from sparselet.api.merging import RECIPE_FILE, MergeResult, merge_recipe
-from sparselet.cli.merging import MergeFlags
+from sparselet.api.searching import FEW_ROWS, AutoReport, auto_merge
+from sparselet.cli.merging import Many, MergeFlags, ValidationFlags
 from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, show, word
+from sparselet.errors import ConfigError
 from sparselet.io.paths import check_output
+from sparselet.workflows.auto_merge import AutoSettings
 
 
 def merge_(
@@ -18,6 +21,10 @@ def merge_(
     out: Path,
     flags: Annotated[MergeFlags | None, Parameter(name="*")] = None,
     keep_counts: bool = False,
+    auto: Annotated[bool, Parameter(negative="")] = False,
+    validation: Annotated[list[str] | None, Many] = None,
+    auto_settings: Annotated[AutoSettings | None, Parameter(name="*")] = None,
+    answers: Annotated[ValidationFlags | None, Parameter(name="*")] = None,
     workers: int | None = None,
     json: bool = False,
 ) -> None:
@@ -28,6 +35,9 @@ def merge_(
     the changes of an entry by the number of experts that selected it (Eq. 4 of the sparse-adapters paper); docs/methods.md
     describes all methods and their parameters. The recipe is written beside the output and runs again with --recipe.
 
+    With --auto the methods that suit the experts are tried, the merge that the flags describe first, and the best on a few
+    validation rows is written, with all trials in auto.json. Its validation score is too high: measure it on test rows.
+
     Related verbs: `update` adds experts to a merge or removes them, `search` chooses weights or parameters by score, `split`
     writes what a merge leaves of each expert, `export --to checkpoint` writes the base model with the merge in its weights.
 
@@ -37,6 +47,8 @@ def merge_(
 
         sparselet merge expert-a lora-b full-c --model packaged:smollm2-135m --out merged
 
+        sparselet merge expert-a lora-b --auto --validation task-a task-b --out merged
+
     Parameters
     ----------
     experts
@@ -45,6 +57,10 @@ def merge_(
         Directory to write to; it must not exist.
     keep_counts
         Keep what `sparselet update` needs (overlap only; twelve bytes an entry more).
+    auto
+        Try the methods that suit the experts and keep the best on validation rows.
+    validation
+        Tasks whose validation split is used with --auto: directories, builtin:NAME, or hub data sets.
     workers
         Threads; the result does not depend on it.
     json
@@ -53,12 +69,39 @@ def merge_(
     quiet_libraries()
     check_output(out)
     recipe = (flags or MergeFlags()).read(experts, keep_counts)
+    if auto:
+        eval_settings = (answers or ValidationFlags()).settings(FEW_ROWS)
+        with progress("trying merges") as callback:
+            report = auto_merge(
+                recipe,
+                validation or (),
+                auto_settings,
+                eval_settings=eval_settings,
+                out=out,
+                workers=workers,
+                progress=callback,
+            )
+        _show_auto(report, json)
+        return
+    if validation or auto_settings or answers:
+        raise ConfigError("--validation and how rows are answered and trials judged go with --auto.")
     with progress("merging") as callback:
         merged = merge_recipe(recipe, out, workers=workers, progress=callback)
     if json:
         print_json(describe_merge(merged))
     else:
         show_merge(merged)
+
+
+def _show_auto(report: AutoReport, json: bool) -> None:
+    """Print all trials, and the merge that was written."""
+    best, trials = report.result.best, report.result.trials
+    assert report.merge is not None
+    if json:
+        print_json({**describe_merge(report.merge), "auto": {"best": trials.index(best) + 1, **report.result.as_json()}})
+        return
+    show(report.table())
+    show_merge(report.merge, f"Best of {len(trials)} trials: number {trials.index(best) + 1}, by {best.recipe.method}.")
 
 
 def describe_merge(merged: MergeResult) -> dict[str, Any]:

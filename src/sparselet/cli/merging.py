@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from sparselet.errors import ConfigError
+from sparselet.evaluation import EvalSettings
 from sparselet.merging import METHODS, MergeRecipe, read_recipe
 
 Many = Parameter(consume_multiple=True, negative="")
@@ -43,6 +44,23 @@ class MergeFlags:
                 raise ConfigError(f"--recipe and {flag} do not go together.")
         recipe = read_recipe(self.recipe)
         return replace(recipe, model=self.model or recipe.model)
+
+
+@dataclass(frozen=True)
+class ValidationFlags:
+    """How the merged models answer validation rows."""
+
+    validation_rows: int | None = None
+    """Validation rows of each task: 50 by default, 32 with merge."""
+    chat_template: bool | None = None
+    """Ask through the tokenizer's chat template; by default as the experts were trained."""
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+
+    def settings(self, defaults: EvalSettings) -> EvalSettings:
+        """The settings that the flags describe. Raises ConfigError."""
+        rows = defaults.rows if self.validation_rows is None else self.validation_rows
+        return replace(defaults, rows=rows, chat_template=self.chat_template, max_new_tokens=self.max_new_tokens)
 
 
 def parse_parameters(assignments: list[str] | None) -> dict[str, Any]:

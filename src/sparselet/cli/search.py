@@ -1,30 +1,16 @@
 """`sparselet search`."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from sparselet.api.searching import search
+from sparselet.api.searching import VALIDATION, search
 from sparselet.cli.merge import describe_merge, show_merge
-from sparselet.cli.merging import Many, MergeFlags
+from sparselet.cli.merging import Many, MergeFlags, ValidationFlags
 from sparselet.cli.terminal import print_json, progress, quiet_libraries
-from sparselet.evaluation import EvalSettings
 from sparselet.io.paths import check_output
 from sparselet.workflows.search import SearchSettings
-
-
-@dataclass(frozen=True)
-class ValidationFlags:
-    """How the merged models answer validation rows."""
-
-    validation_rows: int = 50
-    """Validation rows of each task."""
-    chat_template: bool | None = None
-    """Ask through the tokenizer's chat template; by default as the experts were trained."""
-    max_new_tokens: int = 64
-    """Longest answer, in tokens."""
 
 
 def search_(
@@ -64,10 +50,7 @@ def search_(
     quiet_libraries()
     check_output(out)
     recipe = (flags or MergeFlags()).read(experts)
-    answers = answers or ValidationFlags()
-    eval_settings = EvalSettings(
-        answers.validation_rows, answers.chat_template, max_new_tokens=answers.max_new_tokens, split="validation"
-    )
+    eval_settings = (answers or ValidationFlags()).settings(VALIDATION)
     with progress("searching") as callback:
         report = search(recipe, validation, settings, eval_settings=eval_settings, out=out, workers=workers, progress=callback)
     best, trials = report.search.best, report.search.trials

@@ -32,6 +32,8 @@ class MergeMethod:
     needs_profiles: `function` takes `moments`, for each expert the second moment of its inputs of the target (`profiles`), or
         None where its profile has none.
     dense: `function` writes out the target and a square matrix of its columns, so targets beyond any model's are refused.
+    tried: the parameters that `auto_merge` tries, each beside the defaults; none for a method that it leaves out.
+    for_dense: `auto_merge` tries it where the experts are dense or of whole rows.
     """
 
     name: str
@@ -44,6 +46,8 @@ class MergeMethod:
     per_expert_stats: GlobalStats | None = None
     needs_profiles: bool = False
     dense: bool = False
+    tried: tuple[Mapping[str, Any], ...] = ()
+    for_dense: bool = False
 
     @property
     def defaults(self) -> dict[str, Any]:

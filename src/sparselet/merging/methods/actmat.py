@@ -45,4 +45,12 @@ def actmat(
     return on_union(merged.T.contiguous() if transposed else merged, deltas)
 
 
-ACTMAT = MergeMethod("actmat", actmat, "λ · (Σ wᵢ·ΔWᵢ·Cᵢ)·(Σ Cᵢ)⁺, Cᵢ = ΔWᵢᵀ·ΔWᵢ", "ACTMat 2026", dense=True)
+ACTMAT = MergeMethod(
+    "actmat",
+    actmat,
+    "λ · (Σ wᵢ·ΔWᵢ·Cᵢ)·(Σ Cᵢ)⁺, Cᵢ = ΔWᵢᵀ·ΔWᵢ",
+    "ACTMat 2026",
+    dense=True,
+    tried=({}, {"scale": 0.5}),
+    for_dense=True,
+)

@@ -46,6 +46,13 @@ def magmax(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale: fl
     return positions.delta(blocks, torch.where(high >= -low, high, low) * scale)
 
 
-ARITHMETIC = MergeMethod("arithmetic", arithmetic, "λ · Σ wᵢ·ΔWᵢ", "Ilharco et al. 2023", elementwise=True)
+ARITHMETIC = MergeMethod(
+    "arithmetic",
+    arithmetic,
+    "λ · Σ wᵢ·ΔWᵢ",
+    "Ilharco et al. 2023",
+    elementwise=True,
+    tried=({}, {"scale": 0.5}),
+)
 
 MAGMAX = MergeMethod("magmax", magmax, "λ · wᵢ·ΔWᵢ of the i with the largest |wᵢ·ΔWᵢ|", "Marczak et al. 2024", elementwise=True)

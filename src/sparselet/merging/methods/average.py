@@ -40,6 +40,8 @@ def uniform(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDe
     return positions.delta(blocks, total.index_select(0, blocks) / whole)
 
 
-OVERLAP = MergeMethod("overlap", overlap, "Σ wᵢ·ΔWᵢ / max(Σ Mᵢ, 1), Mᵢ the masks", "Arnob et al. 2025, Eq. 4", elementwise=True)
+OVERLAP = MergeMethod(
+    "overlap", overlap, "Σ wᵢ·ΔWᵢ / max(Σ Mᵢ, 1), Mᵢ the masks", "Arnob et al. 2025, Eq. 4", elementwise=True, tried=({},)
+)
 
-UNIFORM = MergeMethod("uniform", uniform, "Σ wᵢ·ΔWᵢ / Σ wᵢ", "Wortsman et al. 2022", elementwise=True)
+UNIFORM = MergeMethod("uniform", uniform, "Σ wᵢ·ΔWᵢ / Σ wᵢ", "Wortsman et al. 2022", elementwise=True, tried=({},))

@@ -64,7 +64,15 @@ def _total(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> torch.Ten
     return total
 
 
-ISO_C = MergeMethod("iso_c", iso_c, "λ · σ̄ · U·Vᵀ of Σ wᵢ·ΔWᵢ = U·S·Vᵀ, σ̄ the mean of S", "Marczak et al. 2025", dense=True)
+ISO_C = MergeMethod(
+    "iso_c",
+    iso_c,
+    "λ · σ̄ · U·Vᵀ of Σ wᵢ·ΔWᵢ = U·S·Vᵀ, σ̄ the mean of S",
+    "Marczak et al. 2025",
+    dense=True,
+    tried=({},),
+    for_dense=True,
+)
 
 ISO_CTS = MergeMethod(
     "iso_cts", iso_cts, "as `iso_c`, on directions of the sum and of each expert", "Marczak et al. 2025", dense=True

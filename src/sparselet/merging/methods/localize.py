@@ -44,4 +44,6 @@ LOCALIZE = MergeMethod(
     "He et al. 2025",
     elementwise=True,
     global_stats=ties_bounds,
+    tried=({},),
+    for_dense=True,
 )

@@ -174,4 +174,5 @@ REGMEAN = MergeMethod(
     "Jin et al. 2023",
     needs_profiles=True,
     dense=True,
+    tried=({}, {"mask": "full"}),
 )

@@ -61,4 +61,5 @@ TIES = MergeMethod(
     "Yadav et al. 2023",
     elementwise=True,
     global_stats=ties_bounds,
+    tried=({"density_of": "nonzeros"}, {"density_of": "nonzeros", "density": 0.5}),
 )

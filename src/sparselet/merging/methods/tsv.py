@@ -33,5 +33,11 @@ def tsv(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale: float
 
 
 TSV = MergeMethod(
-    "tsv", tsv, "λ · U·S·Vᵀ of the experts' largest singular vectors, made orthonormal", "Gargiulo et al. 2025", dense=True
+    "tsv",
+    tsv,
+    "λ · U·S·Vᵀ of the experts' largest singular vectors, made orthonormal",
+    "Gargiulo et al. 2025",
+    dense=True,
+    tried=({},),
+    for_dense=True,
 )
