@@ -259,6 +259,18 @@ def test_sigterm_drains_and_kill_loses_no_expert(command):
     assert ADMIN_KEY not in out + err
 
 
+def test_a_watched_directory(command, tmp_path):
+    (tmp_path / "watched").mkdir()
+    process, address = command("--watch", str(tmp_path / "watched"))
+    wait_until(lambda: is_up(address))
+    make_adapter(MODEL, seed=9).save(tmp_path / "watched" / "late")
+    wait_until(lambda: "late" in httpx2.get(f"{address}/v1/models").text)
+    shutil.rmtree(tmp_path / "watched" / "late")
+    wait_until(lambda: "late" not in httpx2.get(f"{address}/v1/models").text)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+
+
 def test_an_address_that_cannot_be_served_is_one_line(refused, served_model, tmp_path):
     make_library(tmp_path / "library")
     flags = ["--model", served_model, "--experts", tmp_path / "library", "--state", tmp_path / "state"]
@@ -267,3 +279,4 @@ def test_an_address_that_cannot_be_served_is_one_line(refused, served_model, tmp
         taken.listen()
         assert "--port" in refused("serve", *flags, "--port", taken.getsockname()[1])
     assert "--experts" in refused("serve", *flags[:2], "--experts", tmp_path / "absent")
+    assert "--experts or --watch" in refused("serve", *flags[:2])

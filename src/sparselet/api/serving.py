@@ -16,6 +16,7 @@ from sparselet.io.printable import reason
 from sparselet.serving.app import create_app
 from sparselet.serving.limits import ServingLimits
 from sparselet.serving.service import Service, open_service
+from sparselet.serving.watch import DirectoryWatcher
 
 logger = logging.getLogger("sparselet")
 
@@ -24,8 +25,9 @@ DRAIN_SECONDS = 60
 
 def serve(
     model: str,
-    experts: Sequence[str | Path],
+    experts: Sequence[str | Path] = (),
     *,
+    watch: str | Path | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
@@ -40,6 +42,7 @@ def serve(
         sl.serve("packaged:smollm2-135m", ["experts"])
 
     model: the base model. experts: directories of experts, or experts themselves, called by the names of their directories.
+    watch: a further directory of experts, in which new, changed and removed ones are noticed while the server runs.
     port: 0 takes a free one. api_key: what clients must send; None lets everyone ask. admin_key: the same for changes of the
     registry, which are closed without one. state: a directory for the registry and saved merges; by default one in the cache,
     by model and experts. dtype: of the model. on_start: called with the address and the service when clients may connect.
@@ -48,6 +51,10 @@ def serve(
     config = uvicorn.Config(
         "", host, port, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS
     )
+    if not experts and watch is None:
+        raise ConfigError("there is nothing to serve: set `experts` or `watch`.")
+    watcher = None if watch is None else DirectoryWatcher(watch)
+    experts = [*experts, *([] if watch is None else [watch])]
     service = open_service(model, experts, _state(model, experts, state), dtype=dtype, limits=limits)
     config.app = create_app(service, api_key, admin_key)
     try:
@@ -58,7 +65,8 @@ def serve(
         logger.warning("Everyone who reaches %s may ask; set `api_key`.", host)
     if on_start is not None:
         on_start(f"http://{host}:{listener.getsockname()[1]}", service)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn repeats the signal after the drain
+    watching = contextlib.nullcontext() if watcher is None else watcher.watching(service.registry)
+    with watching, contextlib.suppress(KeyboardInterrupt):  # uvicorn repeats the signal after the drain
         uvicorn.Server(config).run([listener])
 
 

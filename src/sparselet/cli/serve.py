@@ -16,7 +16,8 @@ from sparselet.serving.service import Service
 def serve_(
     *,
     model: str,
-    experts: Annotated[list[Path], Many],
+    experts: Annotated[list[Path] | None, Many] = None,
+    watch: Path | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: Annotated[str | None, Parameter(env_var="SPARSELET_API_KEY")] = None,
@@ -42,6 +43,8 @@ def serve_(
         Base model: a hub name, a directory, or packaged:smollm2-135m.
     experts
         Directories of experts, or experts; each is called by the name of its directory.
+    watch
+        A directory of experts, in which new, changed and removed ones are noticed while the server runs.
     host
         Address to listen at.
     port
@@ -79,7 +82,8 @@ def serve_(
     with spinner:
         serve(
             model,
-            experts,
+            experts or (),
+            watch=watch,
             host=host,
             port=port,
             api_key=api_key,

@@ -86,6 +86,10 @@ class ExpertRegistry:
         """All experts by name, in the order of their names."""
         return dict(sorted(self._registrations.copy().items()))
 
+    def paths(self) -> dict[str, Path]:
+        """The directories of all names, also of those that could not be read."""
+        return self._paths
+
     def load(self, name: str, path: str) -> Registration:
         """Read an expert from a directory in the served ones, in place of the one that has the name, if any.
 
