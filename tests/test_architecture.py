@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.every_file import for_every
 
 import sparselet
 
@@ -80,15 +81,7 @@ def own_imports(tree: ast.AST, file: Path) -> Iterator[tuple[int, str]]:
         yield from ((node.lineno, name) for name in found if name.split(".")[0] == ROOT)
 
 
-def name_of(file: Path) -> str:
-    return str(file.relative_to(SOURCE))
-
-
-def every_file(test):
-    return pytest.mark.parametrize("file", FILES, ids=name_of)(test)
-
-
-@every_file
+@for_every(FILES)
 def test_imports_run_one_way(file):
     me = owner(module_of(file))
     assert me in MAY_IMPORT, f"{me} is not in MAY_IMPORT of {Path(__file__).name}: add it, with what it may import."
@@ -111,7 +104,7 @@ def test_the_table_keeps_the_rules_of_the_house():
     assert not set().union(*MAY_IMPORT.values()) - MAY_IMPORT.keys()
 
 
-@every_file
+@for_every(FILES)
 def test_no_import_is_hidden_in_a_function(file):
     functions = [n for n in ast.walk(TREES[file]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     hidden = {line for function in functions for line, _ in own_imports(function, file)}
@@ -129,7 +122,7 @@ def called(node: ast.Call) -> str:
     return ast.unparse(node.func)
 
 
-@every_file
+@for_every(FILES)
 def test_nothing_is_pickled(file):
     modules = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
     for node in ast.walk(TREES[file]):
@@ -145,7 +138,7 @@ def test_nothing_is_pickled(file):
             assert node.arg != "allow_pickle"
 
 
-@every_file
+@for_every(FILES)
 def test_only_the_command_line_prints(file):
     if owner(module_of(file)) != "cli":
         lines = [n.lineno for n in ast.walk(TREES[file]) if isinstance(n, ast.Call) and called(n) == "print"]
@@ -204,7 +197,7 @@ assert not new, new
 LOADERS = ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "pipeline", "auto")
 
 
-@every_file
+@for_every(FILES)
 def test_no_code_of_a_repository_is_trusted(file):
     calls = [n for n in ast.walk(TREES[file]) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
     for call in (call for call in calls if call.func.attr in ("from_pretrained", "from_config")):

@@ -9,7 +9,7 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import pytest
+from helpers.every_file import for_every
 
 import sparselet
 
@@ -24,7 +24,6 @@ LONGEST_FILE, LONGEST_FUNCTION, MOST_GETATTR = 400, 60, 15
 
 # Packages without which deltas, adapters and merges work, and a module that Windows lacks.
 OPTIONAL = {"gguf", "regex", "resource", "tomli_w", "transformers"}
-every_file = pytest.mark.parametrize("name", TREES)
 
 
 def public_names(tree: ast.Module) -> set[str]:
@@ -60,12 +59,12 @@ def identifiers(tree: ast.AST) -> Counter[str]:
     return Counter({name.strip("_"): count for name, count in names.items()})
 
 
-@every_file
+@for_every(TREES)
 def test_no_name_is_vague(name):
     assert not {word for word in identifiers(TREES[name]) if word.lower() in VAGUE}
 
 
-@every_file
+@for_every(TREES)
 def test_no_file_is_long(name):
     assert len((SOURCE / name).read_text().splitlines()) <= LONGEST_FILE
 
@@ -76,7 +75,7 @@ def is_exempt(name: str, function: ast.AST) -> bool:
     return "triton.jit" in decorators or (name.startswith("cli/") and bool(re.fullmatch(r"[a-z]+_", function.name)))
 
 
-@every_file
+@for_every(TREES)
 def test_no_function_is_long(name):
     functions = [node for node in ast.walk(TREES[name]) if isinstance(node, FUNCTION)]
     long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno + 1 > LONGEST_FUNCTION}
@@ -92,7 +91,7 @@ def test_getattr_and_hasattr_are_rare():
     assert sum(calls.values()) <= MOST_GETATTR, calls
 
 
-@every_file
+@for_every(TREES)
 def test_only_optional_packages_are_imported_in_a_function(name):
     functions = [node for node in ast.walk(TREES[name]) if isinstance(node, FUNCTION)]
     imports = [n for f in functions for n in ast.walk(f) if isinstance(n, ast.Import | ast.ImportFrom)]
@@ -101,11 +100,11 @@ def test_only_optional_packages_are_imported_in_a_function(name):
     assert {package.partition(".")[0] for package in packages} <= OPTIONAL
 
 
-@every_file
+@for_every(TREES)
 def test_library_errors_name_no_flags(name):
     """Flags belong to the command line, which writes them for fields in backquotes. Those of other programs may be named."""
     if name.startswith(("cli/", "hub/card.py")):
-        pytest.skip("the command line and its examples")
+        return
     programs = (
         r"sparselet eval|torchrun|--nproc-per-node|--mixed_precision|pip|--quiet|--no-deps|--dest|--to checkpoint|--dry-run"
     )
