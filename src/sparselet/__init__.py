@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sparselet.api.grafting import graft
     from sparselet.api.hub import pull, push
     from sparselet.api.inspection import inspect
+    from sparselet.api.isolating import isolate
     from sparselet.api.locating import locate
     from sparselet.api.merging import merge, merge_recipe, split, update
     from sparselet.api.opening import load
@@ -43,8 +44,10 @@ if TYPE_CHECKING:
     from sparselet.training.settings import TrainSettings
     from sparselet.tuner import SparseletConfig, SparseletModel, freeze_masks, reselect, to_adapter
     from sparselet.workflows.auto_merge import AutoSettings
+    from sparselet.workflows.cores import core, group
     from sparselet.workflows.demonstrations import order_demonstrations
     from sparselet.workflows.graft import GraftSettings
+    from sparselet.workflows.isolate import IsolateSettings
     from sparselet.workflows.probing import probe_rows
     from sparselet.workflows.search import SearchSettings
 
@@ -56,6 +59,7 @@ __all__ = [
     "AutoSettings",
     "EvalSettings",
     "GraftSettings",
+    "IsolateSettings",
     "MaskSchedule",
     "ProbeCallback",
     "ProbeSettings",
@@ -71,12 +75,15 @@ __all__ = [
     "TrainSettings",
     "auto_merge",
     "convert",
+    "core",
     "evaluate",
     "evaluate_routed",
     "export",
     "freeze_masks",
     "graft",
+    "group",
     "inspect",
+    "isolate",
     "load",
     "locate",
     "merge",
@@ -105,6 +112,7 @@ _LAZY = {
     "AutoSettings": "sparselet.workflows.auto_merge",
     "EvalSettings": "sparselet.evaluation",
     "GraftSettings": "sparselet.workflows.graft",
+    "IsolateSettings": "sparselet.workflows.isolate",
     "MaskSchedule": "sparselet.training.schedule",
     "ProbeCallback": "sparselet.activations.callback",
     "ProbeSettings": "sparselet.api.probing",
@@ -119,12 +127,15 @@ _LAZY = {
     "TrainSettings": "sparselet.training.settings",
     "auto_merge": "sparselet.api.searching",
     "convert": "sparselet.api.exporting",
+    "core": "sparselet.workflows.cores",
     "evaluate": "sparselet.api.evaluation",
     "evaluate_routed": "sparselet.api.routing",
     "export": "sparselet.api.exporting",
     "freeze_masks": "sparselet.tuner",
     "graft": "sparselet.api.grafting",
+    "group": "sparselet.workflows.cores",
     "inspect": "sparselet.api.inspection",
+    "isolate": "sparselet.api.isolating",
     "load": "sparselet.api.opening",
     "locate": "sparselet.api.locating",
     "merge": "sparselet.api.merging",

@@ -27,6 +27,7 @@ from sparselet.cli.export import export_
 from sparselet.cli.graft import graft_
 from sparselet.cli.import_ import import_
 from sparselet.cli.inspect import inspect_
+from sparselet.cli.isolate import isolate_
 from sparselet.cli.locate import locate_
 from sparselet.cli.main import VERBS, run
 from sparselet.cli.merge import merge_
@@ -52,6 +53,7 @@ FUNCTIONS |= {
     "graft": graft_,
     "probe": probe_,
     "serve": serve_,
+    "isolate": isolate_,
 }
 FAST = ["--epochs", "2", "--batch-size", "2", "--learning-rate", "1e-2", "--score", "gm"]
 

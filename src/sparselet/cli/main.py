@@ -31,6 +31,7 @@ RECIPE_HELP = f"Settings of train by name ({', '.join(RECIPES)}); flags and --co
 # Each is the function VERB_ of the module of this name. It is imported when it is used, since most need torch and transformers.
 VERBS = {
     "train": "Train a sparse expert, or a baseline to compare it with.",
+    "isolate": "Train one expert on several tasks, each task's core kept apart.",
     "merge": "Merge experts into one adapter.",
     "update": "Add experts to a merge, or remove experts from it.",
     "search": "Choose weights or a parameter of a merge by score on validation rows.",
