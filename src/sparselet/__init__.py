@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sparselet.api.evaluation import evaluate
     from sparselet.api.exporting import convert, export
     from sparselet.api.grafting import graft
+    from sparselet.api.grouping import merge_groups
     from sparselet.api.hub import pull, push
     from sparselet.api.inspection import inspect
     from sparselet.api.isolating import isolate
@@ -87,6 +88,7 @@ __all__ = [
     "load",
     "locate",
     "merge",
+    "merge_groups",
     "merge_recipe",
     "order_demonstrations",
     "probe",
@@ -139,6 +141,7 @@ _LAZY = {
     "load": "sparselet.api.opening",
     "locate": "sparselet.api.locating",
     "merge": "sparselet.api.merging",
+    "merge_groups": "sparselet.api.grouping",
     "merge_recipe": "sparselet.api.merging",
     "order_demonstrations": "sparselet.workflows.demonstrations",
     "probe": "sparselet.api.probing",

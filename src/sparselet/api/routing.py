@@ -148,7 +148,7 @@ def evaluate_routed(
     loaded_tasks = [t if isinstance(t, Task) else load_task(str(t), (settings.split,), columns) for t in sources]
     loaded, tokenizer = load_model(name, dtype), load_tokenizer(name)
     _require_base(loaded, named)
-    own = {_profile_of(expert, key).task: key for key, expert in named.items()}
+    own = _experts_of_tasks(named)
     rows = [(task.name, row) for task in loaded_tasks for row in task.rows(settings.split, settings.rows)]
     started = time.perf_counter()
     routes = _routes(router, loaded, tokenizer, [row.input for _, row in rows], template, settings.max_input_length)
@@ -235,6 +235,13 @@ def _profile_of(expert: Expert, name: str) -> Profile:
             f"sparselet profile {name} with their `task`."
         )
     return profile
+
+
+def _experts_of_tasks(experts: Mapping[str, Expert]) -> dict[str, str]:
+    """The expert of each task, by the task's name in its profile, which for several tasks is their names joined by "+"."""
+    tasks = {key: _profile_of(expert, key).task or "" for key, expert in experts.items()}
+    parts = {part: key for key, task in tasks.items() for part in task.split("+")}
+    return parts | {task: key for key, task in tasks.items()}
 
 
 def _require_base(model: PreTrainedModel, experts: Mapping[str, Expert]) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from sparselet.api.grouping import GroupedMerge, merge_groups
 from sparselet.api.merging import RECIPE_FILE, MergeResult, merge_recipe
 from sparselet.api.searching import FEW_ROWS, AutoReport, auto_merge
 from sparselet.cli.merging import Many, MergeFlags, ValidationFlags
@@ -22,6 +23,7 @@ def merge_(
     flags: Annotated[MergeFlags | None, Parameter(name="*")] = None,
     keep_counts: bool = False,
     auto: Annotated[bool, Parameter(negative="")] = False,
+    groups: int | None = None,
     validation: Annotated[list[str] | None, Many] = None,
     auto_settings: Annotated[AutoSettings | None, Parameter(name="*")] = None,
     answers: Annotated[ValidationFlags | None, Parameter(name="*")] = None,
@@ -38,6 +40,8 @@ def merge_(
     With --auto the methods that suit the experts are tried, the merge that the flags describe first, and the best on a few
     validation rows is written, with all trials in auto.json. Its validation score is too high: measure it on test rows.
 
+    With --groups G each of G adapters merges experts whose changes are alike, and `eval --route` chooses among them by prompt.
+
     Related verbs: `update` adds experts to a merge or removes them, `search` chooses weights or parameters by score, `split`
     writes what a merge leaves of each expert, `export --to checkpoint` writes the base model with the merge in its weights.
 
@@ -49,6 +53,8 @@ def merge_(
 
         sparselet merge expert-a lora-b --auto --validation task-a task-b --out merged
 
+        sparselet merge expert-a expert-b expert-c --groups 2 --out library
+
     Parameters
     ----------
     experts
@@ -59,6 +65,8 @@ def merge_(
         Keep what `sparselet update` needs (overlap only; twelve bytes an entry more).
     auto
         Try the methods that suit the experts and keep the best on validation rows.
+    groups
+        Keep this many merged adapters; every expert needs a profile.
     validation
         Tasks whose validation split is used with --auto: directories, builtin:NAME, or hub data sets.
     workers
@@ -69,6 +77,13 @@ def merge_(
     quiet_libraries()
     check_output(out)
     recipe = (flags or MergeFlags()).read(experts, keep_counts)
+    if groups is not None:
+        if auto or validation or auto_settings or answers:
+            raise ConfigError("--groups does not go with --auto and its flags.")
+        with progress("merging") as callback:
+            grouped = merge_groups(recipe, groups, out, workers=workers, progress=callback)
+        _show_groups(grouped, out, json)
+        return
     if auto:
         eval_settings = (answers or ValidationFlags()).settings(FEW_ROWS)
         with progress("trying merges") as callback:
@@ -91,6 +106,19 @@ def merge_(
         print_json(describe_merge(merged))
     else:
         show_merge(merged)
+
+
+def _show_groups(grouped: GroupedMerge, out: Path, json: bool) -> None:
+    """Print the groups, and how they are measured."""
+    if json:
+        merges = zip(grouped.merges, grouped.cosines, strict=True)
+        described = [{**describe_merge(m), "experts": list(m.recipe.experts), "least_cosine": cosine} for m, cosine in merges]
+        print_json({"output": str(out), "groups": described})
+        return
+    show(grouped.table())
+    paths = " ".join(word(merge.adapter.path) for merge in grouped.merges)
+    flag = "--route" if len(grouped.merges) > 1 else "--adapter"
+    say(f"Written to {out}, each with {RECIPE_FILE} and its profile", f"Next: sparselet eval {flag} {paths} --task TASK")
 
 
 def _show_auto(report: AutoReport, json: bool) -> None:
