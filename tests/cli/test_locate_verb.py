@@ -1,6 +1,7 @@
 """`sparselet locate` and `sl.locate`: tables, JSON, page, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -43,6 +44,13 @@ def test_the_json_has_what_the_library_returns(cli, experts):
     assert expert["unchanged_bf16"]["zero"] == located.locations[0].unchanged_bf16.zero
     assert pair["largest"]["jaccard"] == located.pairs[0].largest.jaccard
     assert pair["largest"]["chance"] == pytest.approx(0.1 / 1.9, rel=0.05)
+
+
+def test_experts_are_named_by_as_few_parts_of_their_paths_as_tell_them_apart(experts, tmp_path):
+    for place in ("a", "b"):
+        shutil.copytree(experts[0], tmp_path / "runs" / place / "expert")
+    located = sl.locate([str(tmp_path / "runs" / place / "expert") for place in ("a", "b")], structure=False)
+    assert [location.expert for location in located.locations] == ["a/expert", "b/expert"]
 
 
 def test_heads_are_those_of_the_attention_layers(experts, base_dir):

@@ -259,10 +259,13 @@ def _largest(values: Sequence[Sequence[float | None]]) -> float:
 
 
 def _names(sources: Sequence[ExpertSource]) -> list[str]:
-    """A name for each, the last parts of paths where they tell them apart."""
+    """A name for each, of paths as few last parts as tell them apart."""
     names = [name_of(source) for source in sources]
-    short = [Path(name).name or name for name in names]
-    return short if len(set(short)) == len(short) else names
+    for count in range(1, max((len(Path(name).parts) for name in names), default=0)):
+        short = ["/".join(Path(name).parts[-count:]) or name for name in names]
+        if len(set(short)) == len(short):
+            return short
+    return names
 
 
 def _shares(numbers: Concentration | Null) -> tuple[str, ...]:
