@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sparselet.api.probing import ProbeSettings, probe
     from sparselet.api.profiling import ProfileSettings, profile
     from sparselet.api.routing import RouteSettings, evaluate_routed, route
-    from sparselet.api.searching import auto_merge, search
+    from sparselet.api.searching import auto_merge, search, tune
     from sparselet.api.serving import serve
     from sparselet.api.studying import study
     from sparselet.api.training import train
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from sparselet.workflows.isolate import IsolateSettings
     from sparselet.workflows.probing import probe_rows
     from sparselet.workflows.search import SearchSettings
+    from sparselet.workflows.tune import TuneSettings
 
 __version__ = "0.1.0"
 
@@ -74,6 +75,7 @@ __all__ = [
     "SparseletModel",
     "SyncPatches",
     "TrainSettings",
+    "TuneSettings",
     "auto_merge",
     "convert",
     "core",
@@ -105,6 +107,7 @@ __all__ = [
     "study",
     "to_adapter",
     "train",
+    "tune",
     "update",
 ]
 
@@ -127,6 +130,7 @@ _LAZY = {
     "SparseletModel": "sparselet.tuner",
     "SyncPatches": "sparselet.serving.sync_patches",
     "TrainSettings": "sparselet.training.settings",
+    "TuneSettings": "sparselet.workflows.tune",
     "auto_merge": "sparselet.api.searching",
     "convert": "sparselet.api.exporting",
     "core": "sparselet.workflows.cores",
@@ -158,6 +162,7 @@ _LAZY = {
     "study": "sparselet.api.studying",
     "to_adapter": "sparselet.tuner",
     "train": "sparselet.api.training",
+    "tune": "sparselet.api.searching",
     "update": "sparselet.api.merging",
 }
 

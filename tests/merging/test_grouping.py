@@ -146,5 +146,5 @@ def test_bad_input_is_refused_before_any_work(cli, refused, library, tmp_path, m
     with pytest.raises(WrongBase):
         sl.merge_groups([*experts, str(stranger)], 2, tmp_path / "out")
     both = ("--groups", 2, "--auto", "--validation", "t")
-    assert "--groups does not go with --auto" in refused("merge", *experts, *both, "--out", tmp_path / "out")
+    assert "--auto and --groups do not go together" in refused("merge", *experts, *both, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

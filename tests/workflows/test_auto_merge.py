@@ -232,8 +232,8 @@ def test_on_the_command_line_the_recipe_runs_again(cli, refused, experts, base_d
     printed = json.loads(out)["auto"]
     assert printed["trials"] == trials
     assert contents(tmp_path / "z") == first
-    assert "--validation and how rows are answered" in refused("merge", *experts, "--validation", "t", "--out", tmp_path / "w")
-    assert "go with --auto" in refused("merge", *experts, "--trials", 3, "--out", tmp_path / "w")
+    assert "--validation goes with --auto or --tune" in refused("merge", *experts, "--validation", "t", "--out", tmp_path / "w")
+    assert "goes with --auto" in refused("merge", *experts, "--trials", 3, "--out", tmp_path / "w")
     assert "set --validation" in refused("merge", *experts, "--auto", "--out", tmp_path / "w")
     assert not (tmp_path / "w").exists()
 

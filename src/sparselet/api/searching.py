@@ -1,4 +1,4 @@
-"""`search`, `auto_merge`: a merge chosen by the merged model's score on validation rows."""
+"""`search`, `auto_merge`, `tune`: a merge chosen by the merged model's score on validation rows."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,8 +21,10 @@ from sparselet.workflows.auto_merge import AutoResult, AutoSettings
 from sparselet.workflows.auto_merge import auto_merge as try_merges
 from sparselet.workflows.search import SearchResult, SearchSettings
 from sparselet.workflows.search import search as search_recipes
+from sparselet.workflows.tune import TuneResult, TuneSettings
+from sparselet.workflows.tune import tune as tune_recipe
 
-SEARCH_FILE, AUTO_FILE = "search.json", "auto.json"
+SEARCH_FILE, AUTO_FILE, TUNE_FILE = "search.json", "auto.json", "tune.json"
 VALIDATION = EvalSettings(rows=50, split="validation")
 FEW_ROWS = EvalSettings(rows=32, split="validation")
 
@@ -68,6 +70,21 @@ class AutoReport(ShownAsTable):
         title = f"Merges by {'loss' if is_loss else 'Rouge-L'} on validation rows"
         columns = ("trial", "method", "parameters", "layers", *trials[0].tasks, "mean", "")
         return ResultTable(title, columns, tuple(rows))
+
+
+@dataclass(frozen=True)
+class TuneReport(ShownAsTable):
+    """A merge with tuned weights, as it was written, None without `out`."""
+
+    result: TuneResult
+    merge: MergeResult | None
+
+    def table(self) -> ResultTable:
+        """Loss of the validation targets by task, before and after."""
+        rows = []
+        for name, losses in (("start", self.result.before), ("tuned", self.result.after)):
+            rows.append((name, *(f"{loss:.4f}" for loss in (*losses.values(), sum(losses.values()) / len(losses)))))
+        return ResultTable("Loss on validation rows", ("merge", *self.result.before, "mean"), tuple(rows))
 
 
 def search(
@@ -149,6 +166,44 @@ def auto_merge(
         return AutoReport(result, None)
     merged = write_merge(result.best.recipe, setup.experts, out, workers, files={AUTO_FILE: result.as_json()})
     return AutoReport(result, merged)
+
+
+def tune(
+    recipe: ExpertsOrRecipe,
+    validation: Sequence[str | Path | Task],
+    settings: TuneSettings | None = None,
+    *,
+    base: str | None = None,
+    eval_settings: EvalSettings = FEW_ROWS,
+    out: str | Path | None = None,
+    workers: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> TuneReport:
+    """Tune a weight for each expert and layer by gradient steps on the targets of validation rows.
+
+        sl.tune(["expert-a", "expert-b"], ["task-a", "task-b"], out="merged").result.recipe
+
+    recipe: experts, which overlap merges, or a merge by a method that is linear in its weights.
+    validation, base, eval_settings, progress: as in `auto_merge`; progress reports steps.
+    out: write the merge with its recipe, which has weights by pattern, and the losses in `tune.json`.
+    Raises ConfigError, and what merging raises.
+    """
+    settings = settings or TuneSettings()
+    setup = _prepare(recipe, validation, base, eval_settings, out)
+    counter = StepCounter(settings.steps, progress)
+    result = tune_recipe(
+        setup.recipe,
+        settings,
+        setup.model,
+        setup.tokenizer,
+        setup.tasks,
+        setup.eval_settings,
+        experts=setup.experts,
+        progress=counter.advance,
+    )
+    if out is None:
+        return TuneReport(result, None)
+    return TuneReport(result, write_merge(result.recipe, setup.experts, out, workers, files={TUNE_FILE: result.as_json()}))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """`sparselet merge`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,12 +8,14 @@ from cyclopts import Parameter
 
 from sparselet.api.grouping import GroupedMerge, merge_groups
 from sparselet.api.merging import RECIPE_FILE, MergeResult, merge_recipe
-from sparselet.api.searching import FEW_ROWS, AutoReport, auto_merge
+from sparselet.api.searching import FEW_ROWS, AutoReport, TuneReport, auto_merge
+from sparselet.api.searching import tune as tune_merge
 from sparselet.cli.merging import Many, MergeFlags, ValidationFlags
 from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, show, word
 from sparselet.errors import ConfigError
 from sparselet.io.paths import check_output
 from sparselet.workflows.auto_merge import AutoSettings
+from sparselet.workflows.tune import TuneSettings
 
 
 def merge_(
@@ -23,9 +26,11 @@ def merge_(
     flags: Annotated[MergeFlags | None, Parameter(name="*")] = None,
     keep_counts: bool = False,
     auto: Annotated[bool, Parameter(negative="")] = False,
+    tune: Annotated[bool, Parameter(negative="")] = False,
     groups: int | None = None,
     validation: Annotated[list[str] | None, Many] = None,
     auto_settings: Annotated[AutoSettings | None, Parameter(name="*")] = None,
+    tune_settings: Annotated[TuneSettings | None, Parameter(name="*")] = None,
     answers: Annotated[ValidationFlags | None, Parameter(name="*")] = None,
     workers: int | None = None,
     json: bool = False,
@@ -39,6 +44,8 @@ def merge_(
 
     With --auto the methods that suit the experts are tried, the merge that the flags describe first, and the best on a few
     validation rows is written, with all trials in auto.json. Its validation score is too high: measure it on test rows.
+
+    With --tune a weight for each expert and layer is found by gradient steps on the targets of validation rows.
 
     With --groups G each of G adapters merges experts whose changes are alike, and `eval --route` chooses among them by prompt.
 
@@ -65,10 +72,12 @@ def merge_(
         Keep what `sparselet update` needs (overlap only; twelve bytes an entry more).
     auto
         Try the methods that suit the experts and keep the best on validation rows.
+    tune
+        Tune a weight for each expert and layer on validation rows; methods that are linear in their weights.
     groups
         Keep this many merged adapters; every expert needs a profile.
     validation
-        Tasks whose validation split is used with --auto: directories, builtin:NAME, or hub data sets.
+        Tasks whose validation split --auto and --tune use: directories, builtin:NAME, or hub data sets.
     workers
         Threads; the result does not depend on it.
     json
@@ -77,35 +86,59 @@ def merge_(
     quiet_libraries()
     check_output(out)
     recipe = (flags or MergeFlags()).read(experts, keep_counts)
+    _refuse_together(
+        {"--auto": auto, "--tune": tune, "--groups": groups is not None},
+        {"--trials, --seconds and --score": auto_settings, "--steps, --rate, --penalty and --task-rows": tune_settings},
+        {"--validation": validation, "--validation-rows and how rows are answered": answers},
+    )
+    shared: dict[str, Any] = {"out": out, "workers": workers}
     if groups is not None:
-        if auto or validation or auto_settings or answers:
-            raise ConfigError("--groups does not go with --auto and its flags.")
         with progress("merging") as callback:
-            grouped = merge_groups(recipe, groups, out, workers=workers, progress=callback)
+            grouped = merge_groups(recipe, groups, **shared, progress=callback)
         _show_groups(grouped, out, json)
-        return
-    if auto:
-        eval_settings = (answers or ValidationFlags()).settings(FEW_ROWS)
-        with progress("trying merges") as callback:
-            report = auto_merge(
-                recipe,
-                validation or (),
-                auto_settings,
-                eval_settings=eval_settings,
-                out=out,
-                workers=workers,
-                progress=callback,
-            )
-        _show_auto(report, json)
-        return
-    if validation or auto_settings or answers:
-        raise ConfigError("--validation and how rows are answered and trials judged go with --auto.")
-    with progress("merging") as callback:
-        merged = merge_recipe(recipe, out, workers=workers, progress=callback)
-    if json:
-        print_json(describe_merge(merged))
+    elif auto or tune:
+        shared["eval_settings"] = (answers or ValidationFlags()).settings(FEW_ROWS)
+        with progress("trying merges" if auto else "tuning") as callback:
+            if auto:
+                report = auto_merge(recipe, validation or (), auto_settings, **shared, progress=callback)
+            else:
+                report = tune_merge(recipe, validation or (), tune_settings, **shared, progress=callback)
+        _show_report(report, json)
     else:
-        show_merge(merged)
+        with progress("merging") as callback:
+            merged = merge_recipe(recipe, **shared, progress=callback)
+        if json:
+            print_json(describe_merge(merged))
+        else:
+            show_merge(merged)
+
+
+def _refuse_together(modes: Mapping[str, bool], of_modes: Mapping[str, object], of_validation: Mapping[str, object]) -> None:
+    """Raise ConfigError for two of --auto, --tune and --groups, and for flags of one that is not there."""
+    chosen = [flag for flag, is_set in modes.items() if is_set]
+    if len(chosen) > 1:
+        raise ConfigError(f"{' and '.join(chosen)} do not go together.")
+    owners = dict(zip(of_modes, modes, strict=False)) | dict.fromkeys(of_validation, "--auto or --tune")
+    for flags, value in {**of_modes, **of_validation}.items():
+        if value and not any(flag in owners[flags] for flag in chosen):
+            raise ConfigError(f"{flags} goes with {owners[flags]}.")
+
+
+def _show_report(report: AutoReport | TuneReport, json: bool) -> None:
+    """Print what was tried or tuned, and the merge that was written."""
+    assert report.merge is not None
+    if isinstance(report, TuneReport):
+        described, line = {"tune": report.result.as_json()}, "One weight for each expert and layer: see the recipe."
+    else:
+        best, trials = report.result.best, report.result.trials
+        number = trials.index(best) + 1
+        described = {"auto": {"best": number, **report.result.as_json()}}
+        line = f"Best of {len(trials)} trials: number {number}, by {best.recipe.method}."
+    if json:
+        print_json({**describe_merge(report.merge), **described})
+        return
+    show(report.table())
+    show_merge(report.merge, line)
 
 
 def _show_groups(grouped: GroupedMerge, out: Path, json: bool) -> None:
@@ -119,17 +152,6 @@ def _show_groups(grouped: GroupedMerge, out: Path, json: bool) -> None:
     paths = " ".join(word(merge.adapter.path) for merge in grouped.merges)
     flag = "--route" if len(grouped.merges) > 1 else "--adapter"
     say(f"Written to {out}, each with {RECIPE_FILE} and its profile", f"Next: sparselet eval {flag} {paths} --task TASK")
-
-
-def _show_auto(report: AutoReport, json: bool) -> None:
-    """Print all trials, and the merge that was written."""
-    best, trials = report.result.best, report.result.trials
-    assert report.merge is not None
-    if json:
-        print_json({**describe_merge(report.merge), "auto": {"best": trials.index(best) + 1, **report.result.as_json()}})
-        return
-    show(report.table())
-    show_merge(report.merge, f"Best of {len(trials)} trials: number {trials.index(best) + 1}, by {best.recipe.method}.")
 
 
 def describe_merge(merged: MergeResult) -> dict[str, Any]:

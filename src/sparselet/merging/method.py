@@ -32,6 +32,7 @@ class MergeMethod:
     needs_profiles: `function` takes `moments`, for each expert the second moment of its inputs of the target (`profiles`), or
         None where its profile has none.
     dense: `function` writes out the target and a square matrix of its columns, so targets beyond any model's are refused.
+    linear: the result is Σ wᵢ times that of expert i alone with weight 1 among the others with 0, on the same mask.
     tried: the parameters that `auto_merge` tries, each beside the defaults; none for a method that it leaves out.
     for_dense: `auto_merge` tries it where the experts are dense or of whole rows.
     """
@@ -46,6 +47,7 @@ class MergeMethod:
     per_expert_stats: GlobalStats | None = None
     needs_profiles: bool = False
     dense: bool = False
+    linear: bool = False
     tried: tuple[Mapping[str, Any], ...] = ()
     for_dense: bool = False
 

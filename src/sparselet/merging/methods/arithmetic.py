@@ -52,6 +52,7 @@ ARITHMETIC = MergeMethod(
     "λ · Σ wᵢ·ΔWᵢ",
     "Ilharco et al. 2023",
     elementwise=True,
+    linear=True,
     tried=({}, {"scale": 0.5}),
 )
 

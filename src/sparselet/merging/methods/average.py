@@ -41,7 +41,13 @@ def uniform(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDe
 
 
 OVERLAP = MergeMethod(
-    "overlap", overlap, "Σ wᵢ·ΔWᵢ / max(Σ Mᵢ, 1), Mᵢ the masks", "Arnob et al. 2025, Eq. 4", elementwise=True, tried=({},)
+    "overlap",
+    overlap,
+    "Σ wᵢ·ΔWᵢ / max(Σ Mᵢ, 1), Mᵢ the masks",
+    "Arnob et al. 2025, Eq. 4",
+    elementwise=True,
+    linear=True,
+    tried=({},),
 )
 
 UNIFORM = MergeMethod("uniform", uniform, "Σ wᵢ·ΔWᵢ / Σ wᵢ", "Wortsman et al. 2022", elementwise=True, tried=({},))

@@ -43,6 +43,7 @@ LOCALIZE = MergeMethod(
     "`overlap` of the largest |ΔWᵢ| of each expert",
     "He et al. 2025",
     elementwise=True,
+    linear=True,
     global_stats=ties_bounds,
     tried=({},),
     for_dense=True,
