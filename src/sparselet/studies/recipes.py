@@ -1,9 +1,32 @@
-"""Tables about recipes: arms (settings of training, by name) compared at equal numbers of trained entries."""
+"""Tables about recipes: arms (settings of training, by name) compared at equal numbers of trained entries; and claims."""
 
+from sparselet.studies.claim import CellPattern, Claim, than
 from sparselet.studies.study import Experts, Study
 from sparselet.studies.table import Cell, Chart, Table
 
 MERGES = ("overlap", "uniform", "ties")
+_DEFAULT = CellPattern("recipes", "default", "individual")
+
+# What a user may expect of a training without flags. An arm called `default` has the settings of one.
+RECIPE_CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        "The default recipe is at least level with LoRA of equal size, on the same layers and on all (within 1 point).",
+        "training without flags",
+        than(_DEFAULT, "LoRA, *"),
+        margin=1.0,
+    ),
+    Claim(
+        "The default recipe is at most 1.5 points below full fine-tuning.",
+        "training without flags",
+        than(_DEFAULT, "full"),
+        margin=1.5,
+    ),
+    Claim(
+        "The default recipe is better than the paper's, at the same number of entries.",
+        "training without flags",
+        than(_DEFAULT, "paper, *"),
+    ),
+)
 
 
 def sweep(study: Study) -> Table:

@@ -7,7 +7,7 @@ from sparselet.studies.claim import Claim
 from sparselet.studies.paper.claims import PAPER_CLAIMS
 from sparselet.studies.paper.merging_tables import interference, merging, number_of_experts, second_stage
 from sparselet.studies.paper.training_tables import block_sizes, density, layer_drop, learning_rates, scores, selection, targets
-from sparselet.studies.recipes import recipes, sweep
+from sparselet.studies.recipes import RECIPE_CLAIMS, recipes, sweep
 from sparselet.studies.sparse_regions.claims import REGION_CLAIMS
 from sparselet.studies.sparse_regions.tables import activations, grafts, overlaps, pretraining, updates
 from sparselet.studies.study import Study
@@ -35,7 +35,7 @@ TABLES: dict[str, Callable[[Study], Table]] = {
 }
 OF_ARMS = ("sweep", "recipes")  # made by default only where the settings have arms
 OF_REGIONS = ("updates", "overlaps", "grafts", "activations", "pretraining")  # made only where they are named
-CLAIMS: dict[str, Sequence[Claim]] = {"paper": PAPER_CLAIMS, "sparse_regions": REGION_CLAIMS, "none": ()}
+CLAIMS: dict[str, Sequence[Claim]] = {"paper": PAPER_CLAIMS, "recipes": RECIPE_CLAIMS, "sparse_regions": REGION_CLAIMS}
 
 
 def make_tables(study: Study) -> dict[str, Table]:
