@@ -31,7 +31,7 @@ RECIPE = MergeRecipe(("a", "b"))
 Q = "layers.0.q"
 
 
-def small(seed, density=0.3, block=1, profiled=True):
+def small(seed, density=0.3, block=1, profiled=True, task=None):
     """An expert of one target in each of three layers."""
     generator = torch.Generator().manual_seed(seed)
     deltas = {}
@@ -39,7 +39,7 @@ def small(seed, density=0.3, block=1, profiled=True):
         mask = torch.rand(8, 16, generator=generator) < density
         mask = mask[:, :1].expand(8, 16).contiguous() if block == "row" else mask
         deltas[f"layers.{layer}.q"] = SparseDelta.from_dense(torch.randn(8, 16, generator=generator), mask, block)
-    expert = SparseAdapter(deltas, {"block_size": block})
+    expert = SparseAdapter(deltas, {"block_size": block, "task": task})
     expert.profile = profile_for(expert, seed) if profiled else None
     return expert
 
@@ -67,14 +67,16 @@ def methods(experts):
     return {proposal.method for proposal in suitable_merges(RECIPE, experts)}
 
 
-def test_what_is_tried_follows_from_the_experts():
+def test_what_is_tried_follows_from_the_experts(caplog):
     plain = {name for name, method in METHODS.items() if method.tried and not method.needs_profiles and not method.for_dense}
     whole = {name for name, method in METHODS.items() if method.for_dense}
     assert {"uniform", "arithmetic", "ties"} <= plain - {"overlap"}
     assert {"tsv", "iso_c", "actmat", "localize"} <= whole
     sparse, dense, rows = ([small(i, *how) for i in (1, 2)] for how in ((0.3,), (1.0,), (0.3, "row")))
-    bare = [small(1), small(2, profiled=False)]
+    bare = [small(1), small(2, profiled=False, task="the second")]
+    caplog.set_level("INFO", "sparselet")
     assert methods(bare) == plain - {"overlap"}
+    assert "Methods that need profiles are left out: the second has none" in caplog.text
     assert methods(sparse) == (plain | {"regmean"}) - {"overlap"}
     assert methods(dense) == methods(rows) == (plain | whole | {"regmean"}) - {"overlap"}
     assert methods([sparse[0], dense[0]]) == methods(sparse)
@@ -211,6 +213,8 @@ def test_by_loss_the_lowest_is_best(base_dir, experts, task_dir, tmp_path):
     with apply_temporarily(model, sl.load(tmp_path / "x")):
         assert rows.by_task() == {"backwards": pytest.approx(result.best.score, rel=1e-6)}
     assert "best" in str(report)
+    assert "scale=0.5" in str(report)
+    assert "trim=" not in str(report)
 
 
 @pytest.mark.parametrize("score", ["rougeL", "loss"])

@@ -13,7 +13,7 @@ from sparselet.errors import ConfigError
 from sparselet.evaluation import EvalSettings
 from sparselet.expert import Expert
 from sparselet.io.paths import check_output
-from sparselet.merging import MergeRecipe
+from sparselet.merging import METHODS, MergeRecipe
 from sparselet.models import load_model, load_tokenizer
 from sparselet.result_table import ResultTable, ShownAsTable
 from sparselet.tasks.task import Task, load_task
@@ -55,20 +55,23 @@ class AutoReport(ShownAsTable):
     merge: MergeResult | None
 
     def table(self) -> ResultTable:
-        """A trial a row: how it was merged, its score on each task and their mean; the best is marked."""
+        """A trial a row: method, parameters other than its defaults, factors of the first to the last layer, scores; the best
+        is marked."""
         trials, is_loss = self.result.trials, self.result.score == "loss"
         rows = []
         for i, trial in enumerate(trials, 1):
-            parameters = {k: v for k, v in trial.recipe.parameters.items() if v != trials[0].recipe.parameters.get(k)}
-            settings = ", ".join(f"{name}={value}" for name, value in parameters.items())
-            scaling = " + ".join(f"{number:.3g}" for number in trial.recipe.layer_scaling or ())
+            defaults = METHODS[trial.recipe.method].defaults
+            changed = {k: v for k, v in trial.recipe.parameters.items() if v != defaults[k]}
+            settings = ", ".join(f"{name}={value}" for name, value in changed.items())
+            alpha, beta = trial.recipe.layer_scaling or (1.0, 0.0)
+            scaling = f"{alpha:.3g} to {alpha + beta:.3g}" if beta else "" if alpha == 1 else f"{alpha:.3g}"
             scores = [*trial.tasks.values(), trial.score] if trial.score is not None else []
             cells = [f"{score:.3f}" if is_loss else score for score in scores] or ["failed"]
             cells += [""] * (len(trials[0].tasks) + 1 - len(cells))
             mark = "best" if trial is self.result.best else ""
             rows.append((i, trial.recipe.method, settings, scaling, *cells, mark))
         title = f"Merges by {'loss' if is_loss else 'Rouge-L'} on validation rows"
-        columns = ("trial", "method", "parameters", "layers", *trials[0].tasks, "mean", "")
+        columns = ("trial", "method", "parameters", "factor", *trials[0].tasks, "mean", "")
         return ResultTable(title, columns, tuple(rows))
 
 

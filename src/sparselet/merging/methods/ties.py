@@ -61,5 +61,5 @@ TIES = MergeMethod(
     "Yadav et al. 2023",
     elementwise=True,
     global_stats=ties_bounds,
-    tried=({"density_of": "nonzeros"}, {"density_of": "nonzeros", "density": 0.5}),
+    tried=tuple({"density": density, "density_of": "nonzeros"} for density in (0.2, 0.1, 0.5)),
 )
