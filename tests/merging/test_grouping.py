@@ -96,7 +96,7 @@ def test_each_group_is_its_own_merge_with_a_profile(library, tmp_path, method):
     assert first.recipe.experts == (paths(library)[0], paths(library)[2])
     assert first.recipe.weights == (1.0, 3.0)
     assert second.recipe.experts == (paths(library)[1],)
-    assert grouped.cosines == (pytest.approx(1.0), 1.0)
+    assert grouped.similarities == (pytest.approx(1.0), pytest.approx(1.0))
     expected = merge(first.recipe.experts, method, [1.0, 3.0])
     assert all(torch.equal(first.adapter[name].values, expected[name].values) for name in expected)
     profile = sl.load(tmp_path / "out" / "group-1").profile
@@ -111,7 +111,7 @@ def test_each_group_is_its_own_merge_with_a_profile(library, tmp_path, method):
 def test_groups_are_routed_and_know_their_tasks(cli, library, tmp_path):
     code, out, err = cli("merge", *paths(library), "--groups", 2, "--out", tmp_path / "out")
     assert code == 0, err
-    assert "least cosine" in out
+    assert "least similarity" in out
     groups = [str(tmp_path / "out" / f"group-{i}") for i in (1, 2)]
     assert f"Next: sparselet eval --route {' '.join(groups)} --task TASK" in out
     tasks = [str(library / name) for name in NAMES]
@@ -121,6 +121,22 @@ def test_groups_are_routed_and_know_their_tasks(cli, library, tmp_path):
     code, out, err = cli("merge", *paths(library), "--groups", 1, "--out", tmp_path / "one", "--json")
     (described,) = json.loads(out)["groups"]
     assert described["experts"] == paths(library)
+
+
+def test_by_prompts_those_that_a_router_confuses_are_together(cli, library, tmp_path):
+    code, out, err = cli("merge", *paths(library), "--groups", 2, "--by", "prompts", "--out", tmp_path / "x", "--json")
+    assert code == 0, err
+    profiles = [sl.load(path).profile.prompts for path in paths(library)]
+    scale = torch.stack([p.covariance.full_diagonal() for p in profiles]).mean(0).sqrt()
+    means = torch.stack([p.mean.double() for p in profiles]) / scale
+    apart = torch.cdist(means, means)
+    nearest = min(itertools.combinations(range(3), 2), key=lambda pair: float(apart[pair]))
+    first, second = json.loads(out)["groups"]
+    assert first["experts"] == [paths(library)[i] for i in nearest]
+    assert first["least_similarity"] == pytest.approx(-float(apart[nearest]), rel=1e-4)
+    assert second["least_similarity"] == pytest.approx(0.0)
+    with pytest.raises(ArgumentError, match="by must be one of change, prompts, got 'name'"):
+        sl.merge_groups(paths(library), 2, tmp_path / "y", by="name")
 
 
 def test_as_many_groups_as_experts_are_the_experts(library, tmp_path):
@@ -146,5 +162,6 @@ def test_bad_input_is_refused_before_any_work(cli, refused, library, tmp_path, m
     with pytest.raises(WrongBase):
         sl.merge_groups([*experts, str(stranger)], 2, tmp_path / "out")
     both = ("--groups", 2, "--auto", "--validation", "t")
+    assert "--by goes with --groups" in refused("merge", *experts, "--by", "prompts", "--out", tmp_path / "out")
     assert "--auto and --groups do not go together" in refused("merge", *experts, *both, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

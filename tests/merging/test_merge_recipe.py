@@ -34,7 +34,8 @@ def test_a_recipe_comes_back_as_it_was(tmp_path_factory, experts, data):
         tuple(data.draw(weights | patterns) for _ in experts),
         {"density": 0.8} if "density" in METHODS[method].defaults else {},
         data.draw(st.sampled_from([None, "packaged:smollm2-135m", "gpt2", "org/base@v1"])),
-        method == "overlap" and data.draw(st.booleans()),
+        (counts := method == "overlap" and data.draw(st.booleans())),
+        None if counts else data.draw(st.none() | st.tuples(weights, weights)),
     )
     assert there_and_back(recipe, tmp_path_factory.mktemp("recipe")) == recipe
 
@@ -127,6 +128,10 @@ ONE = '[[experts]]\npath = "org/a"\n'
         ('keep_counts = "yes"\n' + ONE, ConfigError, "keep_counts must be true or false, got 'yes'"),
         ("keep_counts = 1\n" + ONE, ConfigError, "keep_counts must be true or false, got 1"),
         ('method = "ties"\nkeep_counts = true\n' + ONE, ConfigError, "keep_counts needs method overlap, got ties"),
+        ("layer_scaling = 1\n" + ONE, ConfigError, "layer_scaling must be a list, got 1"),
+        ("layer_scaling = [1, 'x']\n" + ONE, ConfigError, r"layer_scaling\[1\] must be a number, got 'x'"),
+        ("layer_scaling = [1.0]\n" + ONE, ArgumentError, "layer_scaling must be two numbers, alpha and beta"),
+        ("layer_scaling = [1, nan]\n" + ONE, ArgumentError, "layer_scaling must be a finite number, got nan"),
         ('method = "ties"\nparameters = {sparsity = 1}\n' + ONE, UnknownMethod, "ties has no parameter 'sparsity'"),
         ('method = "ties"\nparameters = {density = 2}\n' + ONE, ArgumentError, "density must be in"),
         ("method = ", ConfigError, "is not TOML"),

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from sparselet.adapter import AdapterFile, expert_profile
 from sparselet.api.merging import MergeResult, write_merge
 from sparselet.api.opening import open_experts
@@ -13,6 +16,7 @@ from sparselet.expert import Expert
 from sparselet.io.atomic import atomic_directory
 from sparselet.io.paths import check_output
 from sparselet.merging import MergeRecipe
+from sparselet.merging.algebra.ranges import require_choice
 from sparselet.merging.engine.plan import MergePlan
 from sparselet.merging.grouping import change_cosines, check_group_count, greedy_groups, least_similarity
 from sparselet.profiles.file import PROFILE_FILE, write_profile
@@ -21,22 +25,24 @@ from sparselet.profiles.profile import Profile
 from sparselet.profiles.router import Router
 from sparselet.result_table import ResultTable, ShownAsTable
 
+SIMILARITIES = ("change", "prompts")
+
 
 @dataclass(frozen=True)
 class GroupedMerge(ShownAsTable):
-    """Merges of groups of experts, as they were written. cosines: of each group, that of its two least similar changes."""
+    """Merges of groups of experts, as they were written. similarities: of each group, that of its least similar members."""
 
     merges: tuple[MergeResult, ...]
-    cosines: tuple[float, ...]
+    similarities: tuple[float, ...]
 
     def table(self) -> ResultTable:
         """A group a row."""
         rows = [
-            (str(merge.adapter.path), ", ".join(merge.recipe.experts), f"{merge.adapter.nnz:,}", f"{cosine:.3f}")
-            for merge, cosine in zip(self.merges, self.cosines, strict=True)
+            (str(merge.adapter.path), ", ".join(merge.recipe.experts), f"{merge.adapter.nnz:,}", f"{similarity:.3g}")
+            for merge, similarity in zip(self.merges, self.similarities, strict=True)
         ]
         title = f"Merged in groups by {self.merges[0].recipe.method}"
-        return ResultTable(title, ("adapter", "experts", "entries", "least cosine"), tuple(rows))
+        return ResultTable(title, ("adapter", "experts", "entries", "least similarity"), tuple(rows))
 
 
 def merge_groups(
@@ -44,18 +50,22 @@ def merge_groups(
     groups: int,
     out: str | Path,
     *,
+    by: str = "change",
     base: str | None = None,
     workers: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> GroupedMerge:
-    """Merge experts into `groups` adapters, each of experts whose changes are alike, and pool the profiles of each group.
+    """Merge experts into `groups` adapters, each of experts that are alike, and pool the profiles of each group.
 
         sl.merge_groups(["expert-a", "expert-b", "expert-c"], 2, "library")
         sl.evaluate_routed(["library/group-1", "library/group-2"], ["task-a", "task-b", "task-c"])
 
     recipe: experts, which overlap merges, or how each group is merged. groups: how many (`merging.grouping.greedy_groups`).
+    by: what makes two experts alike: "change", the cosine of their changes, which says little where masks were drawn at random;
+        "prompts", minus the distance of their prompts' mean states, as a router measures it, so that those which a router would
+        confuse are in one group.
     out: the directory of `group-1`, `group-2`, …, each an adapter with its profile and its recipe, largest group first.
-    Raises, before any expert is read, ArgumentError (`groups`), MissingProfile, WrongBase, and what `merge` raises.
+    Raises, before any expert is read, ArgumentError (`groups`, `by`), MissingProfile, WrongBase, and what `merge` raises.
     """
     check_output(out)
     if not isinstance(recipe, MergeRecipe):
@@ -63,15 +73,15 @@ def merge_groups(
     if base is not None:
         recipe = replace(recipe, model=base)
     check_group_count(groups, len(recipe.experts))
+    require_choice("by", by, SIMILARITIES)
     experts = open_experts(recipe.experts, recipe.model)
     profiles = [_required_profile(expert, name) for expert, name in zip(experts, recipe.experts, strict=True)]
-    if len(profiles) > 1:
-        Router({str(i): profile for i, profile in enumerate(profiles)})  # refuses those of several base models
+    near = _prompt_similarity(profiles)  # refuses profiles of several base models
     how = (recipe.method, recipe.weights, recipe.parameters)
     plan = MergePlan(experts, *how, layer_scaling=recipe.layer_scaling)
     plan.check_values()
     counter = StepCounter(2 * len(plan.shapes), progress)
-    similarity = change_cosines(plan, counter.step)
+    similarity = change_cosines(plan, counter.step) if by == "change" else near
     members = sorted(greedy_groups(similarity, groups), key=lambda group: -len(group))
     merges = []
     with atomic_directory(out) as directory:
@@ -88,6 +98,14 @@ def merge_groups(
             counter.advance(len(plan.shapes) * len(group) / len(experts))
     placed = tuple(replace(written, adapter=AdapterFile(path)) for written, path in merges)
     return GroupedMerge(placed, tuple(least_similarity(similarity, group) for group in members))
+
+
+def _prompt_similarity(profiles: Sequence[Profile]) -> Tensor:
+    """Minus the distance of the mean states of each two profiles' prompts, float64 [N, N]. Raises WrongBase, ShapeMismatch."""
+    if len(profiles) == 1:
+        return torch.zeros(1, 1, dtype=torch.float64)
+    router = Router({str(i): profile for i, profile in enumerate(profiles)}, "mean")
+    return -router.distances(torch.stack([profile.prompts.mean for profile in profiles]))
 
 
 def _required_profile(expert: Expert, name: str) -> Profile:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -28,6 +28,7 @@ def merge_(
     auto: Annotated[bool, Parameter(negative="")] = False,
     tune: Annotated[bool, Parameter(negative="")] = False,
     groups: int | None = None,
+    group_by: Annotated[Literal["change", "prompts"] | None, Parameter(name="--by")] = None,
     validation: Annotated[list[str] | None, Many] = None,
     auto_settings: Annotated[AutoSettings | None, Parameter(name="*")] = None,
     tune_settings: Annotated[TuneSettings | None, Parameter(name="*")] = None,
@@ -47,7 +48,7 @@ def merge_(
 
     With --tune a weight for each expert and layer is found by gradient steps on the targets of validation rows.
 
-    With --groups G each of G adapters merges experts whose changes are alike, and `eval --route` chooses among them by prompt.
+    With --groups G each of G adapters merges experts that are alike, and `eval --route` chooses among them by prompt.
 
     Related verbs: `update` adds experts to a merge or removes them, `search` chooses weights or parameters by score, `split`
     writes what a merge leaves of each expert, `export --to checkpoint` writes the base model with the merge in its weights.
@@ -76,6 +77,8 @@ def merge_(
         Tune a weight for each expert and layer on validation rows; methods that are linear in their weights.
     groups
         Keep this many merged adapters; every expert needs a profile.
+    group_by
+        What makes experts alike, with --groups: their changes (the default), or their prompts as a router sees them.
     validation
         Tasks whose validation split --auto and --tune use: directories, builtin:NAME, or hub data sets.
     workers
@@ -88,13 +91,17 @@ def merge_(
     recipe = (flags or MergeFlags()).read(experts, keep_counts)
     _refuse_together(
         {"--auto": auto, "--tune": tune, "--groups": groups is not None},
-        {"--trials, --seconds and --score": auto_settings, "--steps, --rate, --penalty and --task-rows": tune_settings},
+        {
+            "--trials, --seconds and --score": auto_settings,
+            "--steps, --rate, --penalty and --task-rows": tune_settings,
+            "--by": group_by,
+        },
         {"--validation": validation, "--validation-rows and how rows are answered": answers},
     )
     shared: dict[str, Any] = {"out": out, "workers": workers}
     if groups is not None:
         with progress("merging") as callback:
-            grouped = merge_groups(recipe, groups, **shared, progress=callback)
+            grouped = merge_groups(recipe, groups, by=group_by or "change", **shared, progress=callback)
         _show_groups(grouped, out, json)
     elif auto or tune:
         shared["eval_settings"] = (answers or ValidationFlags()).settings(FEW_ROWS)
@@ -118,7 +125,7 @@ def _refuse_together(modes: Mapping[str, bool], of_modes: Mapping[str, object], 
     chosen = [flag for flag, is_set in modes.items() if is_set]
     if len(chosen) > 1:
         raise ConfigError(f"{' and '.join(chosen)} do not go together.")
-    owners = dict(zip(of_modes, modes, strict=False)) | dict.fromkeys(of_validation, "--auto or --tune")
+    owners = dict(zip(of_modes, modes, strict=True)) | dict.fromkeys(of_validation, "--auto or --tune")
     for flags, value in {**of_modes, **of_validation}.items():
         if value and not any(flag in owners[flags] for flag in chosen):
             raise ConfigError(f"{flags} goes with {owners[flags]}.")
@@ -144,8 +151,8 @@ def _show_report(report: AutoReport | TuneReport, json: bool) -> None:
 def _show_groups(grouped: GroupedMerge, out: Path, json: bool) -> None:
     """Print the groups, and how they are measured."""
     if json:
-        merges = zip(grouped.merges, grouped.cosines, strict=True)
-        described = [{**describe_merge(m), "experts": list(m.recipe.experts), "least_cosine": cosine} for m, cosine in merges]
+        merges = zip(grouped.merges, grouped.similarities, strict=True)
+        described = [{**describe_merge(m), "experts": list(m.recipe.experts), "least_similarity": s} for m, s in merges]
         print_json({"output": str(out), "groups": described})
         return
     show(grouped.table())

@@ -42,8 +42,10 @@ def greedy_groups(similarity: Tensor, count: int) -> list[list[int]]:
 
 
 def least_similarity(similarity: Tensor, members: list[int]) -> float:
-    """The similarity of the two least similar members; 1 of a single one."""
-    return min((float(similarity[i, j]) for i, j in itertools.combinations(members, 2)), default=1.0)
+    """The similarity of the two least similar members; of a single one that to itself."""
+    if len(members) == 1:
+        return float(similarity[members[0], members[0]])
+    return min(float(similarity[i, j]) for i, j in itertools.combinations(members, 2))
 
 
 def check_group_count(count: int, experts: int) -> None:
