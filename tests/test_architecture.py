@@ -23,7 +23,7 @@ CORE |= {"profiles"}
 INPUTS = CORE | {"hub", "models", "tasks"}
 APART = ("tuner", "formats", "analysis", "activations", "attention")
 USERS = ("training", "evaluation", "serving")
-LIBRARY = INPUTS | {*APART, *USERS, "merging", "generation"}
+LIBRARY = INPUTS | {*APART, *USERS, "merging", "generation", "steering"}
 NEEDS_TRITON = {"sparselet.kernels.triton"}
 
 # What each module or room may import beside itself; lowest first. Files of one row must not form a circle. Rooms that do not
@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(APART, CORE | {"hub"}),
     "merging": CORE | {"formats"},
     "generation": INPUTS,
+    "steering": INPUTS | {"generation"},
     "training": INPUTS | {"generation", "tuner"},
     "evaluation": INPUTS | {"generation", "tuner"},
     "serving": INPUTS | {"generation", "tuner", "formats", "merging", "analysis"},

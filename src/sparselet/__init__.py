@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sparselet.api.routing import RouteSettings, evaluate_routed, route
     from sparselet.api.searching import auto_merge, search, tune
     from sparselet.api.serving import serve
+    from sparselet.api.steering import evaluate_steering, fit_steering
     from sparselet.api.studying import study
     from sparselet.api.training import train
     from sparselet.attention import sparse_attention
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from sparselet.merging import METHODS
     from sparselet.scores import SCORES
     from sparselet.serving.sync_patches import SyncPatches
+    from sparselet.steering import SteeringVector, steered
     from sparselet.training.schedule import MaskSchedule
     from sparselet.training.settings import TrainSettings
     from sparselet.tuner import SparseletConfig, SparseletModel, freeze_masks, reselect, to_adapter
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from sparselet.workflows.isolate import IsolateSettings
     from sparselet.workflows.probing import probe_rows
     from sparselet.workflows.search import SearchSettings
+    from sparselet.workflows.steering import SteerSettings
     from sparselet.workflows.tune import TuneSettings
 
 __version__ = "0.1.0"
@@ -73,6 +76,8 @@ __all__ = [
     "SparseletConfig",
     "SparseletError",
     "SparseletModel",
+    "SteerSettings",
+    "SteeringVector",
     "SyncPatches",
     "TrainSettings",
     "TuneSettings",
@@ -81,7 +86,9 @@ __all__ = [
     "core",
     "evaluate",
     "evaluate_routed",
+    "evaluate_steering",
     "export",
+    "fit_steering",
     "freeze_masks",
     "graft",
     "group",
@@ -104,6 +111,7 @@ __all__ = [
     "serve",
     "sparse_attention",
     "split",
+    "steered",
     "study",
     "to_adapter",
     "train",
@@ -128,6 +136,8 @@ _LAZY = {
     "SparseDelta": "sparselet.delta",
     "SparseletConfig": "sparselet.tuner",
     "SparseletModel": "sparselet.tuner",
+    "SteerSettings": "sparselet.workflows.steering",
+    "SteeringVector": "sparselet.steering",
     "SyncPatches": "sparselet.serving.sync_patches",
     "TrainSettings": "sparselet.training.settings",
     "TuneSettings": "sparselet.workflows.tune",
@@ -136,7 +146,9 @@ _LAZY = {
     "core": "sparselet.workflows.cores",
     "evaluate": "sparselet.api.evaluation",
     "evaluate_routed": "sparselet.api.routing",
+    "evaluate_steering": "sparselet.api.steering",
     "export": "sparselet.api.exporting",
+    "fit_steering": "sparselet.api.steering",
     "freeze_masks": "sparselet.tuner",
     "graft": "sparselet.api.grafting",
     "group": "sparselet.workflows.cores",
@@ -159,6 +171,7 @@ _LAZY = {
     "serve": "sparselet.api.serving",
     "sparse_attention": "sparselet.attention",
     "split": "sparselet.api.merging",
+    "steered": "sparselet.steering",
     "study": "sparselet.api.studying",
     "to_adapter": "sparselet.tuner",
     "train": "sparselet.api.training",

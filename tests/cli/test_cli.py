@@ -38,6 +38,7 @@ from sparselet.cli.push import push_
 from sparselet.cli.search import search_
 from sparselet.cli.serve import serve_
 from sparselet.cli.split import split_
+from sparselet.cli.steer import steer_
 from sparselet.cli.study import study_
 from sparselet.cli.update import update_
 from sparselet.errors import TaskError
@@ -54,6 +55,7 @@ FUNCTIONS |= {
     "probe": probe_,
     "serve": serve_,
     "isolate": isolate_,
+    "steer": steer_,
 }
 FAST = ["--epochs", "2", "--batch-size", "2", "--learning-rate", "1e-2", "--score", "gm"]
 

@@ -17,6 +17,7 @@ from sparselet.io.atomic import write_text
 from sparselet.merging.engine.plan import ExpertSource
 from sparselet.models import PACKAGED, load_model, load_tokenizer
 from sparselet.result_table import ResultTable, ShownAsTable
+from sparselet.steering import SteeringVector, steered
 from sparselet.tasks.task import Task, load_task
 
 TITLES = {"rougeL": "Rouge-L", "exact_match": "exact match", "chrf": "chrF"}
@@ -89,6 +90,7 @@ def evaluate(
     columns: Mapping[str, str] | None = None,
     dtype: str = "float32",
     attention: str | AttentionPattern | None = None,
+    steer: SteeringVector | str | Path | None = None,
     progress: ProgressCallback | None = None,
 ) -> Evaluation:
     """Measure greedy answers of experts, each written into the base model for its turn, to rows of tasks.
@@ -103,18 +105,19 @@ def evaluate(
     settings: which rows, and how they are answered; by default as the experts were trained.
     metrics: names, `module:function`, or functions of answers and targets. columns: the names of `input` and `target` in rows.
     attention: a pattern of sparse attention, such as "quest" or "block:top=32" (`sparselet.attention`); dense by default.
-    progress: reports rows.
-    Raises ConfigError, TaskError, ModelError, ArgumentError, and what opening and applying an expert raise.
+    steer: a steering vector, added while the experts answer. progress: reports rows.
+    Raises ConfigError, TaskError, ModelError, ArgumentError, and what opening and applying an expert, and `steered`, raise.
     """
     settings = settings or EvalSettings()
     pattern = parse_pattern(attention) if isinstance(attention, str) else attention
     names = list(choose_metrics(metrics))  # refused before anything is loaded
+    vector = SteeringVector.load(steer) if isinstance(steer, str | Path) else steer
     sources = [] if experts is None else [experts] if isinstance(experts, str | Path | Mapping | Expert) else list(experts)
     model = model or (base_of(open_experts(sources)) if sources else None) or PACKAGED
     opened = [read_checked(expert) for expert in open_experts(sources, model)] if sources else []
     if settings.chat_template is None:
         settings = replace(settings, chat_template=chat_template_of(opened))
-    loaded_tasks = _load_tasks(tasks, settings.split, columns)
+    loaded_tasks = load_tasks(tasks, settings.split, columns)
     loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
     models: dict[str, Expert | None] = {}
     if include_base or (include_base is None and not opened):
@@ -123,7 +126,10 @@ def evaluate(
         models[_unused(name_of(source), models)] = expert
     row_count = sum(len(task.rows(settings.split, settings.rows)) for task in loaded_tasks)
     counter = StepCounter(len(models) * row_count, progress)
-    with sparse_attention(loaded, pattern) if pattern else contextlib.nullcontext() as counts:
+    with (
+        sparse_attention(loaded, pattern) if pattern else contextlib.nullcontext() as counts,
+        steered(loaded, vector) if vector is not None else contextlib.nullcontext(),
+    ):
         results = {
             name: tuple(evaluate_on_model(loaded, tokenizer, loaded_tasks, expert, settings, counter.advance, metrics))
             for name, expert in models.items()
@@ -131,9 +137,10 @@ def evaluate(
     return Evaluation(results, tuple(names), counts)
 
 
-def _load_tasks(
+def load_tasks(
     tasks: str | Path | Task | Sequence[str | Path | Task], split: str, columns: Mapping[str, str] | None
 ) -> list[Task]:
+    """The tasks by name, with one split. Raises TaskError."""
     sources = [tasks] if isinstance(tasks, str | Path | Task) else list(tasks)
     return [task if isinstance(task, Task) else load_task(str(task), (split,), columns) for task in sources]
 

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from transformers import PreTrainedModel
 
-from sparselet.adapter import AdapterFile
+from sparselet.adapter import AdapterFile, SparseAdapter
 from sparselet.api.opening import base_of, open_experts
 from sparselet.api.progress import ProgressCallback, StepCounter
 from sparselet.errors import ConfigError
@@ -21,6 +22,9 @@ from sparselet.io.paths import check_output
 from sparselet.merging.engine.plan import ExpertSource
 from sparselet.models import MODEL_DTYPES, load_model, load_tokenizer, local_path, lossless_dtype, model_directory, skeleton
 from sparselet.result_table import ResultTable, ShownAsTable
+from sparselet.steering import SteeringVector
+from sparselet.steering.bias import with_steering
+from sparselet.steering.vector import is_steering
 
 PATCH_LINE = "vLLM's load_checkpoint_weight_patches with sparselet.formats.weight_patch.read_patch({path!r})"
 PEFT_LINE = "peft.PeftModel.from_pretrained(base_model, {path!r})"
@@ -34,6 +38,7 @@ class ExportSettings:
     rank: int | None = None
     max_error: float = 0.01
     dtype: str = "float32"
+    steer: SteeringVector | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ def export(
     max_error: float = 0.01,
     dtype: str = "float32",
     without: Sequence[str] = (),
+    steer: SteeringVector | str | Path | None = None,
     progress: ProgressCallback | None = None,
 ) -> ExportResult:
     """Write an expert in a format that others read without sparselet, into the directory `out`.
@@ -99,13 +105,20 @@ def export(
         target that is accepted, lora only.
     dtype: of the checkpoint or patch: float32, bfloat16 or float16; the sum of base and change is rounded once.
     without: patterns of target names that are left out. progress: reports targets, lora only.
+    steer: a steering vector that a checkpoint is to hold in a bias (`steering.bias`); refused where it has none. A vector may
+        stand in the place of the expert too.
     Raises ConfigError, ExportError, OutputExists, WriteFailed, and what opening the expert and the base model raises.
     """
     if to not in FORMATS:
         raise ConfigError(f"to must be one of {', '.join(FORMATS)}, got {to!r}.")
+    if steer is None and is_steering(expert):
+        steer, expert = cast(str, expert), SparseAdapter({})
+    vector = SteeringVector.load(steer) if isinstance(steer, str | Path) else steer
+    if vector is not None and to != "checkpoint":
+        raise ConfigError(f"steer goes with format checkpoint, whose biases can hold a vector; format {to} has none.")
     check_output(out)
     opened = open_experts([expert], base, without)[0]
-    errors = FORMATS[to].write(opened, out, ExportSettings(base, rank, max_error, dtype), progress)
+    errors = FORMATS[to].write(opened, out, ExportSettings(base, rank, max_error, dtype, vector), progress)
     return ExportResult(Path(out), to, len(opened), opened.nnz, errors, tuple(opened.left_out))
 
 
@@ -149,6 +162,8 @@ def _write_checkpoint(
 ) -> Mapping[str, float]:
     base, model = _load_base(expert, settings, "checkpoint")
     dtype = MODEL_DTYPES[settings.dtype]
+    if settings.steer is not None:
+        expert = with_steering(model, expert, settings.steer)
     export_checkpoint(model, None, expert, out, keep_base=False, dtype=dtype, base=model_directory(base))
     return {}
 

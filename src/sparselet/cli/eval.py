@@ -29,6 +29,7 @@ def eval_(
     settings: Annotated[EvalSettings | None, Parameter(name="*")] = None,
     dtype: str = "float32",
     attention: str | None = None,
+    steer: Path | None = None,
     predictions: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -64,6 +65,8 @@ def eval_(
         Dtype of the model: float32, bfloat16 or float16.
     attention
         Sparse attention: window, block, vertical-slash, quest or snapkv, with settings as in block:top=32,block=16.
+    steer
+        A steering vector (`sparselet steer fit`) that is added while the models answer.
     predictions
         Write every answer to this file, as JSON lines.
     json
@@ -72,9 +75,9 @@ def eval_(
     quiet_libraries()
     columns = {"input": input_column, "target": target_column}
     if route is not None:
-        if adapter or base or predictions or attention:
+        if adapter or base or predictions or attention or steer:
             raise ConfigError(
-                "--route goes with none of --adapter, --base, --attention and --predictions; it measures one library."
+                "--route goes with none of --adapter, --base, --attention, --steer and --predictions; it measures one library."
             )
         with progress("answering") as callback:
             routed = evaluate_routed(
@@ -106,6 +109,7 @@ def eval_(
             columns=columns,
             dtype=dtype,
             attention=attention,
+            steer=steer,
             progress=callback,
         )
     if predictions is not None:

@@ -27,6 +27,7 @@ def export_(
     max_error: float = 0.01,
     dtype: str = "float32",
     without_: Annotated[list[str] | None, Parameter(name="--without", consume_multiple=True, negative="")] = None,
+    steer: Path | None = None,
     json: bool = False,
 ) -> None:
     """Write an adapter in a format that others read without sparselet.
@@ -57,6 +58,8 @@ def export_(
         Dtype of the checkpoint or patch: float32, bfloat16 or float16.
     without_
         Leave out the targets that match these patterns (*.lm_head); their names are shown.
+    steer
+        A steering vector that the checkpoint is to hold in a bias, where its architecture has one.
     json
         Print the result as JSON.
     """
@@ -72,6 +75,7 @@ def export_(
             max_error=max_error,
             dtype=dtype,
             without=without,
+            steer=steer,
             progress=callback,
         )
     if json:

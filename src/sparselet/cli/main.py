@@ -42,6 +42,7 @@ VERBS = {
     "locate": "Measure where an expert's change lies, and where two meet.",
     "graft": "Measure which part of an expert's change is enough.",
     "probe": "Measure how sparse a model's hidden states are.",
+    "steer": "Make answers shorter by a vector, and measure what it does.",
     "import": "Turn a LoRA, SHiRA or Super-Tuning adapter or a checkpoint into a sparse adapter.",
     "export": "Write an adapter for PEFT, for llama.cpp, or as a checkpoint.",
     "push": "Upload an adapter to the hub, with a model card.",

@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
+from weakref import WeakSet
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparselet.errors import ModelError, TaskError
@@ -18,6 +20,8 @@ from sparselet.io.printable import reason
 from sparselet.tasks.rows import Prompt
 
 logger = logging.getLogger("sparselet")
+
+WITHOUT_PREFIX: WeakSet[nn.Module] = WeakSet()  # models whose passes act on their last position: no prefix ends a pass
 
 BATCH_TOKENS = 16384  # 0.75 GB of keys and values of a model of 135M parameters in float32
 
@@ -55,7 +59,7 @@ def generate(
     padded = side == ("right" if form.encoder_decoder else "left")  # on the right a causal model has no place for an answer
     answer = partial(_generate_with_transformers, model, form)
     if padded and can_decode(model):
-        prefix = encode_prefix(model, shared_prefix(tokens))
+        prefix = encode_prefix(model, [] if model in WITHOUT_PREFIX else shared_prefix(tokens))
         answer = partial(decode, model, prefix, padding_token(form), form.ends)
     lengths = [len(prompt) + limit for prompt, limit in zip(tokens, limits, strict=True)]
     for limit, group in groupby(order, lambda i: limits[i]):

@@ -1,0 +1,137 @@
+"""`steered`: within a block a model's residual stream is moved; after it the model is as it was."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparselet.errors import ArgumentError, ModelError, ShapeMismatch
+from sparselet.fingerprint import fingerprint_weight, require_same_base
+from sparselet.generation.decode import can_decode
+from sparselet.generation.generate import WITHOUT_PREFIX
+from sparselet.generation.padding import padding_side
+from sparselet.steering.vector import SteeringVector
+
+POSITIONS = 16  # tokens of an answer that are compared
+
+
+class Steering:
+    """What is added in a block: `change`, [width], at the last position of every pass, or from position `start` on."""
+
+    def __init__(self, change: Tensor) -> None:
+        self.change = change
+        self.start: int | None = None
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        """A forward hook of a block, whose output is, or begins with, its hidden states [rows, tokens, width]."""
+        states = output[0] if isinstance(output, tuple) else output
+        moved = states.clone()
+        moved[:, -1 if self.start is None else self.start :] += self.change.to(states)
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+
+@contextlib.contextmanager
+def steered(model: PreTrainedModel, vector: SteeringVector | str | Path, strength: float | None = None) -> Iterator[Steering]:
+    """Within the block strength · v is added to the output of the vector's block, at the last position of every pass.
+
+        with sl.steered(model, "concise"):
+            model.generate(**prompt)
+
+    So a prompt is steered at its last token and an answer at each of its tokens, as in ASC (Azizi et al. 2025); prompts of a
+    batch must be padded on the left. Adapters of any kind work as without it; blocks may be nested, and their vectors add up.
+
+    strength: by default the vector's own; negative steers the other way. What is yielded can steer from a position on.
+    Raises ModelError (no decoder with a list of blocks), ArgumentError (the model has no such block), ShapeMismatch (another
+    width), WrongBase, and what reading a vector raises.
+    """
+    vector = vector if isinstance(vector, SteeringVector) else SteeringVector.load(vector)
+    block = block_of(model, vector)
+    if model.get_input_embeddings() is not None:
+        can_decode(model)  # both are found out by passes over the model, once, and are those of the model as it is
+        padding_side(model)
+    steering = Steering((vector.strength if strength is None else strength) * vector.values)
+    outer = model in WITHOUT_PREFIX
+    handle = block.register_forward_hook(steering)
+    WITHOUT_PREFIX.add(model)
+    try:
+        yield steering
+    finally:
+        handle.remove()
+        if not outer:
+            WITHOUT_PREFIX.discard(model)
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of a decoder, in order. Raises ModelError."""
+    count = model.config.get_text_config().num_hidden_layers if not model.config.is_encoder_decoder else None
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    if not lists:
+        raise ModelError(f"steering needs a decoder with one list of blocks; {type(model).__name__} is none.")
+    return lists[0]
+
+
+def block_of(model: PreTrainedModel, vector: SteeringVector) -> nn.Module:
+    """The block that a vector belongs to, if it fits the model. Raises what `steered` raises."""
+    blocks, embedding = blocks_of(model), embedding_of(model)
+    if not 0 <= vector.layer < len(blocks):
+        raise ArgumentError(f"layer must be a block of the model, 0 to {len(blocks) - 1}, got {vector.layer}.")
+    width = model.config.get_text_config().hidden_size
+    if vector.width != width:
+        raise ShapeMismatch(f"the steering vector has width {vector.width}, the model {width}.")
+    own = {"the input embedding": fingerprint_weight(embedding)}
+    require_same_base({"the input embedding": vector.fingerprint}, own, "steering vector and model")
+    return blocks[vector.layer]
+
+
+def embedding_of(model: PreTrainedModel) -> Tensor:
+    """The weight of the input embedding, by which a vector knows its base model: adapters of other layers leave it."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+@torch.no_grad()
+def block_outputs(model: PreTrainedModel, tokens: list[int]) -> Tensor:
+    """What each block writes at the last token, float32 [blocks, width]."""
+    with _written(model) as written:
+        model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
+    return torch.stack([states[0, -1].float().cpu() for states in written])
+
+
+@torch.enable_grad()
+def block_gradients(model: PreTrainedModel, tokens: list[int], start: int) -> Tensor:
+    """d/dv of the mean log p of the tokens after `start`, v added to a block's output from `start` on, float32 [blocks, width].
+
+    At most `POSITIONS` tokens after `start` are read.
+    """
+    tokens = tokens[: start + 1 + POSITIONS]
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
+    try:
+        with _written(model) as written:
+            logits = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits
+    finally:
+        handle.remove()
+    following = torch.tensor(tokens[start + 1 :], device=logits.device)
+    loss = logits[0, start:-1].float().log_softmax(-1).gather(1, following[:, None]).mean()
+    return torch.stack([g[0, start:].float().sum(0).cpu() for g in torch.autograd.grad(loss, written)])
+
+
+@contextlib.contextmanager
+def _written(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """The outputs [rows, tokens, width] of all blocks in a pass within the block."""
+    written: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        written.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [block.register_forward_hook(keep) for block in blocks_of(model)]
+    try:
+        yield written
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,236 @@
+"""From pairs of texts to a steering vector, and what it does to answers."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparselet.errors import ArgumentError, ConfigError, TaskError, prefix_errors
+from sparselet.evaluation import EvalResult, EvalSettings, evaluate
+from sparselet.evaluation.metrics import DEFAULT_METRICS, Metric
+from sparselet.fingerprint import fingerprint_weight
+from sparselet.generation.prompts import PromptFormat, longest_prompt, prompt_format, prompt_tokens, target_tokens
+from sparselet.setting_checks import check_at_least, check_settings
+from sparselet.steering import SteeringVector, steered
+from sparselet.steering.strength import Divergence, calibrate
+from sparselet.steering.switch import block_gradients, block_outputs, blocks_of, embedding_of
+from sparselet.tasks.row_files import read_file
+from sparselet.tasks.task import Task
+from sparselet.tuner.mask_state import seeded
+
+logger = logging.getLogger("sparselet")
+
+SIDES = ("concise", "verbose")
+CALIBRATION_ROWS = 16  # verbose answers that the strength is measured on
+CURVATURE_ROWS, SMALL_STEP = 4, 0.01  # those that layers are compared on, and at which strength
+
+Encoding = tuple[list[int], int]  # tokens, and the position from which the answer is predicted
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, or two texts where it is None."""
+
+    concise: str
+    verbose: str
+    prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class SteerSettings:
+    """How a vector is fitted. Raises ConfigError."""
+
+    layer: int | Literal["auto"] = "auto"
+    """Number of the block whose output is moved, from 0; auto takes the one that favours concise answers most at equal KL."""
+    kl: float = 0.1
+    """Bound of the KL divergence from the unsteered model, in nats a token, which sets the strength."""
+    max_length: int = 1024
+    """Tokens of a prompt and an answer; longer ones are cut from the left."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_at_least(self, 2, "max_length")
+        if not self.kl > 0:
+            raise ConfigError(f"kl must be above 0, got {self.kl}.")
+
+
+def read_pairs(file: str | Path) -> list[Pair]:
+    """Pairs from JSON lines, a JSON array or Parquet: fields concise and verbose, and prompt, which may be left out.
+
+    Raises TaskError, with file and line, for a row without one side, an empty side, and a file without rows.
+    """
+    pairs = []
+    for where, row in read_file(Path(file), lambda columns, _: tuple(n for n in (*SIDES, "prompt") if n in columns)):
+        with prefix_errors(where):
+            if not isinstance(row, dict):
+                raise TaskError(f"expected an object with {' and '.join(SIDES)}, got {row!r:.60}.")
+            for side in SIDES:
+                if not isinstance(row.get(side), str) or not row[side].strip():
+                    raise TaskError(f"{side} must be a text that is not empty, got {row.get(side)!r:.60}.")
+            if not isinstance(row.get("prompt"), str | None):
+                raise TaskError(f"prompt must be a text, or left out, got {row['prompt']!r:.60}.")
+            pairs.append(Pair(row["concise"], row["verbose"], row.get("prompt") or None))
+    if not pairs:
+        raise TaskError(f"{file} has no pairs.")
+    return pairs
+
+
+def fit_vector(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    settings: SteerSettings,
+    *,
+    chat_template: bool = True,
+    base: str | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> SteeringVector:
+    """v = mean over pairs of h(concise) − h(verbose), h the block's output at the last token; added, it makes answers concise.
+
+    Both sides hold the prompt once. ASC (Azizi et al. 2025) takes the same mean; its code subtracts what was extracted as
+    short − long, adds it one block from where it was read, and repeats the prompt in the long side. Its strengths are
+    chosen by hand; here the strength is that of a KL bound (`calibrate`), over the first tokens of verbose answers.
+
+    `layer` auto: the block with the largest `favour`. base: recorded. progress: called with 1 after each pair.
+    Raises ArgumentError (a layer that there is not), ConfigError, ModelError, TaskError.
+    """
+    if not pairs:
+        raise TaskError("pairs is empty; give at least one.")
+    blocks = len(blocks_of(model))
+    if settings.layer != "auto" and not 0 <= settings.layer < blocks:
+        raise ArgumentError(f"layer must be a block of the model, 0 to {blocks - 1}, or auto; got {settings.layer}.")
+    if settings.layer == "auto" and len(pairs) < 2:
+        raise ConfigError("layer auto compares pairs with one another; give two pairs or more, or a number.")
+    form = prompt_format(model, tokenizer, chat_template)
+    encoded = []
+    for number, pair in enumerate(pairs, 1):
+        with prefix_errors(f"pair {number}"):
+            encoded.append([_encode(form, pair.prompt, answer, settings.max_length) for answer in (pair.concise, pair.verbose)])
+    was_training = model.training
+    model.eval()
+    try:
+        stacked = _differences(model, encoded, progress)
+        favour = None if isinstance(settings.layer, int) else favours(model, encoded, stacked, form.end)
+        layer = int(settings.layer if favour is None else favour.argmax())
+        values = stacked[:, layer].double().mean(0).float()
+        if not values.any():
+            raise ConfigError(f"the two sides of the pairs do not differ at layer {layer}; take other pairs.")
+        vector = SteeringVector(values, layer, 1.0, base, fingerprint_weight(embedding_of(model)))
+        if favour is not None and not favour[layer] > 0:
+            logger.warning("at no layer does the vector favour concise answers; look at the pairs (docs/steering.md).")
+        logger.info("layer %d: measuring the strength.", layer)
+        rows = [verbose for _, verbose in encoded[:CALIBRATION_ROWS]]
+        strength = calibrate(Divergence(model, vector, rows), settings.kl)
+    finally:
+        model.train(was_training)
+    record = {
+        "pairs": len(pairs),
+        "kl_bound": settings.kl,
+        "norm": float(values.norm()),
+        "favour": None if favour is None else favour.tolist(),
+        "chat_template": form.template,
+        **{name: value for name, value in vars(strength).items() if name != "strength"},
+    }
+    return replace(vector, strength=strength.strength, record=record)
+
+
+def _differences(
+    model: PreTrainedModel, encoded: Sequence[Sequence[Encoding]], progress: Callable[[float], None] | None
+) -> Tensor:
+    """h(concise) − h(verbose) of each pair, float32 [pairs, blocks, width]."""
+    differences = []
+    for sides in encoded:
+        concise, verbose = (block_outputs(model, tokens) for tokens, _ in sides)
+        differences.append(concise - verbose)
+        if progress is not None:
+            progress(1)
+    return torch.stack(differences)
+
+
+def favours(model: PreTrainedModel, encoded: Sequence[Sequence[Encoding]], differences: Tensor, end: int | None) -> Tensor:
+    """How much each block's vector favours concise answers at equal KL, to first order: s/√c, float64 [blocks].
+
+    s: the mean over pairs of d/dγ of log p(concise) − log p(verbose), each a mean over its first tokens and the end token,
+    along the mean of the other pairs' differences. c: of KL ≈ ½γ²c at γ = 0.01 over some verbose answers.
+    differences: [pairs, blocks, width]. end: the token that ends answers, so that ending soon counts.
+    """
+    ending = [] if end is None else [end]
+    logger.info("choosing the layer by %d pairs.", len(encoded))
+    wide = differences.double()
+    others = (wide.sum(0, keepdim=True) - wide) / (len(wide) - 1)
+    slopes = torch.zeros(wide.shape[1], dtype=torch.float64)
+    for other, (concise, verbose) in zip(others, encoded, strict=True):
+        towards, away = (block_gradients(model, [*tokens, *ending], start) for tokens, start in (concise, verbose))
+        slopes += ((towards - away).double() * other).sum(-1) / len(wide)
+    mean, rows = wide.mean(0).float(), [verbose for _, verbose in encoded[:CURVATURE_ROWS]]
+    divergence = Divergence(model, SteeringVector(mean[0], 0, 1.0), rows)
+    curvatures = []
+    for layer, values in enumerate(mean):
+        divergence.vector = SteeringVector(values, layer, 1.0)
+        curvatures.append(2 * divergence(SMALL_STEP) / SMALL_STEP**2)
+    return slopes / torch.tensor(curvatures, dtype=torch.float64).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+
+def _encode(form: PromptFormat, prompt: str | None, answer: str, max_length: int) -> Encoding:
+    """Tokens of prompt and answer without an end token, and the position from which the answer is predicted."""
+    if prompt is None:
+        tokens = prompt_tokens(replace(form, template=False), answer)[-longest_prompt(form, max_length, 0) :]
+        if len(tokens) < 2:
+            raise TaskError("a side has one token only; give at least two, or a prompt.")
+        return tokens, 0
+    target = target_tokens(form, answer)[:-1]
+    room = longest_prompt(form, max_length - len(target), len(target))
+    if room < 1 or not target:
+        raise TaskError(
+            f"the answer has {len(target)} tokens, of at most {max_length} with its prompt; give a larger `max_length`."
+        )
+    before = prompt_tokens(form, prompt)[-room:]
+    return [*before, *target], len(before) - 1
+
+
+@dataclass(frozen=True)
+class SteeredScore:
+    """Answers of one arm: none, steered, reversed or random. tokens: their mean length. strength: the factor on the vector."""
+
+    arm: str
+    strength: float
+    tokens: float
+    results: tuple[EvalResult, ...]
+
+    def mean(self, metric: str) -> float:
+        """The mean of a metric over the tasks."""
+        return sum(result.scores[metric] for result in self.results) / len(self.results)
+
+
+def steered_scores(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    vector: SteeringVector,
+    tasks: Sequence[Task],
+    settings: EvalSettings,
+    *,
+    metrics: Sequence[str | Metric] = DEFAULT_METRICS,
+    draws: int = 1,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> list[SteeredScore]:
+    """Answers without the vector, with it, with its opposite, and with `draws` random vectors of its length, which show what
+    any vector would do. Raises what `steered` and `evaluate` raise."""
+    norm, arms = float(vector.values.norm()), [("none", vector, 0.0)]
+    arms += [("steered", vector, vector.strength), ("reversed", vector, -vector.strength)]
+    for draw in range(draws):
+        drawn = torch.randn(vector.width, generator=seeded(seed, "steering", draw))
+        arms.append(("random", replace(vector, values=drawn * (norm / float(drawn.norm()))), vector.strength))
+    scores = []
+    for arm, chosen, strength in arms:
+        with steered(model, chosen, strength):
+            results = evaluate(model, tokenizer, tasks, None, settings, progress, metrics)
+        answers = [answer for result in results for _, answer in result.predictions]
+        lengths = [len(cast(list[int], tokenizer(answer, add_special_tokens=False)["input_ids"])) for answer in answers]
+        scores.append(SteeredScore(arm, strength, sum(lengths) / max(1, len(lengths)), tuple(results)))
+    return scores
