@@ -10,7 +10,7 @@ from sparselet.errors import ArgumentError
 from sparselet.fingerprint import Fingerprint
 
 RANK = 32  # of stored moments
-_EXACT = 2048  # the widest matrix that is decomposed in full
+_EXACT = 512  # the widest matrix that is decomposed in full
 _ITERATIONS = 12
 _OVERSAMPLING = 16
 
@@ -98,7 +98,7 @@ def low_rank_plus_diagonal(matrix: Tensor, rank: int | None) -> SecondMoment:
     """C as its `rank` largest eigenpairs and the diagonal of the rest, so that the diagonal of C is kept exactly.
 
     matrix: C, symmetric, without negative eigenvalues, float32 or float64 [d, d]. rank: all eigenpairs where it is None. Above
-    d = 2048 a smaller rank is computed by subspace iteration (Halko et al. 2011, algorithm 4.4) from a fixed start.
+    d = 512 a smaller rank is computed by subspace iteration (Halko et al. 2011, algorithm 4.4) from a fixed start.
     Raises ArgumentError for a rank below 1.
     """
     if rank is not None and rank < 1:
