@@ -9,6 +9,7 @@ from helpers.made_experts import contents
 from helpers.tiny import make_adapter, make_model, save_base, save_task
 
 import sparselet as sl
+from sparselet.api.merging import weight_text
 from sparselet.apply import apply_temporarily
 from sparselet.errors import ArgumentError, ConfigError, OutputExists, UnknownMethod
 from sparselet.merging import read_recipe
@@ -155,6 +156,12 @@ def test_a_search_finds_a_merge_and_writes_it(experts, base_dir, task_dir, tmp_p
     assert len(json.loads((tmp_path / "best" / "search.json").read_text())["trials"]) == 2
     with pytest.raises(ConfigError, match="set `validation`"):
         sl.search(experts, [])
+
+
+def test_a_weight_of_many_patterns_is_told_by_their_range():
+    assert weight_text({f"layers.{i}.*": 0.5 + i for i in range(6)}) == "6 patterns, 0.5 to 5.5"
+    assert weight_text({"*": 0.5, "*.v": 2.0}) == "{'*': 0.5, '*.v': 2.0}"
+    assert weight_text(0.25) == "0.25"
 
 
 def test_an_evaluation_takes_model_and_prompts_from_the_experts(expert, experts, base_dir, task_dir, tmp_path):

@@ -200,6 +200,7 @@ def test_on_the_command_line_the_recipe_runs_again(cli, refused, experts, task_d
     code, out, err = cli("merge", *experts, *flags, "--validation-rows", 3, "--out", tmp_path / "x")
     assert code == 0, err
     assert "tuned" in out
+    assert "Weights by layer: see the recipe." in out
     losses = json.loads((tmp_path / "x" / "tune.json").read_text())
     assert set(losses["before"]) == {"backwards", "other"}
     assert sum(losses["after"].values()) < sum(losses["before"].values())

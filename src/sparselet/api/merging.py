@@ -30,6 +30,7 @@ from sparselet.merging.methods import complete_parameters
 from sparselet.result_table import ResultTable, ShownAsTable
 
 RECIPE_FILE = "recipe.toml"
+SHOWN_PATTERNS = 4  # of a weight, in a table
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,9 @@ def experts_table(merged: AdapterFile) -> ResultTable:
 
 
 def weight_text(weight: object) -> str:
-    """A weight as text: a number without trailing zeros, or its patterns."""
+    """A weight as text: a number without trailing zeros, its patterns, or of many how many and their range."""
+    if isinstance(weight, Mapping) and len(weight) > SHOWN_PATTERNS:
+        return f"{len(weight)} patterns, {min(weight.values()):g} to {max(weight.values()):g}"
     return f"{weight:g}" if isinstance(weight, float) else str(weight)
 
 

@@ -135,7 +135,9 @@ def _show_report(report: AutoReport | TuneReport, json: bool) -> None:
     """Print what was tried or tuned, and the merge that was written."""
     assert report.merge is not None
     if isinstance(report, TuneReport):
-        described, line = {"tune": report.result.as_json()}, "One weight for each expert and layer: see the recipe."
+        fell = report.result.after != report.result.before
+        described = {"tune": report.result.as_json()}
+        line = "Weights by layer: see the recipe." if fell else "The loss did not fall, so the weights stay as they were."
     else:
         best, trials = report.result.best, report.result.trials
         number = trials.index(best) + 1
