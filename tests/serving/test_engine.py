@@ -105,7 +105,7 @@ def test_every_answer_is_its_experts_alone(engine, dtype, limits):
     assert [answer(each) for each in answers] == expected
     assert len({tuple(each) for each in expected}) > 30  # the experts differ
     running.stop()
-    assert running.counts.swaps >= len(served)
+    assert running.counts.swaps + running.counts.mixed_steps >= len(served) - 1
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 

@@ -1,6 +1,7 @@
 """The registry: names, changes that survive a restart, and files that are refused."""
 
 import shutil
+import threading
 from functools import partial
 
 import pytest
@@ -65,6 +66,52 @@ def test_changes_survive_a_restart(registry, library):
     again.load("two", "two")
     again.unload("mix")
     assert names(registry()) == ["three", "two", "uno"]
+
+
+def digests(registry):
+    return {name: registration.expert.digest for name, registration in registry.registrations().items()}
+
+
+def test_servers_that_share_a_state_follow_each_other(registry, library):
+    first, second = registry(), registry()
+    first.rename("one", "uno")
+    second.rename("two", "dos")  # begins with what the first has written
+    assert names(second) == ["dos", "uno"]
+    first.follow()
+    assert digests(first) == digests(second)
+    merged = serve_expert(merge([first["uno"].adapter]), lambda expert: None)
+    second.save("mix", merged)
+    make_adapter(MODEL, seed=8).save(library / "newer")
+    second.load("dos", "newer")
+    first.unload("uno")
+    second.follow()
+    first.follow()
+    assert names(first) == ["dos", "mix"]
+    assert digests(first) == digests(second)
+    shutil.rmtree(library / "newer")
+    make_adapter(MODEL, seed=9).save(library / "newer")
+    before = first["dos"]
+    first.load("dos", "newer")  # the same path with another content
+    second.follow()
+    assert second["dos"].digest == first["dos"].digest != before.digest
+    with pytest.raises(RequestRefused, match="already"):
+        second.rename("mix", "dos")
+
+
+def test_changes_of_many_servers_at_once_are_all_kept(registry):
+    servers = [registry() for _ in range(4)]
+    merged = serve_expert(merge([servers[0]["one"].adapter]), lambda expert: None)
+
+    def save(number):
+        for i in range(5):
+            servers[number].save(f"mix-{number}-{i}", merged)
+
+    threads = [threading.Thread(target=save, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(names(registry())) == 2 + 20
 
 
 def test_a_broken_file_is_refused_and_the_previous_expert_stays(registry, library):

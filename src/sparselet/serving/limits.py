@@ -21,6 +21,8 @@ class ServingLimits:
     """Memory for experts that were merged for a request."""
     max_wait: float = 0.5
     """Seconds that an expert's requests wait before the engine leaves another expert for them."""
+    mixed: bool = True
+    """Answer several experts in one batch where that is measured to be cheaper than swapping them; float32 only."""
     max_body_bytes: int = 2**20
     """Longest body of a request."""
 

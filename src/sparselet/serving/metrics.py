@@ -55,6 +55,7 @@ class _EngineMetrics(Collector):
             ("swaps", "Experts written into the weights.", engine.counts.swaps),
             ("swap_seconds", "Time of all swaps.", engine.counts.swap_seconds),
             ("steps", "Steps of decoding.", engine.counts.steps),
+            ("mixed_steps", "Of these, steps of several experts in one batch.", engine.counts.mixed_steps),
             ("merge_cache_hits", "Requests whose merge was kept.", merges.hits),
             ("merge_cache_misses", "Merges that were computed.", merges.misses),
         ):

@@ -1,10 +1,12 @@
 """`ExpertRegistry`: the experts that requests may name, and the state file by which a restarted server has the same ones."""
 
+import contextlib
+import fcntl
 import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +35,22 @@ class Registration:
     profile: Profile | None = None
 
 
+@dataclass(frozen=True)
+class _State:
+    """A state file. unloaded: directories that were unloaded. digests: of experts by name, where they were known."""
+
+    paths: dict[str, Path]
+    unloaded: set[Path]
+    digests: dict[str, str]
+
+
 class ExpertRegistry:
     """Experts by name.
 
     open_expert: opens a directory. fits: the check against the base model. base: the base model itself, served as `base`.
     directories: each an expert, or a directory of experts, which are served by the names of their directories.
-    state: a directory of the registry's own; `serving.json` in it records every change, `merged/` holds saved merges.
+    state: a directory; `serving.json` in it records every change, `merged/` holds saved merges. Several servers of the same
+        directories may share it: each begins a change with what the file has, and takes over the others' by `follow`.
 
     An expert that cannot be read at the start is reported and left out; the others are served. Raises ConfigError for a
     directory that does not exist, two experts of one name, and a name that cannot be served.
@@ -60,18 +72,16 @@ class ExpertRegistry:
         self._roots = [Path(os.path.realpath(directory)) for directory in (*directories, state / MERGED_DIRECTORY)]
         self._registrations: dict[str, Registration] = {}
         self.refused: dict[str, SparseletError] = {}
-        self._paths, self._unloaded = self._read_state()  # of all names, also of those that could not be read
+        self._written = self._state_signature()
+        recorded = self._read_state()
+        self._paths, self._unloaded = recorded.paths, recorded.unloaded  # of all names, also of those that could not be read
         for directory in directories:
             for path in _experts_in(directory):
                 if path not in self._unloaded and path not in self._paths.values():
                     self._refuse_twice(path)
                     self._paths[path.name] = path
         for name, path in self._paths.items():
-            try:
-                self._registrations[name] = self._read(path)
-            except SparseletError as error:
-                self.refused[name] = error
-                logger.warning("%s is not served: %s", name, printable(error))
+            self._try_read(name, path)
 
     def __getitem__(self, name: str) -> ServedExpert:
         """The expert of this name, or the base model. Raises UnknownExpert."""
@@ -98,10 +108,8 @@ class ExpertRegistry:
         """
         self._check_name(name)
         registration = self._read(self._inside(path))
-        with self._lock:
-            self._set({**self._paths, name: registration.path})
-            self._registrations[name] = registration
-            self.refused.pop(name, None)
+        with self._changing():
+            self._set({**self._paths, name: registration.path}, {name: registration})
         return registration
 
     def save(self, name: str, expert: ServedExpert) -> Registration:
@@ -113,33 +121,77 @@ class ExpertRegistry:
         assert expert.adapter is not None
         path = Path(os.path.realpath(self.state / MERGED_DIRECTORY / expert.digest))
         registration = Registration(expert, path)
-        with self._lock:
+        with self._changing():
             self._require_free(name)
             if not path.exists():
                 expert.adapter.save(path)
-            self._set({**self._paths, name: path})
-            self._registrations[name] = registration
+            self._set({**self._paths, name: path}, {name: registration})
         return registration
 
     def unload(self, name: str) -> None:
         """Serve this name no longer; requests that have begun are answered. Raises UnknownExpert."""
-        with self._lock:
+        with self._changing():
             self._require(name)
             self._set({key: path for key, path in self._paths.items() if key != name})
-            self._registrations.pop(name, None)
-            self.refused.pop(name, None)
 
     def rename(self, name: str, new: str) -> None:
         """Serve an expert under another name. Raises UnknownExpert, RequestRefused."""
         self._check_name(new)
-        with self._lock:
+        with self._changing():
             self._require(name)
             self._require_free(new)
-            self._set({new if key == name else key: path for key, path in self._paths.items()})
-            if name in self._registrations:
-                self._registrations[new] = self._registrations.pop(name)
-            if name in self.refused:
-                self.refused[new] = self.refused.pop(name)
+            registration, error = self._registrations.get(name), self.refused.get(name)
+            self._set(
+                {new if key == name else key: path for key, path in self._paths.items()},
+                {} if registration is None else {new: registration},
+            )
+            if error is not None:
+                self.refused[new] = error
+
+    def follow(self) -> None:
+        """Take over what other servers with the same `state` have changed. Raises BadConfig."""
+        if self._state_signature() != self._written:
+            with self._lock:
+                self._follow()
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Within the block no other thread or server changes the names, which are those that the state file has now."""
+        self.state.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            directory = os.open(self.state, os.O_RDONLY)
+            try:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(directory, fcntl.LOCK_EX)
+                self._follow()
+                yield
+            finally:
+                os.close(directory)
+
+    def _follow(self) -> None:
+        written = self._state_signature()
+        if written == self._written:
+            return
+        recorded = self._read_state()
+        own = {name: path for name, path in self._paths.items() if path not in recorded.unloaded | {*recorded.paths.values()}}
+        paths = {**own, **recorded.paths}
+        for name in self._paths.keys() - paths.keys():
+            self._registrations.pop(name, None)
+            self.refused.pop(name, None)
+        for name, path in paths.items():
+            served = self._registrations.get(name)
+            if served is None or served.path != path or recorded.digests.get(name) not in (None, served.expert.digest):
+                self._try_read(name, path)
+        self._paths, self._unloaded, self._written = paths, recorded.unloaded, written
+
+    def _try_read(self, name: str, path: Path) -> None:
+        """Serve a directory under a name; what cannot be read is reported, and leaves what has the name."""
+        try:
+            self._registrations[name] = self._read(path)
+            self.refused.pop(name, None)
+        except SparseletError as error:
+            self.refused[name] = error
+            logger.warning("%s is not served: %s", name, printable(error))
 
     def _read(self, path: Path) -> Registration:
         opened = self._open(path)
@@ -147,28 +199,46 @@ class ExpertRegistry:
         same = [r.expert for r in self._registrations.copy().values() if r.expert.digest == expert.digest]
         return Registration(same[0] if same else expert, path, profile)
 
-    def _set(self, paths: dict[str, Path]) -> None:
-        """Record the names and paths, and the paths that have no name any more, on the disk first."""
+    def _set(self, paths: dict[str, Path], registrations: Mapping[str, Registration] | None = None) -> None:
+        """Record the names and paths, and the paths that have no name any more, on the disk first. registrations: new ones."""
+        changed = registrations or {}
+        served = {name: r for name, r in {**self._registrations, **changed}.items() if name in paths}
         unloaded = (self._unloaded | {*self._paths.values()}) - {*paths.values()}
         experts = {name: str(path) for name, path in paths.items()}
-        content = {"version": STATE_VERSION, "experts": experts, "unloaded": sorted(map(str, unloaded))}
+        content = {
+            "version": STATE_VERSION,
+            "experts": experts,
+            "digests": {name: registration.expert.digest for name, registration in served.items()},
+            "unloaded": sorted(map(str, unloaded)),
+        }
         write_json(self.state / STATE_FILE, content)
-        self._paths, self._unloaded = paths, unloaded
+        self._paths, self._unloaded, self._written = paths, unloaded, self._state_signature()
+        self._registrations = served
+        self.refused = {name: error for name, error in self.refused.items() if name in paths and name not in changed}
 
-    def _read_state(self) -> tuple[dict[str, Path], set[Path]]:
-        """Names with paths, and paths that were unloaded. Raises BadConfig."""
+    def _state_signature(self) -> tuple[int, ...]:
+        """Changes whenever the state file is written."""
+        try:
+            status = (self.state / STATE_FILE).stat()
+        except FileNotFoundError:
+            return ()
+        return status.st_mtime_ns, status.st_ino, status.st_size
+
+    def _read_state(self) -> "_State":
+        """What the state file records. Raises BadConfig."""
         file = self.state / STATE_FILE
         if not file.exists():
-            return {}, set()
+            return _State({}, set(), {})
         content = read_object(file)
-        experts, unloaded = content.get("experts"), content.get("unloaded")
+        experts, unloaded, digests = content.get("experts"), content.get("unloaded"), content.get("digests")
         if content.get("version") != STATE_VERSION or not isinstance(experts, dict) or not isinstance(unloaded, list):
             raise BadConfig(f"{file} is no registry of version {STATE_VERSION}; remove it to begin with the directories alone.")
         paths = {name: Path(str(path)) for name, path in experts.items() if _NAME.fullmatch(name)}
         outside = [name for name, path in paths.items() if not self._is_inside(path)]
         for name in outside:
             logger.warning("%s is not served: %s is in none of the served directories now.", name, printable(paths[name]))
-        return {name: path for name, path in paths.items() if name not in outside}, {Path(str(path)) for path in unloaded}
+        kept = {name: path for name, path in paths.items() if name not in outside}
+        return _State(kept, {Path(str(path)) for path in unloaded}, digests if isinstance(digests, dict) else {})
 
     def _inside(self, path: str) -> Path:
         """The real path of a directory in the served ones. Raises UnsafePath."""

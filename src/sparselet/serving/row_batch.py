@@ -1,9 +1,10 @@
-"""`RowBatch`: the rows of one expert that are decoded together; rows join at any step and leave when they end.
+"""`RowBatch`: rows of one expert, or of several, that are decoded together; rows join at any step and leave when they end.
 
 The project's own decoding, as `sparselet.generation.decode`, and not transformers' `generate_batch`: that keeps blocks of keys
 and values of all requests in one manager, which outlives a change of the weights.
 """
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,19 +17,28 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from sparselet.generation.decode import PreallocatedCacheLayer
 from sparselet.generation.padding import forward_parameters, pad_batch, position_ids, without_router_loss
 from sparselet.serving.answer import Answer, choose_tokens
+from sparselet.serving.mixed_products import MixedProducts
 from sparselet.serving.request import GenerationRequest
+from sparselet.serving.served_expert import ServedExpert
 
 SPARE_COLUMNS = 128  # tokens that a cache has room for beyond its longest row, before it is copied
 
 
 class RowBatch:
-    """Rows that read one set of weights, aligned at their last tokens. These weights computed all keys and values in it.
+    """Rows aligned at their last tokens. All keys and values of a row were computed with its own expert.
 
-    model: a decoder for which `can_decode` holds. pad_token: for padding, masked everywhere.
+    model: a decoder for which `can_decode` holds; while rows are decoded it has their expert in its weights, or with `products`
+        the base weights, to which these add each row's expert. pad_token: for padding, masked everywhere.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pad_token: int) -> None:
-        self.model, self.tokenizer, self.pad_token = model, tokenizer, pad_token
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pad_token: int,
+        products: MixedProducts | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.pad_token, self.products = model, tokenizer, pad_token, products
         self.forward: Any = partial(model, use_cache=True, logits_to_keep=1, **without_router_loss(forward_parameters(model)))
         self.answers: list[Answer] = []
         self.layers: list[PreallocatedCacheLayer] = []
@@ -44,7 +54,8 @@ class RowBatch:
         tokens, mask = (t.to(self.model.device) for t in pad_batch([r.prompt for r in requests], self.pad_token, left=True))
         layers = [PreallocatedCacheLayer(mask.shape[1]) for _ in DynamicCache(config=self.model.config).layers]
         cache = Cache(layers=[*layers])
-        output = self.forward(input_ids=tokens, attention_mask=mask, position_ids=position_ids(mask), past_key_values=cache)
+        with self._adding(answers):
+            output = self.forward(input_ids=tokens, attention_mask=mask, position_ids=position_ids(mask), past_key_values=cache)
         chosen = choose_tokens(output.logits[:, -1], answers)
         unfinished = [row for row, (a, token) in enumerate(zip(answers, chosen, strict=True)) if not a.take(token)]
         if unfinished:
@@ -60,7 +71,8 @@ class RowBatch:
         positions = torch.tensor([[answer.length] for answer in self.answers], device=self.model.device)
         self.mask = torch.cat([self.mask, self.mask.new_ones(count, 1)], dim=1)
         cache = Cache(layers=[*self.layers])
-        output = self.forward(input_ids=tokens, attention_mask=self.mask, position_ids=positions, past_key_values=cache)
+        with self._adding(self.answers):
+            output = self.forward(input_ids=tokens, attention_mask=self.mask, position_ids=positions, past_key_values=cache)
         chosen = choose_tokens(output.logits[:, -1], self.answers)
         unfinished = [row for row, (a, token) in enumerate(zip(self.answers, chosen, strict=True)) if not a.take(token)]
         if len(unfinished) < count:
@@ -73,6 +85,18 @@ class RowBatch:
         if cancelled:
             self._keep([row for row, answer in enumerate(self.answers) if not answer.request.cancelled])
         return cancelled
+
+    @torch.inference_mode()
+    def take_over(self, other: "RowBatch", expert: ServedExpert | None = None) -> None:
+        """Add the rows of another batch, or those of one expert in it."""
+        rows = [i for i, a in enumerate(other.answers) if expert is None or a.request.expert.digest == expert.digest]
+        if rows:
+            self._append([other.answers[row] for row in rows], other.layers, other.mask, rows)
+
+    def _adding(self, answers: Sequence[Answer]) -> contextlib.AbstractContextManager[None]:
+        if self.products is None:
+            return contextlib.nullcontext()
+        return self.products.adding([answer.request.expert for answer in answers])
 
     def _keep(self, rows: list[int]) -> None:
         """Remove all rows but these, and the columns that none of them uses."""

@@ -29,7 +29,7 @@ class ExpertGroup:
 
 
 class Scheduler:
-    """Groups requests by the content of their experts, and chooses a group whenever the engine asks.
+    """Groups requests by the content of their experts, and chooses a group whenever the engine asks for one.
 
     The engine stays with a group while it has work. It leaves a group that has had its slice (`SWAPS_IN_SLICE`) once another
     has waited longer than `limits.max_wait`; of several the one that has waited longest is next. So with N groups that all have
@@ -56,11 +56,14 @@ class Scheduler:
         group.waiting.append(request)
         self.waiting += 1
 
+    def able(self) -> list[ExpertGroup]:
+        """The groups that have requests which have begun, or may begin."""
+        self.groups = {digest: group for digest, group in self.groups.items() if group.waiting or group.running}
+        return [group for group in self.groups.values() if group.running or self._fits(group)]
+
     def choose(self, swap_seconds: float) -> ExpertGroup | None:
         """The group to compute now, None without work. swap_seconds: what a swap takes, as measured."""
-        self.groups = {digest: group for digest, group in self.groups.items() if group.waiting or group.running}
-        now = self.clock()
-        able = [group for group in self.groups.values() if group.running or self._fits(group)]
+        able, now = self.able(), self.clock()
         if self.active not in able:
             self.active = None
         others = [group for group in able if group is not self.active]
@@ -86,12 +89,26 @@ class Scheduler:
         while group.waiting and len(group.running) < self.limits.max_rows and self._fits(group):
             if min(blocked, default=now) < group.waiting[0].arrived:
                 break
-            request = group.waiting.popleft()
-            self.waiting -= 1
-            group.running.add(request)
-            self.cache_tokens += request.cache_tokens
-            admitted.append(request)
+            admitted.append(self._begin(group))
         return admitted
+
+    def admit_oldest(self) -> list[GenerationRequest]:
+        """The waiting requests of all groups that begin now in one batch, the oldest first, as far as rows and cache allow."""
+        admitted: list[GenerationRequest] = []
+        rows = sum(len(group.running) for group in self.groups.values())
+        while rows + len(admitted) < self.limits.max_rows:
+            waiting = [group for group in self.groups.values() if group.waiting]
+            oldest = min(waiting, key=lambda group: group.waiting[0].arrived, default=None)
+            if oldest is None or not self._fits(oldest):
+                break
+            admitted.append(self._begin(oldest))
+        return admitted
+
+    def leave_all(self) -> None:
+        """The engine has answered all groups together, and is with none of them now."""
+        self.active = None
+        for group in self.groups.values():
+            group.left = self.clock()
 
     def finish(self, group: ExpertGroup, request: GenerationRequest) -> None:
         """A request of the group has ended."""
@@ -104,6 +121,13 @@ class Scheduler:
             kept = deque(request for request in group.waiting if not request.cancelled)
             self.waiting -= len(group.waiting) - len(kept)
             group.waiting = kept
+
+    def _begin(self, group: ExpertGroup) -> GenerationRequest:
+        request = group.waiting.popleft()
+        self.waiting -= 1
+        group.running.add(request)
+        self.cache_tokens += request.cache_tokens
+        return request
 
     def _fits(self, group: ExpertGroup) -> bool:
         return bool(group.waiting) and self._has_room(group.waiting[0])

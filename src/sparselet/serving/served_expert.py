@@ -1,5 +1,6 @@
 """`ServedExpert`: weights that requests name, in memory, identified by their content."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -34,6 +35,11 @@ class ServedExpert:
         """Memory of its indices and values."""
         deltas = self.adapter.values() if self.adapter is not None else ()
         return sum(tensor.numel() * tensor.element_size() for d in deltas for tensor in (d.indices, d.values))
+
+    @functools.cached_property
+    def nnz(self) -> int:
+        """Selected entries of all targets."""
+        return 0 if self.adapter is None else self.adapter.nnz
 
     @property
     def metadata(self) -> AdapterMetadata:

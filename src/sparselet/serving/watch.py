@@ -49,6 +49,7 @@ class DirectoryWatcher:
 
     def look(self, registry: ExpertRegistry) -> None:
         """Compare the directory with the last two looks, and change the registry accordingly."""
+        registry.follow()
         experts = self._experts()
         for name, path in registry.paths().items():
             if path.parent == self.directory and path not in experts and path not in self._last:
