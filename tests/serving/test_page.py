@@ -179,7 +179,7 @@ def test_a_person_chooses_looks_merges_asks_and_saves(start, browser, tmp_path):
         assert text == expected.choices[0].message.content
         assert expected.system_fingerprint[:8] in why
     assert visitor.evaluate("document.querySelectorAll('.answer mark').length") > 0
-    assert "ms each" in visitor.text("#swaps")
+    assert "hange" in visitor.text("#swaps")
     visitor.see("merge")
     visitor.type("merge-name", "mine")
     visitor.click("#save")

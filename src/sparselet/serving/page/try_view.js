@@ -139,19 +139,24 @@ function inCommon(first, second) {
   return places;
 }
 
-/** The engine's swaps so far, and their seconds; null where the server does not say. */
+/** The engine's swaps so far, their seconds, and its mixed steps; null where the server does not say. */
 async function swaps() {
   const response = await request("/metrics").catch(() => null);
   if (!response?.ok) return null;
   const text = await response.text();
   const value = name => Number(text.match(new RegExp(`^${name} (\\S+)$`, "m"))?.[1]);
-  return { count: value("sparselet_swaps_total"), seconds: value("sparselet_swap_seconds_total") };
+  return { count: value("sparselet_swaps_total"), seconds: value("sparselet_swap_seconds_total"),
+    mixed: value("sparselet_mixed_steps_total") };
 }
 
 function showSwaps(before, after) {
   if (!before || !after) return;
   const count = after.count - before.count;
   const each = count && 1000 * (after.seconds - before.seconds) / count;
-  byId("swaps").textContent = count ? `The engine changed experts ${count} times, ${each.toFixed(1)} ms each.` : "No change of experts was needed.";
-  byId("swaps").append(" Marked: what the first answer does not have.");
+  const mixed = after.mixed - before.mixed;
+  byId("swaps").textContent = [
+    count ? `The engine changed experts ${count} time${count === 1 ? "" : "s"}, ${each.toFixed(1)} ms each.` : "No change of experts was needed.",
+    mixed ? `${mixed} steps were of several experts in one batch.` : null,
+    "Marked: what the first answer does not have.",
+  ].filter(Boolean).join(" ");
 }
