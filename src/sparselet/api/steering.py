@@ -20,7 +20,7 @@ from sparselet.models import load_model, load_tokenizer
 from sparselet.result_table import ResultTable, ShownAsTable
 from sparselet.steering import SteeringVector
 from sparselet.tasks.task import Task
-from sparselet.workflows.steering import Pair, SteeredScore, SteerSettings, fit_vector, read_pairs, steered_scores
+from sparselet.workflows.steering import Pair, SteeredScore, SteerSettings, fit_steps, fit_vector, read_pairs, steered_scores
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def fit_steering(
 
     pairs: a file of rows with `concise`, `verbose` and perhaps `prompt`, or `Pair`s. model: the base model. expert: applied to
     the model meanwhile, for a vector that steers it. out: a directory to write to. settings: the layer and the KL bound.
-    chat_template: of prompts, by default as the expert was trained, or else yes. progress: reports pairs.
+    chat_template: of prompts, by default as the expert was trained, or else yes. progress: reports steps.
     Raises TaskError (a bad row), ArgumentError (a layer that there is not), ConfigError, ModelError, and what opening and
     applying the expert raise.
     """
@@ -83,13 +83,14 @@ def fit_steering(
     opened = _opened(expert, model)
     template = chat_template_of([] if opened is None else [opened]) if chat_template is None else chat_template
     loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
-    counter = StepCounter(len(rows), progress)
+    settings = settings or SteerSettings()
+    counter = StepCounter(fit_steps(loaded, len(rows), settings), progress)
     with apply_temporarily(loaded, opened) if opened is not None else contextlib.nullcontext():
         vector = fit_vector(
             loaded,
             tokenizer,
             rows,
-            settings or SteerSettings(),
+            settings,
             chat_template=template,
             base=model,
             progress=counter.advance,

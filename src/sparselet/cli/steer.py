@@ -111,7 +111,7 @@ def _fit(
     json: bool,
 ) -> None:
     template = settings.chat_template if settings else None
-    with progress("reading pairs") as callback:
+    with progress("fitting") as callback:
         vector = fit_steering(pairs, model, out, fit, expert=adapter, chat_template=template, dtype=dtype, progress=callback)
     record = vector.record
     if json:

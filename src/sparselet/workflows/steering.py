@@ -96,7 +96,8 @@ def fit_vector(
     short − long, adds it one block from where it was read, and repeats the prompt in the long side. Its strengths are
     chosen by hand; here the strength is that of a KL bound (`calibrate`), over the first tokens of verbose answers.
 
-    `layer` auto: the block with the largest `favour`. base: recorded. progress: called with 1 after each pair.
+    `layer` auto: the block with the largest number of `favours`. base: recorded. progress: called with 1 after each of
+    `fit_steps` steps.
     Raises ArgumentError (a layer that there is not), ConfigError, ModelError, TaskError.
     """
     if not pairs:
@@ -115,7 +116,7 @@ def fit_vector(
     model.eval()
     try:
         stacked = _differences(model, encoded, progress)
-        favour = None if isinstance(settings.layer, int) else favours(model, encoded, stacked, form.end)
+        favour = None if isinstance(settings.layer, int) else favours(model, encoded, stacked, form.end, progress)
         layer = int(settings.layer if favour is None else favour.argmax())
         values = stacked[:, layer].double().mean(0).float()
         if not values.any():
@@ -139,6 +140,11 @@ def fit_vector(
     return replace(vector, strength=strength.strength, record=record)
 
 
+def fit_steps(model: PreTrainedModel, pairs: int, settings: SteerSettings) -> int:
+    """The number of steps that `fit_vector` reports: pairs, and with layer auto pairs and blocks."""
+    return pairs if isinstance(settings.layer, int) else 2 * pairs + len(blocks_of(model))
+
+
 def _differences(
     model: PreTrainedModel, encoded: Sequence[Sequence[Encoding]], progress: Callable[[float], None] | None
 ) -> Tensor:
@@ -152,7 +158,13 @@ def _differences(
     return torch.stack(differences)
 
 
-def favours(model: PreTrainedModel, encoded: Sequence[Sequence[Encoding]], differences: Tensor, end: int | None) -> Tensor:
+def favours(
+    model: PreTrainedModel,
+    encoded: Sequence[Sequence[Encoding]],
+    differences: Tensor,
+    end: int | None,
+    progress: Callable[[float], None] | None = None,
+) -> Tensor:
     """How much each block's vector favours concise answers at equal KL, to first order: s/√c, float64 [blocks].
 
     s: the mean over pairs of d/dγ of log p(concise) − log p(verbose), each a mean over its first tokens and the end token,
@@ -160,19 +172,22 @@ def favours(model: PreTrainedModel, encoded: Sequence[Sequence[Encoding]], diffe
     differences: [pairs, blocks, width]. end: the token that ends answers, so that ending soon counts.
     """
     ending = [] if end is None else [end]
-    logger.info("choosing the layer by %d pairs.", len(encoded))
     wide = differences.double()
     others = (wide.sum(0, keepdim=True) - wide) / (len(wide) - 1)
     slopes = torch.zeros(wide.shape[1], dtype=torch.float64)
     for other, (concise, verbose) in zip(others, encoded, strict=True):
         towards, away = (block_gradients(model, [*tokens, *ending], start) for tokens, start in (concise, verbose))
         slopes += ((towards - away).double() * other).sum(-1) / len(wide)
+        if progress is not None:
+            progress(1)
     mean, rows = wide.mean(0).float(), [verbose for _, verbose in encoded[:CURVATURE_ROWS]]
     divergence = Divergence(model, SteeringVector(mean[0], 0, 1.0), rows)
     curvatures = []
     for layer, values in enumerate(mean):
         divergence.vector = SteeringVector(values, layer, 1.0)
         curvatures.append(2 * divergence(SMALL_STEP) / SMALL_STEP**2)
+        if progress is not None:
+            progress(1)
     return slopes / torch.tensor(curvatures, dtype=torch.float64).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
 
