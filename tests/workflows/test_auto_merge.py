@@ -106,6 +106,7 @@ def test_the_recipe_is_first_and_the_best_is_kept(scores):
         how = (trial.recipe.method, trial.recipe.weights, trial.recipe.parameters)
         again = merge(experts, *how, layer_scaling=trial.recipe.layer_scaling)
         assert all(torch.equal(adapter[name].values, again[name].values) for name in again)
+        assert trial.entries == again.nnz
 
 
 @pytest.mark.parametrize(("best", "expected"), [(2.0, 1.3**3), (0.5, 1.3**-3), (1.0, 1.0)])

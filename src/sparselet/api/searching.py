@@ -69,9 +69,10 @@ class AutoReport(ShownAsTable):
             cells = [f"{score:.3f}" if is_loss else score for score in scores] or ["failed"]
             cells += [""] * (len(trials[0].tasks) + 1 - len(cells))
             mark = "best" if trial is self.result.best else ""
-            rows.append((i, trial.recipe.method, settings, scaling, *cells, mark))
+            entries = f"{trial.entries:,}" if trial.entries else ""
+            rows.append((i, trial.recipe.method, settings, scaling, entries, *cells, mark))
         title = f"Merges by {'loss' if is_loss else 'Rouge-L'} on validation rows"
-        columns = ("trial", "method", "parameters", "factor", *trials[0].tasks, "mean", "")
+        columns = ("trial", "method", "parameters", "factor", "entries", *trials[0].tasks, "mean", "")
         return ResultTable(title, columns, tuple(rows))
 
 

@@ -47,18 +47,23 @@ class AutoSettings:
 
 @dataclass(frozen=True)
 class AutoTrial:
-    """A merge that was tried: its score by task (Rouge-L × 100, or loss) and their mean; None and the reason if it failed."""
+    """A merge that was tried: its score by task (Rouge-L × 100, or loss) and their mean; None and the reason if it failed.
+
+    entries: that the merge selects.
+    """
 
     recipe: MergeRecipe
     score: float | None
     tasks: Mapping[str, float]
+    entries: int = 0
     error: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """What was merged how, and its scores."""
         recipe = self.recipe
         how = {"method": recipe.method, "parameters": dict(recipe.parameters), "layer_scaling": recipe.layer_scaling}
-        return {**how, "score": self.score, "tasks": dict(self.tasks), **({"error": self.error} if self.error else {})}
+        measured = {"score": self.score, "tasks": dict(self.tasks), "entries": self.entries}
+        return {**how, **measured, **({"error": self.error} if self.error else {})}
 
 
 @dataclass(frozen=True)
@@ -124,15 +129,16 @@ def auto_merge(
             break
         try:
             how = (proposal.method, proposal.weights, proposal.parameters)
-            by_task = scores(merge(experts, *how, layer_scaling=proposal.layer_scaling))
+            merged = merge(experts, *how, layer_scaling=proposal.layer_scaling)
+            by_task = scores(merged)
             score = sum(by_task.values()) / len(by_task)
             if not math.isfinite(score):
                 raise NonFiniteScore("the score of the merged model is NaN or infinite.")
-            trials.append(AutoTrial(proposal, score, by_task))
+            trials.append(AutoTrial(proposal, score, by_task, merged.nnz))
         except SparseletError as error:
             if not trials:
                 raise
-            trials.append(AutoTrial(proposal, None, {}, reason(error)))
+            trials.append(AutoTrial(proposal, None, {}, error=reason(error)))
             logger.warning("A merge by %s failed: %s", proposal.method, reason(error))
         if progress is not None:
             progress(1)
