@@ -227,11 +227,14 @@ def prepared(directory, processes=1, **changes):
         save_task(directory / "task", train=13, validation=5)
         save_task(directory / "other", train=7, validation=3)
         make_adapter(make_model()).save(directory / "start")
+        make_adapter(make_model(), density=0.5).save(directory / "core")
     if processes > 1:
         dist.barrier()
     paths = {"model": str(directory / "base"), "task": str(directory / "task")}
     if "init_from" in changes:
         changes["init_from"] = str(directory / changes["init_from"])
+    if "freeze" in changes:
+        changes["freeze"] = (str(directory / changes["freeze"]),)
     if changes.get("method") == "multitask":
         paths["task"] = (str(directory / "task"), str(directory / "other"))
     common = {"epochs": 2, "batch_size": 4, "learning_rate": 5e-3, "chat_template": False}
@@ -276,6 +279,8 @@ TRAINED = {
     "full-qkv": {"method": "full-qkv"},
     "multitask": {"method": "multitask", "learning_rate": 1e-3},
     "second-stage": {"init_from": "start"},
+    "frozen": {"method": "full-qkv", "freeze": "core", "weight_decay": 0.1, "profile": False},
+    "frozen-entries": {"init_from": "core", "freeze": "start", "weight_decay": 0.1, "profile": False},
 }
 
 RUNS = {case: lambda directory, processes=1, case=case: run(case, directory, processes) for case in CASES}

@@ -188,7 +188,8 @@ def favours(
         curvatures.append(2 * divergence(SMALL_STEP) / SMALL_STEP**2)
         if progress is not None:
             progress(1)
-    return slopes / torch.tensor(curvatures, dtype=torch.float64).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+    curvature = torch.tensor(curvatures, dtype=torch.float64)
+    return torch.where(curvature > 0, slopes / curvature.abs().sqrt(), torch.zeros_like(slopes))
 
 
 def _encode(form: PromptFormat, prompt: str | None, answer: str, max_length: int) -> Encoding:
