@@ -164,6 +164,19 @@ def test_a_mask_of_another_base_is_refused_before_any_work(settings_of, tmp_path
     assert not work_directory(tmp_path / "out").exists()
 
 
+def test_the_flag_takes_several_adapters(cli, refused, cores, base_dir, task_dir, tmp_path):
+    (_, start, _, first), second = cores["entries"], cores["tiles"][3]
+    flags = ("--model", base_dir, "--epochs", 1, "--no-chat-template", "--init-from", start)
+    code, _, err = cli("train", "--task", task_dir, "--out", tmp_path / "out", *flags, "--freeze", first, second)
+    assert code == 0, err
+    trained = SparseAdapter.load(tmp_path / "out")
+    for name, delta in cores["entries"][0].items():
+        frozen = delta.mask() & (cores["entries"][2][name].mask() | cores["tiles"][2][name].mask())
+        assert torch.equal(trained[name].to_dense()[frozen], delta.to_dense()[frozen])
+    wrong = str(make_adapter(make_model(seed=5)).save(tmp_path / "other"))
+    assert "--freeze: " in refused("train", "--task", task_dir, "--out", tmp_path / "no", *flags, "--freeze", wrong)
+
+
 def test_what_it_does_not_go_with_is_refused(settings_of, cores, tmp_path):
     with pytest.raises(ConfigError, match="freeze does not apply to method lora"):
         TrainSettings(task="a", method="lora", freeze=("core",))

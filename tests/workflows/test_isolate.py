@@ -169,6 +169,8 @@ def test_what_cannot_be_isolated_is_refused_before_any_work(tasks, tmp_path):
             isolate(tasks, tmp_path / "out", **changes)
     with pytest.raises(ConfigError, match="at least two tasks"):
         isolate(tasks[:1], tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"core_density must be below density, 0\.05, .* got 0\.05"):
+        isolate(tasks, tmp_path / "out", IsolateSettings(core_density=0.05), density=0.05)
     with pytest.raises(ConfigError, match="no setting 'core_density'"):
         isolate(tasks, tmp_path / "out", core_density=0.1)
     with pytest.raises(ConfigError, match="epochs is given beside"):

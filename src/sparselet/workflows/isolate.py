@@ -232,6 +232,11 @@ def _check(settings: TrainSettings, how: IsolateSettings) -> None:
         raise ConfigError(
             f"method must be {' or '.join(METHODS_OF_ISOLATION)}, whose results are changes of one base; got {settings.method}."
         )
+    if settings.method == "sparse" and settings.entries is None and how.freeze_cores and how.core_density >= settings.density:
+        raise ConfigError(
+            f"core_density must be below density, {settings.density:g}, or the cores are all that is trained; got "
+            f"{how.core_density:g}."
+        )
     if len(settings.tasks) < 2:
         raise ConfigError(f"task must name at least two tasks to isolate from one another, got {len(settings.tasks)}.")
     for name in ("init_from", "freeze"):
