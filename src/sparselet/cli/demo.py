@@ -139,8 +139,8 @@ def _show(out: Path, scores: dict[str, dict[str, float]], results: dict[str, Any
         f"It took {results['seconds']:.0f} s. Written to {out}: experts/, merged/, results.json, picture.png",
         "Next:",
         f"  sparselet inspect {word(out)}/experts/{TASKS[0]}",
-        f"  sparselet serve --model {PACKAGED} --experts {word(out)}/experts",
         f"  sparselet merge {word(out)}/experts/* --method uniform --out uniform",
         f"  sparselet export {word(out)}/merged --to checkpoint --model {PACKAGED} --out my-model",
         "  sparselet train --task YOUR-TASK --out my-expert",
+        f"  sparselet serve --model {PACKAGED} --experts {word(out)}/experts",
     )
