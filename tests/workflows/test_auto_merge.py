@@ -83,6 +83,7 @@ def test_what_is_tried_follows_from_the_experts(caplog):
     assert methods([*sparse, SparseAdapter({})]) == methods(sparse)
     masks = [proposal.parameters["mask"] for proposal in suitable_merges(RECIPE, sparse) if proposal.method == "regmean"]
     assert masks == ["union", "full"]
+    assert [proposal.method for proposal in suitable_merges(RECIPE, sparse)][:3] == ["regmean", "regmean", "uniform"]
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.tried])

@@ -146,14 +146,17 @@ def auto_merge(
 
 
 def suitable_merges(recipe: MergeRecipe, experts: Sequence[Expert]) -> list[MergeRecipe]:
-    """The recipe with each method and parameters that suit the experts, other than its own. Raises what profiles raise."""
+    """The recipe with each method and parameters that suit the experts, other than its own, those by profiles first.
+
+    Raises what reading profiles raises.
+    """
     changing = [expert for expert in experts if len(expert)]
     bare = [expert.metadata.task or str(expert.path) for expert in changing if expert_profile(expert) is None]
     if bare:
         logger.info("Methods that need profiles are left out: %s has none. `sparselet profile` makes it.", ", ".join(bare))
     dense = all(map(_has_whole_matrices, changing))
     merges = []
-    for name, method in METHODS.items():
+    for name, method in sorted(METHODS.items(), key=lambda entry: not entry[1].needs_profiles):
         if (not bare or not method.needs_profiles) and (dense or not method.for_dense):
             merges += [replace(recipe, method=name, parameters=dict(chosen)) for chosen in method.tried]
     return [proposal for proposal in merges if proposal != recipe]
