@@ -121,6 +121,18 @@ def test_a_resumed_run_keeps_them_too(settings_of, cores, tmp_path, method):
     assert bytes_of(tmp_path / "stopped") == bytes_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("selection", [FRESH[0], FRESH[5], FRESH[6]], ids=["static", "refresh", "paper"])
+def test_a_resumed_selection_leaves_them_out_too(settings_of, cores, tmp_path, selection):
+    core, path = cores["entries"][2:]
+    settings = settings_of("sparse", freeze=(path,), density=0.25, save_steps=2, **DECAY, **selection)
+    whole = train(settings, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, tmp_path / "stopped", callbacks=[StopAt(5)])
+    train(settings, tmp_path / "stopped", resume=True)
+    assert bytes_of(tmp_path / "stopped") == bytes_of(tmp_path / "whole")
+    assert sum(delta.overlap(core[name]) for name, delta in whole.items()) == 0
+
+
 def test_another_mask_cannot_be_resumed_with(settings_of, cores, tmp_path):
     path = str(cores["entries"][2].save(tmp_path / "core"))
     settings = settings_of("sparse", freeze=(path,), save_steps=1, density=0.1)

@@ -50,9 +50,8 @@ def steered(model: PreTrainedModel, vector: SteeringVector | str | Path, strengt
     """
     vector = vector if isinstance(vector, SteeringVector) else SteeringVector.load(vector)
     block = block_of(model, vector)
-    if model.get_input_embeddings() is not None:
-        can_decode(model)  # both are found out by passes over the model, once, and are those of the model as it is
-        padding_side(model)
+    can_decode(model)  # both are measured once, by passes over the model, and are those of the model as it is
+    padding_side(model)
     steering = Steering((vector.strength if strength is None else strength) * vector.values)
     outer = model in WITHOUT_PREFIX
     handle = block.register_forward_hook(steering)
