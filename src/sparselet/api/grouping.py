@@ -105,7 +105,7 @@ def _prompt_similarity(profiles: Sequence[Profile]) -> Tensor:
     if len(profiles) == 1:
         return torch.zeros(1, 1, dtype=torch.float64)
     router = Router({str(i): profile for i, profile in enumerate(profiles)}, "mean")
-    return -router.distances(torch.stack([profile.prompts.mean for profile in profiles]))
+    return 0.0 - router.distances(torch.stack([profile.prompts.mean for profile in profiles]))
 
 
 def _required_profile(expert: Expert, name: str) -> Profile:
