@@ -41,6 +41,10 @@ def test_cards_say_what_the_files_say(start, tmp_path):
     make_adapter(make_model(seed=3), seed=1).save(tmp_path / "library" / "other")
     server = start()
     server.admin("merge", name="mix", experts=[{"name": "one"}, {"name": "two", "weight": 0.5}])
+    (tmp_path / "library" / "broken").mkdir()
+    (tmp_path / "library" / "broken" / "adapter_config.json").write_text("{")
+    server = start()
+    assert str(tmp_path) not in server.get("/library").text
     library = server.get("/library").json()
     cards = {card["name"]: card for card in library["experts"]}
     assert list(cards) == ["bare", "mix", "one", "scored", "two"]
@@ -49,7 +53,7 @@ def test_cards_say_what_the_files_say(start, tmp_path):
     assert "\u202e" not in cards["scored"]["task"]
     assert (cards["mix"]["method"], cards["mix"]["members"]) == ("overlap", ["first", "0.5 · second"])
     assert cards["one"]["density"] == pytest.approx(0.25, abs=0.01)
-    assert [(refused["name"], refused["other_base"]) for refused in library["refused"]] == [("other", True)]
+    assert [(refused["name"], refused["other_base"]) for refused in library["refused"]] == [("broken", False), ("other", True)]
     assert library["can_route"] is False
     assert "regmean" not in {method["name"] for method in library["methods"]}
 

@@ -2,9 +2,11 @@
 
 import contextlib
 import math
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sparselet.adapter_format import CONFIG_FILE
@@ -23,7 +25,8 @@ KEPT_RESULTS = 1024  # of maps and overlaps
 
 
 class Library:
-    """A service's experts as JSON values. Maps and overlaps are computed once for each content of an expert or of a pair."""
+    """A service's experts as JSON values, without the server's paths. Maps and overlaps are computed once for each content of
+    an expert or of a pair."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -34,9 +37,15 @@ class Library:
         """The base model, all experts, those that are not served, and the methods by which experts can be merged here."""
         registry = self.service.registry
         registrations = registry.registrations()
+        paths = registry.paths()
         refused = [
-            {"name": name, "reason": printable(error), "other_base": isinstance(error, WrongBase)}
-            for name, error in sorted(registry.refused.copy().items())
+            {
+                "name": name,
+                "reason": printable(error).replace(f"{paths[name].parent}{os.sep}", ""),
+                "other_base": isinstance(error, WrongBase),
+            }
+            for name, error in sorted(registry.refused.items())
+            if name in paths
         ]
         methods = [
             {"name": method.name, "formula": method.formula, "source": method.source, "parameters": method.defaults}
@@ -44,7 +53,7 @@ class Library:
             if not method.needs_profiles  # those of served experts are of their prompts only
         ]
         return {
-            "base": {"name": printable(self.service.name), "digest": registry.base.digest},
+            "base": {"name": _model_name(self.service.name), "digest": registry.base.digest},
             "experts": [_card(name, registration) for name, registration in registrations.items()],
             "refused": refused,
             "methods": methods,
@@ -102,7 +111,7 @@ def _card(name: str, registration: Registration) -> dict[str, Any]:
         "targets": len(adapter),
         "density": adapter.density,
         "block": ", ".join(sorted({block_name(delta.block, delta.shape) for delta in adapter.values() if delta.nnz})),
-        "base": _text(metadata.base_model_name_or_path),
+        "base": None if metadata.base_model_name_or_path is None else _model_name(metadata.base_model_name_or_path),
         "fingerprints": sum(adapter.fingerprints.get(target) is not None for target in adapter),
         "written": written,
         "method": _text(merge.get("method")),
@@ -147,6 +156,11 @@ def _member(record: Mapping[str, Any]) -> str:
     """An expert of a merge: its task, with its weight where that is not 1."""
     task, weight = printable(record.get("task") or "expert"), record.get("weight")
     return f"{weight:g} · {task}" if _is_number(weight) and weight != 1 else task
+
+
+def _model_name(name: str) -> str:
+    """A base model's name; of a directory the last part, since clients need not know where the server's files lie."""
+    return printable(Path(name).name if name.startswith(("/", ".", "~")) else name)
 
 
 def _text(value: Any) -> str | None:
