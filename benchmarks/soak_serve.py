@@ -3,7 +3,7 @@
     python benchmarks/soak_serve.py --requests 10000 --clients 32 --experts 64
 
 Every text is compared with that of the expert alone. Reported are wrong texts, unexpected answers, requests that are left over,
-and the server's memory after a fifth of the requests and at the end; the exit code is 1 if one of these is not as it should be.
+and the server's memory after each fifth of the requests; the exit code is 1 if one of these is not as it should be.
 """
 
 import argparse
@@ -91,14 +91,14 @@ class Soak:
     async def ask_often(self, client: httpx2.AsyncClient, source: random.Random) -> None:
         while self.left > 0:
             self.left -= 1
+            if self.left % max(1, self.options.requests // 5) == 0:
+                self.memory.append(resident(self.process))
             kind = source.choices((self.answer, self.merge, self.disconnect, self.nonsense), (70, 8, 12, 10))[0]
             try:
                 await kind(client, source)
             except httpx2.TransportError as error:
                 self.wrong.append(f"{kind.__name__}: {error!r}")
             self.bar.update()
-            if self.left in (self.options.requests * 4 // 5, 0):
-                self.memory.append(resident(self.process))
 
     def body(self, source: random.Random, **changes: object) -> tuple[int, dict[str, object]]:
         prompt = source.randrange(len(PROMPTS))
@@ -228,14 +228,13 @@ def soak(options: argparse.Namespace, directory: Path) -> dict[str, object]:
     finally:
         server.terminate()
         server.wait(90)
-    early, late = run.memory[0], run.memory[-1]
     return {
         "seconds": round(seconds, 1),
         "counts": dict(sorted(run.counts.items())),
         "wrong": run.wrong,
         "left over": left,
-        "memory, MiB": [round(early / 2**20), round(late / 2**20)],
-        "growth": round(late / early - 1, 4),
+        "memory, MiB": [round(size / 2**20) for size in run.memory],
+        "growth": round(run.memory[-1] / run.memory[0] - 1, 4),
         "exit code of the server": server.returncode,
         "tracebacks in its log": (directory / "log").read_text().count("Traceback"),
     }

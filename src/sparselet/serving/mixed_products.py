@@ -2,9 +2,9 @@
 
 import contextlib
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class MixedProducts:
             and len(names.shared[name]) == 1
             and layer.parameter.dtype == torch.float32
         }
-        self._matrices: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._matrices: WeakKeyDictionary[ServedExpert, dict[str, Tensor]] = WeakKeyDictionary()  # the least recent first
 
     def can_mix(self, expert: ServedExpert) -> bool:
         """Whether rows of this expert can be in a mixed pass."""
@@ -73,16 +73,17 @@ class MixedProducts:
 
     def prepare(self, expert: ServedExpert) -> Mapping[str, Tensor]:
         """The matrices of an expert by target."""
-        if expert.digest not in self._matrices:
-            self._matrices[expert.digest] = {
+        matrices = self._matrices.pop(expert, None)
+        if matrices is None:
+            matrices = {
                 name: compressed_rows(delta).to(self._linear[name].weight.device)
                 for name, delta in (expert.adapter or {}).items()
                 if delta.nnz
             }
-            while len(self._matrices) > KEPT_EXPERTS:
-                self._matrices.popitem(last=False)
-        self._matrices.move_to_end(expert.digest)
-        return self._matrices[expert.digest]
+        self._matrices[expert] = matrices
+        while len(self._matrices) > KEPT_EXPERTS:
+            del self._matrices[next(iter(self._matrices))]
+        return matrices
 
 
 def compressed_rows(delta: SparseDelta) -> Tensor:
