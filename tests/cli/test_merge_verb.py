@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from sparselet.evaluation import EvalResult
 from sparselet.formats import open_expert
 from sparselet.merging import merge_with_counts, per_expert_methods, read_recipe
 from sparselet.merging.incremental import COUNTS_FILE
+from sparselet.profiles.file import PROFILE_FILE
 
 searching = importlib.import_module("sparselet.workflows.search")
 
@@ -71,10 +73,22 @@ def test_the_result_the_recipe_and_what_is_said(cli, tmp_path, experts):
     merged = SparseAdapter.load(tmp_path / "x")
     same_change(merged, merge(experts))
     crowding = sum(SparseAdapter.load(path).nnz for path in experts) / merged.nnz
-    for said in ("Merged by overlap", "one", "two", f"{merged.nnz:,}", f"selected by {crowding:.2f} experts"):
+    for said in ("Merged by regmean", "one", "two", f"{merged.nnz:,}", f"selected by {crowding:.2f} experts"):
         assert said in out
     assert f"Written to {tmp_path / 'x'}, with recipe.toml" in out
     assert f"Next: sparselet eval --task TASK --adapter {tmp_path / 'x'}" in out
+
+
+def test_without_a_profile_of_each_expert_or_with_a_negative_weight_the_default_is_overlap(cli, tmp_path, experts):
+    bare = shutil.copytree(experts[1], tmp_path / "bare")
+    (bare / PROFILE_FILE).unlink()
+    for name, paths, weights in (("x", [experts[0], str(bare)], None), ("y", experts, [1.0, -0.5])):
+        flags = ["--weights", *weights] if weights else []
+        code, out, err = cli("merge", *paths, *flags, "--out", tmp_path / name)
+        assert code == 0, err
+        assert "Merged by overlap" in out
+        same_change(SparseAdapter.load(tmp_path / name), merge(paths, "overlap", weights))
+        same_change(merge(paths, weights=weights), merge(paths, "overlap", weights))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -124,7 +138,7 @@ def test_a_recipe_with_weights_by_pattern_is_told(cli, tmp_path, experts):
     code, out, err = cli("merge", "--recipe", tmp_path / "r.toml", "--out", tmp_path / "x")
     assert code == 0, err
     assert "{'*': 0.5, '*.v_proj': 2.0}" in out
-    same_change(SparseAdapter.load(tmp_path / "x"), merge(experts, weights=[{"*": 0.5, "*.v_proj": 2}] * 2))
+    same_change(SparseAdapter.load(tmp_path / "x"), merge(experts, "overlap", weights=[{"*": 0.5, "*.v_proj": 2}] * 2))
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -261,7 +275,7 @@ def test_a_search_writes_the_best_recipe_and_all_trials(cli, tmp_path, experts, 
     best = max(trials, key=lambda trial: trial["score"])
     recipe = read_recipe(tmp_path / "x" / "recipe.toml")
     assert list(recipe.weights) == list(best["chosen"].values())
-    same_change(SparseAdapter.load(tmp_path / "x"), merge(experts, weights=recipe.weights))
+    same_change(SparseAdapter.load(tmp_path / "x"), merge(experts, "overlap", weights=recipe.weights))
     assert f"Best of 6 trials: weight 1 = {recipe.weights[0]:.3g}, weight 2" in out
     assert f"first trial {trials[0]['score']:.1f}" in out
     code, out, _ = cli("search", *experts, "--out", tmp_path / "y", *flags, *more, "--json", "--chat-template")
@@ -394,7 +408,10 @@ def test_a_hub_name_that_cannot_be_had_is_named(refused, tmp_path, experts, base
 
 def test_help_lists_the_methods(cli):
     for verb, text in (
-        ("merge", f"How to merge, overlap by default: {', '.join(METHODS)}."),
+        (
+            "merge",
+            f"How to merge; by default regmean if all experts have profiles, else overlap: {', '.join(METHODS)}.",
+        ),
         ("split", f"How to merge: {' or '.join(per_expert_methods())}."),
     ):
         _, out, _ = cli(verb, "--help")
@@ -416,7 +433,7 @@ def test_ctrl_c_in_a_merge_leaves_nothing(cli, tmp_path, experts, monkeypatch, w
         return deltas[0]
 
     monkeypatch.setitem(METHODS, "overlap", replace(METHODS["overlap"], function=interrupt))
-    code, out, err = cli("merge", *experts, "--out", tmp_path / "x", "--workers", workers)
+    code, out, err = cli("merge", *experts, "--method", "overlap", "--out", tmp_path / "x", "--workers", workers)
     assert len(calls) >= 3
     assert code == 130
     assert not out

@@ -103,7 +103,7 @@ def test_on_the_command_line(cli, refused, experts, tmp_path):
     code, out, err = cli("merge", *experts, "--layer-scaling", 0.5, 1, "--out", tmp_path / "x")
     assert code == 0, err
     assert "Layers scaled by alpha = 0.5, beta = 1" in out
-    expected = merge(experts, layer_scaling=(0.5, 1))
+    expected = merge(experts, "regmean", layer_scaling=(0.5, 1))
     assert all(torch.equal(sl.load(tmp_path / "x")[name].values, expected[name].values) for name in expected)
     again = ("merge", "--recipe", tmp_path / "x" / "recipe.toml", "--out", tmp_path / "y")
     assert cli(*again)[0] == 0

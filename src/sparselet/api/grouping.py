@@ -19,6 +19,7 @@ from sparselet.merging import MergeRecipe
 from sparselet.merging.algebra.ranges import require_choice
 from sparselet.merging.engine.plan import MergePlan
 from sparselet.merging.grouping import change_cosines, check_group_count, greedy_groups, least_similarity
+from sparselet.merging.methods.regmean import REGMEAN
 from sparselet.profiles.file import PROFILE_FILE, write_profile
 from sparselet.profiles.pool import pool_profiles
 from sparselet.profiles.profile import Profile
@@ -60,7 +61,7 @@ def merge_groups(
         sl.merge_groups(["expert-a", "expert-b", "expert-c"], 2, "library")
         sl.evaluate_routed(["library/group-1", "library/group-2"], ["task-a", "task-b", "task-c"])
 
-    recipe: experts, which overlap merges, or how each group is merged. groups: how many (`merging.grouping.greedy_groups`).
+    recipe: experts, which regmean merges, or how each group is merged. groups: how many (`merging.grouping.greedy_groups`).
     by: what makes two experts alike: "change", the cosine of their changes, which says little where masks were drawn at random;
         "prompts", minus the distance of their prompts' mean states, as a router measures it, so that those which a router would
         confuse are in one group.
@@ -69,7 +70,7 @@ def merge_groups(
     """
     check_output(out)
     if not isinstance(recipe, MergeRecipe):
-        recipe = MergeRecipe(tuple(map(str, recipe)))
+        recipe = MergeRecipe(tuple(map(str, recipe)), REGMEAN.name)
     if base is not None:
         recipe = replace(recipe, model=base)
     check_group_count(groups, len(recipe.experts))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sparselet.adapter import AdapterFile, SparseAdapter, as_expert
+from sparselet.adapter import AdapterFile, SparseAdapter, as_expert, expert_profile
 from sparselet.api.opening import open_experts
 from sparselet.api.progress import ProgressCallback, StepCounter
 from sparselet.errors import ArgumentError, ConfigError
@@ -27,9 +27,11 @@ from sparselet.merging import merge as merge_in_memory
 from sparselet.merging.engine.plan import ExpertSource, Weight
 from sparselet.merging.layer_scaling import LayerScaling
 from sparselet.merging.methods import complete_parameters
+from sparselet.merging.methods.regmean import REGMEAN
 from sparselet.result_table import ResultTable, ShownAsTable
 
 RECIPE_FILE = "recipe.toml"
+FALLBACK = "overlap"  # where no method is named and an expert has no profile
 SHOWN_PATTERNS = 4  # of a weight, in a table
 
 
@@ -60,7 +62,7 @@ class MergeResult(ShownAsTable):
 
 def merge(
     experts: Sequence[ExpertSource],
-    method: str = "overlap",
+    method: str | None = None,
     weights: Sequence[Weight] | None = None,
     parameters: Mapping[str, Any] | None = None,
     *,
@@ -78,8 +80,8 @@ def merge(
 
     experts: adapters in memory, directories and hub names, mixed: sparse adapters, PEFT adapters, full checkpoints. Their
         masks, densities, block sizes and targets may differ; an expert without a target does not change it.
-    method: a name in `sl.METHODS`. weights: one an expert, 1 each by default: a number, or `{pattern of target names: number}`,
-        of which the longest pattern that matches counts.
+    method: a name in `sl.METHODS`; by default regmean or overlap, as `default_method` says. weights: one an expert, 1 each by
+        default: a number, or `{pattern of target names: number}`, of which the longest pattern that matches counts.
     parameters, values: parameters of the method, as a mapping or as keywords.
     layer_scaling: (α, β): layer l of L of the merged change is multiplied by α + β·l/(L − 1) (LiNeS).
     base: the base model, which full checkpoints need.
@@ -91,14 +93,20 @@ def merge(
     Raises, before any target is merged, ArgumentError, UnknownMethod, ShapeMismatch, WrongBase, NonFiniteValue and what opening
     an expert raises; OutputExists, WriteFailed.
     """
-    chosen = complete_parameters(method, {**(parameters or {}), **values})
-    if out is None:
-        if keep_counts:
-            raise ArgumentError("counts are kept beside a merge on the disk: set `out` with `keep_counts`.")
-        opened = open_experts(experts, base)
-        return merge_in_memory(opened, method, weights, chosen, layer_scaling=layer_scaling, workers=workers)
-    check_output(out)
+    assigned = {**(parameters or {}), **values}
+    if method is None and (assigned or keep_counts):
+        method = FALLBACK
+    if method is not None:
+        assigned = complete_parameters(method, assigned)
+    if out is not None:
+        check_output(out)
+    elif keep_counts:
+        raise ArgumentError("counts are kept beside a merge on the disk: set `out` with `keep_counts`.")
     opened = open_experts(experts, base)
+    method = method or default_method(opened, weights)
+    chosen = complete_parameters(method, assigned)
+    if out is None:
+        return merge_in_memory(opened, method, weights, chosen, layer_scaling=layer_scaling, workers=workers)
     places = [str(place) for place in map(_place_of, experts) if place is not None]
     lasting = len(places) == len(experts)  # a merge of experts in memory cannot be run again
     names = tuple(places) if lasting else tuple(f"expert {i}" for i in range(1, len(experts) + 1))
@@ -109,6 +117,17 @@ def merge(
     with _output(out, opened, progress) as (directory, counter):
         _merge_into(directory, recipe, opened, workers, counter)
     return AdapterFile(out)
+
+
+def default_method(experts: Sequence[Expert], weights: Sequence[Weight] | None = None) -> str:
+    """The method of a merge that names none: regmean if every expert has a profile and no weight is below 0, else overlap.
+
+    Of three experts with random masks regmean kept 97 % of the mean Rouge-L, overlap 71 % (docs/methods.md).
+    Raises what reading profiles raises.
+    """
+    numbers = [number for weight in weights or () for number in (weight.values() if isinstance(weight, Mapping) else [weight])]
+    profiled = all(expert_profile(expert) is not None for expert in experts if len(expert))
+    return REGMEAN.name if profiled and not any(number < 0 for number in numbers) else FALLBACK
 
 
 def merge_recipe(

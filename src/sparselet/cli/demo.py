@@ -25,7 +25,7 @@ from sparselet.tuner.model import versions
 
 TASKS = ("number_words", "animal_class", "table_order")
 # Little data, so few rows a step; bare prompts, which are a third as long as those of the chat template.
-SETTINGS = TrainSettings(task="builtin:", epochs=2, batch_size=8, chat_template=False, profile=False)
+SETTINGS = TrainSettings(task="builtin:", epochs=2, batch_size=8, chat_template=False)
 ANSWER_TOKENS = 24  # the longest target has 14
 RECORD_FILE = "demo.json"
 

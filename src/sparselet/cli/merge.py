@@ -28,7 +28,7 @@ def merge_(
     auto: Annotated[bool, Parameter(negative="")] = False,
     tune: Annotated[bool, Parameter(negative="")] = False,
     groups: int | None = None,
-    group_by: Annotated[Literal["change", "prompts"] | None, Parameter(name="--by")] = None,
+    by: Literal["change", "prompts"] | None = None,
     validation: Annotated[list[str] | None, Many] = None,
     auto_settings: Annotated[AutoSettings | None, Parameter(name="*")] = None,
     tune_settings: Annotated[TuneSettings | None, Parameter(name="*")] = None,
@@ -39,9 +39,10 @@ def merge_(
     """Merge experts of one base model into one adapter.
 
     Experts are sparse adapters, PEFT adapters (LoRA, SHiRA, Super-Tuning) and full checkpoints, on the disk or on the hub,
-    mixed freely; they may differ in masks, densities, block sizes and targets. `overlap`, the default, divides the sum of
-    the changes of an entry by the number of experts that selected it (Eq. 4 of the sparse-adapters paper); docs/methods.md
-    describes all methods and their parameters. The recipe is written beside the output and runs again with --recipe.
+    mixed freely; they may differ in masks, densities, block sizes and targets. Where all have profiles, as `train` writes
+    them, `regmean` finds the change whose outputs are closest to each expert's on its own inputs. Else `overlap` divides the
+    sum of the changes of an entry by the number of experts that selected it (Eq. 4 of the sparse-adapters paper).
+    docs/methods.md describes all methods. The recipe is written beside the output and runs again with --recipe.
 
     With --auto the methods that suit the experts are tried, the merge that the flags describe first, and the best on a few
     validation rows is written, with all trials in auto.json. Its validation score is too high: measure it on test rows.
@@ -77,7 +78,7 @@ def merge_(
         Tune a weight for each expert and layer on validation rows; methods that are linear in their weights.
     groups
         Keep this many merged adapters; every expert needs a profile.
-    group_by
+    by
         What makes experts alike, with --groups: their changes (the default), or their prompts as a router sees them.
     validation
         Tasks whose validation split --auto and --tune use: directories, builtin:NAME, or hub data sets.
@@ -88,20 +89,23 @@ def merge_(
     """
     quiet_libraries()
     check_output(out)
-    recipe = (flags or MergeFlags()).read(experts, keep_counts)
+    flags = flags or MergeFlags()
+    recipe = flags.read(experts, keep_counts)
     _refuse_together(
         {"--auto": auto, "--tune": tune, "--groups": groups is not None},
         {
             "--trials, --seconds and --score": auto_settings,
             "--steps, --rate, --penalty and --task-rows": tune_settings,
-            "--by": group_by,
+            "--by": by,
         },
         {"--validation": validation, "--validation-rows and how rows are answered": answers},
     )
     shared: dict[str, Any] = {"out": out, "workers": workers}
+    if not auto and not tune:
+        recipe = flags.with_default_method(recipe)
     if groups is not None:
         with progress("merging") as callback:
-            grouped = merge_groups(recipe, groups, by=group_by or "change", **shared, progress=callback)
+            grouped = merge_groups(recipe, groups, by=by or "change", **shared, progress=callback)
         _show_groups(grouped, out, json)
     elif auto or tune:
         shared["eval_settings"] = (answers or ValidationFlags()).settings(FEW_ROWS)

@@ -7,18 +7,21 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from sparselet.api.merging import FALLBACK, default_method
+from sparselet.api.opening import open_experts
 from sparselet.errors import ConfigError
 from sparselet.evaluation import EvalSettings
 from sparselet.merging import METHODS, MergeRecipe, read_recipe
 
 Many = Parameter(consume_multiple=True, negative="")
+MERGE_METHOD_HELP = f"How to merge; by default regmean if all experts have profiles, else overlap: {', '.join(METHODS)}."
 
 
 @dataclass(frozen=True)
 class MergeFlags:
     """Experts as a merge takes them: a method with its weights and parameters, or a recipe."""
 
-    method: Annotated[str | None, Parameter(help=f"How to merge, overlap by default: {', '.join(METHODS)}.")] = None
+    method: Annotated[str | None, Parameter(help=MERGE_METHOD_HELP)] = None
     weights: Annotated[list[float] | None, Many] = None
     """One factor an expert, 1 each by default."""
     set_: Annotated[list[str] | None, Parameter(name="--set", consume_multiple=True, negative="")] = None
@@ -35,7 +38,7 @@ class MergeFlags:
         flags = {"experts": experts, "--method": self.method, "--weights": self.weights, "--set": self.set_}
         flags |= {"--layer-scaling": self.layer_scaling, "--keep-counts": keep_counts}
         if self.recipe is None:
-            method, weights = self.method or "overlap", tuple(self.weights or ())
+            method, weights = self.method or FALLBACK, tuple(self.weights or ())
             parameters = parse_parameters(self.set_)
             names = tuple(experts or ())
             return MergeRecipe(names, method, weights, parameters, self.model, keep_counts, self.layer_scaling)
@@ -44,6 +47,12 @@ class MergeFlags:
                 raise ConfigError(f"--recipe and {flag} do not go together.")
         recipe = read_recipe(self.recipe)
         return replace(recipe, model=self.model or recipe.model)
+
+    def with_default_method(self, recipe: MergeRecipe) -> MergeRecipe:
+        """The recipe with the method that suits its experts, if the flags name neither a method nor what one is needed for."""
+        if self.recipe is not None or self.method is not None or self.set_ or recipe.keep_counts:
+            return recipe
+        return replace(recipe, method=default_method(open_experts(recipe.experts, recipe.model), recipe.weights), parameters={})
 
 
 @dataclass(frozen=True)
