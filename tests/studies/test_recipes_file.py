@@ -13,7 +13,7 @@ from sparselet.training.settings import TrainSettings
 FILE = Path(__file__).parents[2] / "studies" / "recipes.toml"
 
 
-@pytest.mark.parametrize("preset", ["sweep", "finalists"])
+@pytest.mark.parametrize("preset", ["sweep", "short", "finalists"])
 def test_every_preset_can_be_planned(preset):
     settings = read_study(FILE, preset)
     data = {task: {"train": f"train {task}", "test": f"test {task}"} for task in (*settings.held_in, *settings.held_out)}

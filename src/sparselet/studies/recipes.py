@@ -4,7 +4,7 @@ from sparselet.studies.claim import CellPattern, Claim, than
 from sparselet.studies.study import Experts, Study
 from sparselet.studies.table import Cell, Chart, Table
 
-MERGES = ("overlap", "uniform", "ties")
+MERGES = ("overlap", "uniform", "ties", "regmean")
 _DEFAULT = CellPattern("recipes", "default", "individual")
 
 # What a user may expect of a training without flags. An arm called `default` has the settings of one.
@@ -48,7 +48,7 @@ def sweep(study: Study) -> Table:
 
 
 def recipes(study: Study) -> Table:
-    """The finalists, each at its best learning rate: loss, quality alone, and merged in three ways."""
+    """The finalists, each at its best learning rate: loss, quality alone, and merged."""
     rows: dict[str, tuple[Cell | None, ...]] = {}
     for name in study.settings.finalists:
         experts = study.arm(name)
