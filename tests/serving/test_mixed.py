@@ -183,11 +183,27 @@ def test_the_cheaper_way_is_chosen():
     assert costs(added=0.14).mixed_is_cheaper(work, 32, 0.5, False)  # swaps are dear
 
 
+def test_a_slow_mixed_step_is_forgotten():
+    work = dict.fromkeys("abcdefgh", (1000, 2))
+    measured = costs(added=30.0)
+    assert not measured.mixed_is_cheaper(work, 32, 0.1, False)
+    averaged = costs(added=0.4)
+    for _ in range(8):
+        averaged.measure_mixed({"a": (1000, 2), "b": (1000, 2)}, 0.1 + 0.01)
+    assert averaged.mixed_is_cheaper(work, 32, 0.1, False)
+    steps = 0
+    while not measured.mixed_is_cheaper(work, 32, 0.1, False):
+        measured.measure_plain(2, 0.09)
+        steps += 1
+    assert 100 < steps < 1000
+
+
 def test_a_busy_machine_changes_both_estimates():
     measured = costs(added=0.01)
     for _ in range(200):
         measured.measure_plain(4, 0.2)
         measured.measure_plain(8, 0.24)
+    for _ in range(30):
         measured.measure_mixed({"a": (1000, 4), "b": (1000, 4)}, 0.24 + 0.07)
     assert measured.plain(8) == pytest.approx(0.24, rel=0.02)
     assert measured._added == pytest.approx(0.07 / 2800, rel=0.05)

@@ -31,6 +31,8 @@ from sparselet.serving.step_costs import StepCosts
 
 logger = logging.getLogger("sparselet")
 
+TRIED_STEPS = 8  # mixed steps before they may be found too dear
+
 
 @dataclass
 class EngineCounts:
@@ -69,7 +71,7 @@ class Engine:
         self._batches: dict[ExpertGroup, RowBatch] = {}
         self._mixed: RowBatch | None = None  # in place of all of these while experts are mixed
         self._products = MixedProducts(model) if self.limits.mixed else None
-        self._costs, self._mode_began = StepCosts(), 0.0
+        self._costs, self._mode_began, self._mode_steps = StepCosts(), 0.0, 0
         self._changed = threading.Condition()
         self._closing = self._aborting = False
         self._resident: ServedExpert | None = None
@@ -170,6 +172,7 @@ class Engine:
             self.counts.steps += 1
             if batch is self._mixed:
                 self.counts.mixed_steps += 1
+                self._mode_steps += 1
                 self._costs.measure_mixed(work, time.monotonic() - began)
             else:
                 self._costs.measure_plain(sum(rows for _, rows in work.values()), time.monotonic() - began)
@@ -187,12 +190,13 @@ class Engine:
                     self.scheduler.finish(group, request)
 
     def _chooses_mixed(self, groups: Sequence[ExpertGroup]) -> bool:
-        """Whether all groups are answered in one batch now. A way is kept for as long as the engine stays with an expert."""
+        """Whether all groups are answered in one batch now. That goes on for as long as the engine would stay with an expert,
+        and for at least a few steps, so that a slow one does not decide."""
         mixes, products = self._mixed is not None, self._products
         if products is None or not all(products.can_mix(group.expert) for group in groups):
             return False
         stay = max(self.limits.max_wait, SWAPS_IN_SLICE * self._mean_swap)
-        if mixes and time.monotonic() - self._mode_began < stay:
+        if mixes and (time.monotonic() - self._mode_began < stay or self._mode_steps < TRIED_STEPS):
             return True
         rows = {group: min(self.limits.max_rows, len(group.running) + len(group.waiting)) for group in groups}
         work = {group.expert.digest: (group.expert.nnz, count) for group, count in rows.items()}
@@ -217,7 +221,7 @@ class Engine:
             self._mixed = None
             with self._changed:
                 self.scheduler.leave_all()
-        self._mode_began = time.monotonic()
+        self._mode_began, self._mode_steps = time.monotonic(), 0
 
     def _new_batch(self, products: MixedProducts | None = None) -> RowBatch:
         return RowBatch(self._model, self._tokenizer, self._pad_token, products)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 DECAY = 0.98  # of a measured step's weight at each further one
-SHARE = 0.2  # of the last measured step in the mean of what products add
+SHARE = 0.2  # of the last measured step in the mean of what products add, once there are five
+FORGETTING = 0.99  # of that mean at each step of one expert, so that mixing is tried again after a while
 ROW_COST = 0.1  # of a row in a sparse product, relative to reading its matrix
 EAGERNESS = 0.9  # the other way must cost less than this fraction
 
@@ -16,18 +17,22 @@ class StepCosts:
     def __init__(self) -> None:
         self._sums = [0.0] * 5  # of 1, n, n², s, n·s
         self._added: float | None = None
+        self._mixed = 0  # measured mixed steps
 
     def measure_plain(self, rows: int, seconds: float) -> None:
         """A step with one expert in the weights."""
         terms = (1.0, rows, rows * rows, seconds, rows * seconds)
         self._sums = [DECAY * total + term for total, term in zip(self._sums, terms, strict=True)]
+        self._added = None if self._added is None else FORGETTING * self._added
 
     def measure_mixed(self, work: Mapping[str, tuple[int, int]], seconds: float) -> None:
         """A mixed step. work: by expert its selected entries and its rows."""
         size = _product_size(work)
         if size:
             added = max(0.0, seconds - self.plain(sum(rows for _, rows in work.values()))) / size
-            self._added = added if self._added is None else self._added + SHARE * (added - self._added)
+            self._mixed += 1
+            before = self._added or 0.0
+            self._added = before + max(SHARE, 1 / self._mixed) * (added - before)
 
     def plain(self, rows: int) -> float:
         """Estimated seconds of a step with one expert in the weights; 0 if none was measured."""
