@@ -36,7 +36,7 @@ experts=""
 for kind in element block; do
     own=""
     for name in $names; do own="$own $out/$name-$rate-$kind"; done
-    [ -d "$out/merged-$kind" ] || sparselet merge $own --out "$out/merged-$kind"
+    [ -d "$out/merged-$kind" ] || sparselet merge $own --method overlap --out "$out/merged-$kind"
     [ -d "$out/uniform-$kind" ] || sparselet merge $own --method uniform --out "$out/uniform-$kind"
     experts="$experts $own $out/merged-$kind $out/uniform-$kind"
 done

@@ -19,11 +19,11 @@ def test_a_short_soak(tmp_path):
         "--model",
         model,
         "--experts",
-        "12",
+        "8",
         "--density",
         "0.3",
         "--requests",
-        "150",
+        "60",
         "--clients",
         "6",
         "--growth",
@@ -33,4 +33,4 @@ def test_a_short_soak(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["wrong"] == []
-    assert sum(n for kind, n in report["counts"].items() if not kind.startswith(("load", "unload", "429"))) == 150
+    assert sum(n for kind, n in report["counts"].items() if not kind.startswith(("load", "unload", "429"))) == 60

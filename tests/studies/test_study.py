@@ -222,7 +222,7 @@ def test_an_arm_is_trained_by_its_own_settings_and_a_sweep_at_each_of_its_rates(
     assert list(tables["recipes"].rows) == ["rows"]
     assert {
         unit.subject.method for unit in tables["recipes"].units() if unit.kind == "evaluate" and unit.subject.kind == "merge"
-    } == {"overlap", "uniform", "ties"}
+    } == {"overlap", "uniform", "ties", "regmean"}
 
 
 @pytest.mark.parametrize(

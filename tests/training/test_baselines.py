@@ -201,7 +201,7 @@ def test_trained_qkv_weights_are_an_expert_of_density_1(settings_of, tmp_path, b
 def test_trained_qkv_weights_merge_with_a_sparse_expert(settings_of, tmp_path):
     dense = train(settings_of("full-qkv", epochs=1), tmp_path / "dense")
     few = train(settings_of("sparse", epochs=1, score="gm", seed=1), tmp_path / "few")
-    merged = merge([tmp_path / "dense", tmp_path / "few"])
+    merged = merge([tmp_path / "dense", tmp_path / "few"], "overlap")
     for name, delta in merged.items():
         expected = (dense[name].to_dense() + few[name].to_dense()) / (1 + few[name].mask().float())
         torch.testing.assert_close(delta.to_dense(), expected)

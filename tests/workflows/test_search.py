@@ -111,7 +111,7 @@ def test_the_density_of_every_method_that_has_one_can_be_searched(recipe, scores
     result = run(recipe, SearchSettings("density", trials=6))
     assert result.trials[0].chosen == {"density": METHODS[method].defaults["density"]}
     assert len({trial.chosen["density"] for trial in result.trials}) == 6
-    assert all(0.02 <= trial.chosen["density"] <= 1 for trial in result.trials)
+    assert all(0.01 <= trial.chosen["density"] <= 1 for trial in result.trials)
     scores.by = lambda dense: float(len(scores.merged))  # the last is the best
     result = run(recipe, SearchSettings("density", trials=2))
     assert result.recipe.parameters == {**recipe.parameters, **result.trials[1].chosen}
@@ -192,8 +192,8 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
         ("lambda", {"parameters": {"scale": 2.5}}, "from 0 to 2; the recipe starts outside: scale 2.5"),
         (
             "density",
-            {"method": "ties", "parameters": {"density": 0.01}},
-            "from 0.02 to 1; the recipe starts outside: density 0.01",
+            {"method": "ties", "parameters": {"density": 0.005}},
+            "from 0.01 to 1; the recipe starts outside: density 0.005",
         ),
     ],
 )

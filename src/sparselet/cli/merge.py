@@ -17,6 +17,9 @@ from sparselet.io.paths import check_output
 from sparselet.workflows.auto_merge import AutoSettings
 from sparselet.workflows.tune import TuneSettings
 
+# Headings of the help.
+_AUTO, _TUNE, _GROUPS, _ROWS = "Choose the method", "Tune weights", "Groups", "Validation rows, for --auto and --tune"
+
 
 def merge_(
     experts: Annotated[list[str] | None, Parameter(negative="")] = None,
@@ -25,14 +28,14 @@ def merge_(
     out: Path,
     flags: Annotated[MergeFlags | None, Parameter(name="*")] = None,
     keep_counts: bool = False,
-    auto: Annotated[bool, Parameter(negative="")] = False,
-    tune: Annotated[bool, Parameter(negative="")] = False,
-    groups: int | None = None,
-    by: Literal["change", "prompts"] | None = None,
-    validation: Annotated[list[str] | None, Many] = None,
-    auto_settings: Annotated[AutoSettings | None, Parameter(name="*")] = None,
-    tune_settings: Annotated[TuneSettings | None, Parameter(name="*")] = None,
-    answers: Annotated[ValidationFlags | None, Parameter(name="*")] = None,
+    auto: Annotated[bool, Parameter(negative="", group=_AUTO)] = False,
+    tune: Annotated[bool, Parameter(negative="", group=_TUNE)] = False,
+    groups: Annotated[int | None, Parameter(group=_GROUPS)] = None,
+    by: Annotated[Literal["change", "prompts"] | None, Parameter(group=_GROUPS)] = None,
+    validation: Annotated[list[str] | None, Many, Parameter(group=_ROWS)] = None,
+    auto_settings: Annotated[AutoSettings | None, Parameter(name="*", group=_AUTO)] = None,
+    tune_settings: Annotated[TuneSettings | None, Parameter(name="*", group=_TUNE)] = None,
+    answers: Annotated[ValidationFlags | None, Parameter(name="*", group=_ROWS)] = None,
     workers: int | None = None,
     json: bool = False,
 ) -> None:

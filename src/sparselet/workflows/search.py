@@ -16,7 +16,7 @@ from sparselet.merging.engine.plan import Expert, Weight
 from sparselet.setting_checks import check_seed, check_settings
 from sparselet.tasks.task import Task
 
-RANGES = {"weights": (0.0, 2.0), "density": (0.02, 1.0), "lambda": (0.0, 2.0)}
+RANGES = {"weights": (0.0, 2.0), "density": (0.01, 1.0), "lambda": (0.0, 2.0)}
 LAMBDA = "scale"  # what the methods call λ
 Choice = Literal["weights", "density", "lambda"]
 
@@ -26,7 +26,7 @@ class SearchSettings:
     """What a search chooses, and for how long. Raises ConfigError."""
 
     choose: Choice = "weights"
-    """What to choose by the score on validation rows: the weights or one factor λ on all (0 to 2), or density (0.02 to 1)."""
+    """What to choose by the score on validation rows: the weights or one factor λ on all (0 to 2), or density (0.01 to 1)."""
     trials: int = 20
     """Merges that a search tries; the first is the given merge."""
     seconds: float | None = None
