@@ -31,7 +31,7 @@ from sparselet.adapter_format import (
 )
 from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.delta import SparseDelta, common_block_size
-from sparselet.errors import BadDtype, MissingFile, NonFiniteValue, prefix_errors
+from sparselet.errors import BadDtype, MissingFile, MissingProfile, NonFiniteValue, prefix_errors
 from sparselet.expert import Expert, ExpertOrDeltas
 from sparselet.io.atomic import atomic_directory, atomic_write, replaced_directory
 from sparselet.io.json_files import json_bytes, read_object
@@ -275,6 +275,22 @@ def expert_profile(expert: Expert) -> Profile | None:
         return None
     check_profile(profile, expert.shapes, expert.fingerprints, where)
     return profile
+
+
+def require_profile(expert: Expert, label: str, need: str) -> Profile:
+    """An expert's profile. need: who needs it, for the message. Raises MissingProfile, and what `expert_profile` raises."""
+    profile = expert_profile(expert)
+    if profile is None:
+        raise missing_profile(label, need, label)
+    return profile
+
+
+def missing_profile(label: str, need: str, place: str) -> MissingProfile:
+    """The error for an expert without a profile. need: who needs it. place: the expert as `sparselet profile` takes it."""
+    return MissingProfile(
+        f"{need}, and {label} has none. Make it from the rows that it was trained on: "
+        f"sparselet profile {place} with their `task`."
+    )
 
 
 def adapter_json(adapter: SparseAdapter) -> dict[str, Any]:

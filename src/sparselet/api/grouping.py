@@ -7,12 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparselet.adapter import AdapterFile, expert_profile
+from sparselet.adapter import AdapterFile, require_profile
 from sparselet.api.merging import MergeResult, write_merge
 from sparselet.api.opening import open_experts
 from sparselet.api.progress import ProgressCallback, StepCounter
-from sparselet.errors import MissingProfile
-from sparselet.expert import Expert
 from sparselet.io.atomic import atomic_directory
 from sparselet.io.paths import check_output
 from sparselet.merging import MergeRecipe
@@ -76,7 +74,8 @@ def merge_groups(
     check_group_count(groups, len(recipe.experts))
     require_choice("by", by, SIMILARITIES)
     experts = open_experts(recipe.experts, recipe.model)
-    profiles = [_required_profile(expert, name) for expert, name in zip(experts, recipe.experts, strict=True)]
+    named = zip(experts, recipe.experts, strict=True)
+    profiles = [require_profile(expert, name, "groups are routed by profiles") for expert, name in named]
     near = _prompt_similarity(profiles)  # refuses profiles of several base models
     how = (recipe.method, recipe.weights, recipe.parameters)
     plan = MergePlan(experts, *how, layer_scaling=recipe.layer_scaling)
@@ -107,13 +106,3 @@ def _prompt_similarity(profiles: Sequence[Profile]) -> Tensor:
         return torch.zeros(1, 1, dtype=torch.float64)
     router = Router({str(i): profile for i, profile in enumerate(profiles)}, "mean")
     return 0.0 - router.distances(torch.stack([profile.prompts.mean for profile in profiles]))
-
-
-def _required_profile(expert: Expert, name: str) -> Profile:
-    profile = expert_profile(expert)
-    if profile is None:
-        raise MissingProfile(
-            f"groups are routed by profiles, and {name} has none. Make it from the rows that it was trained on: "
-            f"sparselet profile {name} with their `task`."
-        )
-    return profile

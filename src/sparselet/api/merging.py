@@ -104,14 +104,13 @@ def merge(
         raise ArgumentError("counts are kept beside a merge on the disk: set `out` with `keep_counts`.")
     opened = open_experts(experts, base)
     method = method or default_method(opened, weights)
-    chosen = complete_parameters(method, assigned)
     if out is None:
-        return merge_in_memory(opened, method, weights, chosen, layer_scaling=layer_scaling, workers=workers)
+        return merge_in_memory(opened, method, weights, assigned, layer_scaling=layer_scaling, workers=workers)
     places = [str(place) for place in map(_place_of, experts) if place is not None]
     lasting = len(places) == len(experts)  # a merge of experts in memory cannot be run again
     names = tuple(places) if lasting else tuple(f"expert {i}" for i in range(1, len(experts) + 1))
     model = None if base is None else str(base)
-    recipe = MergeRecipe(names, method, tuple(weights or ()), chosen, model, keep_counts, layer_scaling)
+    recipe = MergeRecipe(names, method, tuple(weights or ()), assigned, model, keep_counts, layer_scaling)
     if lasting:
         return write_merge(recipe, opened, out, workers, progress).adapter
     with _output(out, opened, progress) as (directory, counter):

@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparselet.adapter import expert_profile
+from sparselet.adapter import require_profile
 from sparselet.api.opening import base_of, chat_template_of, name_of, open_experts, read_checked
 from sparselet.api.progress import ProgressCallback, StepCounter
 from sparselet.apply import apply_temporarily
-from sparselet.errors import ArgumentError, MissingProfile
+from sparselet.errors import ArgumentError
 from sparselet.evaluation import EvalSettings
 from sparselet.evaluation.metrics import DEFAULT_METRICS, Metric, choose_metrics, measure
 from sparselet.expert import Expert
@@ -228,13 +228,7 @@ def _library(
 
 
 def _profile_of(expert: Expert, name: str) -> Profile:
-    profile = expert_profile(expert)
-    if profile is None:
-        raise MissingProfile(
-            f"a router needs a profile of each expert, and {name} has none. Make it from the rows that it was trained on: "
-            f"sparselet profile {name} with their `task`."
-        )
-    return profile
+    return require_profile(expert, name, "a router needs a profile of each expert")
 
 
 def _experts_of_tasks(experts: Mapping[str, Expert]) -> dict[str, str]:

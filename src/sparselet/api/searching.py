@@ -1,8 +1,9 @@
 """`search`, `auto_merge`, `tune`: a merge chosen by the merged model's score on validation rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +29,7 @@ SEARCH_FILE, AUTO_FILE, TUNE_FILE = "search.json", "auto.json", "tune.json"
 VALIDATION = EvalSettings(rows=50, split="validation")
 FEW_ROWS = EvalSettings(rows=32, split="validation")
 
+Result = TypeVar("Result")
 ExpertsOrRecipe = MergeRecipe | Sequence[str | Path]
 
 
@@ -115,17 +117,7 @@ def search(
     """
     settings = settings or SearchSettings()
     setup = _prepare(recipe, validation, base, eval_settings, out)
-    counter = StepCounter(settings.trials, progress)
-    result = search_recipes(
-        setup.recipe,
-        settings,
-        setup.model,
-        setup.tokenizer,
-        setup.tasks,
-        setup.eval_settings,
-        experts=setup.experts,
-        progress=counter.advance,
-    )
+    result = setup.run(search_recipes, settings, settings.trials, progress)
     if out is None:
         return SearchReport(result, None)
     trials = {SEARCH_FILE: {"trials": [asdict(trial) for trial in result.trials]}}
@@ -155,17 +147,7 @@ def auto_merge(
     """
     settings = settings or AutoSettings()
     setup = _prepare(recipe, validation, base, eval_settings, out)
-    counter = StepCounter(settings.trials, progress)
-    result = try_merges(
-        setup.recipe,
-        settings,
-        setup.model,
-        setup.tokenizer,
-        setup.tasks,
-        setup.eval_settings,
-        experts=setup.experts,
-        progress=counter.advance,
-    )
+    result = setup.run(try_merges, settings, settings.trials, progress)
     if out is None:
         return AutoReport(result, None)
     merged = write_merge(result.best.recipe, setup.experts, out, workers, files={AUTO_FILE: result.as_json()})
@@ -194,17 +176,7 @@ def tune(
     """
     settings = settings or TuneSettings()
     setup = _prepare(recipe, validation, base, eval_settings, out)
-    counter = StepCounter(settings.steps, progress)
-    result = tune_recipe(
-        setup.recipe,
-        settings,
-        setup.model,
-        setup.tokenizer,
-        setup.tasks,
-        setup.eval_settings,
-        experts=setup.experts,
-        progress=counter.advance,
-    )
+    result = setup.run(tune_recipe, settings, settings.steps, progress)
     if out is None:
         return TuneReport(result, None)
     return TuneReport(result, write_merge(result.recipe, setup.experts, out, workers, files={TUNE_FILE: result.as_json()}))
@@ -220,6 +192,12 @@ class _ValidationSetup:
     tokenizer: PreTrainedTokenizerBase
     tasks: list[Task]
     eval_settings: EvalSettings
+
+    def run(self, choose: Callable[..., Result], settings: Any, steps: int, progress: ProgressCallback | None) -> Result:
+        """Choose by one of the workflows, which reports as many steps."""
+        measured = (self.model, self.tokenizer, self.tasks, self.eval_settings)
+        counter = StepCounter(steps, progress)
+        return choose(self.recipe, settings, *measured, experts=self.experts, progress=counter.advance)
 
 
 def _prepare(

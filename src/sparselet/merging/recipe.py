@@ -18,15 +18,18 @@ weight = { "*.v_proj" = 1.0, "*" = 0.3 }
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
+from sparselet.adapter import SparseAdapter
 from sparselet.errors import ConfigError, MissingExtra, prefix_errors
+from sparselet.expert import Expert
 from sparselet.io.toml_settings import parse_table, read_toml
 from sparselet.merging.engine.plan import Weight, check_weights
+from sparselet.merging.engine.stream import merge
 from sparselet.merging.layer_scaling import LayerScaling, check_layer_scaling
 from sparselet.merging.methods import complete_parameters
 
@@ -87,6 +90,12 @@ class _RecipeFile:
     model: str | None = None
     keep_counts: bool = False
     layer_scaling: tuple[float, ...] | None = None
+
+
+def merge_by(recipe: MergeRecipe, experts: Sequence[Expert]) -> SparseAdapter:
+    """The merge of the recipe's experts, opened, in memory. Raises what `merge` raises."""
+    how = (recipe.method, recipe.weights, recipe.parameters)
+    return merge(experts, *how, layer_scaling=recipe.layer_scaling)
 
 
 def read_recipe(file: str | Path) -> MergeRecipe:

@@ -15,7 +15,8 @@ from sparselet.errors import ConfigError, NonFiniteScore, SparseletError
 from sparselet.evaluation import EvalSettings, evaluate
 from sparselet.expert import Expert
 from sparselet.io.printable import reason
-from sparselet.merging import METHODS, MergeRecipe, merge
+from sparselet.merging import METHODS, MergeRecipe
+from sparselet.merging.recipe import merge_by
 from sparselet.setting_checks import check_at_least, check_settings
 from sparselet.tasks.task import Task
 from sparselet.workflows.validation_loss import ValidationLoss
@@ -128,8 +129,7 @@ def auto_merge(
         if trials and (len(trials) >= settings.trials or time.monotonic() >= end):
             break
         try:
-            how = (proposal.method, proposal.weights, proposal.parameters)
-            merged = merge(experts, *how, layer_scaling=proposal.layer_scaling)
+            merged = merge_by(proposal, experts)
             by_task = scores(merged)
             score = sum(by_task.values()) / len(by_task)
             if not math.isfinite(score):

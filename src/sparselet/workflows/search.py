@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparselet.errors import ArgumentError, ConfigError, MissingExtra
 from sparselet.evaluation import EvalSettings, evaluate
 from sparselet.formats import open_expert
-from sparselet.merging import METHODS, MergeRecipe, merge
+from sparselet.merging import METHODS, MergeRecipe
 from sparselet.merging.engine.plan import Expert, Weight
+from sparselet.merging.recipe import merge_by
 from sparselet.setting_checks import check_seed, check_settings
 from sparselet.tasks.task import Task
 
@@ -102,8 +103,7 @@ def search(
         drawn = study.ask()
         chosen = {name: drawn.suggest_float(name, low, high) for name, (low, high) in ranges.items()}
         trial_recipe = _apply_choice(recipe, settings.choose, chosen)
-        how = (trial_recipe.method, trial_recipe.weights, trial_recipe.parameters)
-        merged = merge(experts, *how, layer_scaling=trial_recipe.layer_scaling)
+        merged = merge_by(trial_recipe, experts)
         scores = {result.task: result.scores["rougeL"] for result in evaluate(model, tokenizer, tasks, merged, eval_settings)}
         trials.append(Trial(chosen, sum(scores.values()) / len(scores), scores))
         study.tell(drawn, trials[-1].score)

@@ -17,9 +17,10 @@ from sparselet.evaluation import EvalSettings
 from sparselet.expert import Expert
 from sparselet.io.memory import require_memory
 from sparselet.masks import layer_of
-from sparselet.merging import METHODS, MergeRecipe, merge
+from sparselet.merging import METHODS, MergeRecipe
 from sparselet.merging.engine.plan import Weight, weight_for
 from sparselet.merging.methods import get_method
+from sparselet.merging.recipe import merge_by
 from sparselet.names import Names, as_rows
 from sparselet.setting_checks import check_at_least, check_settings
 from sparselet.tasks.task import Task
@@ -104,8 +105,7 @@ def tune(
 
     measured = []
     for chosen in (recipe, tuned):
-        how = (chosen.method, chosen.weights, chosen.parameters)
-        with apply_temporarily(model, merge(experts, *how, layer_scaling=chosen.layer_scaling)):
+        with apply_temporarily(model, merge_by(chosen, experts)):
             measured.append(losses.by_task())
     before, after = measured
     if sum(after.values()) < sum(before.values()):
@@ -123,8 +123,7 @@ class LinearMerge:
         self._recipe, count = recipe, len(experts)
         require_memory(8 * count * sum(expert.nnz for expert in experts), "what a merge leaves of each expert")
         units = torch.eye(count).tolist()
-        how = {"parameters": recipe.parameters, "layer_scaling": recipe.layer_scaling}
-        parts = [merge(experts, recipe.method, unit, **how) for unit in units]
+        parts = [merge_by(replace(recipe, weights=tuple(unit)), experts) for unit in units]
         self._places = {name: parts[0][name].expand().indices for name in parts[0]}
         self._parts = {name: torch.stack([part[name].expand().values.float() for part in parts]) for name in parts[0]}
         self._shapes = parts[0].shapes

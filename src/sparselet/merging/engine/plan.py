@@ -5,9 +5,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from sparselet.adapter import as_expert, expert_profile
+from sparselet.adapter import as_expert, expert_profile, missing_profile
 from sparselet.delta import SparseDelta, check_dense_shape
-from sparselet.errors import ArgumentError, MissingProfile, NonFiniteValue, ShapeMismatch
+from sparselet.errors import ArgumentError, NonFiniteValue, ShapeMismatch
 from sparselet.expert import Expert, ExpertOrDeltas
 from sparselet.fingerprint import require_same_base
 from sparselet.formats import BaseModel, open_expert
@@ -225,10 +225,8 @@ def _require_profiles(method: str, experts: Sequence[Expert]) -> list[Profile | 
                 where = f"the profiles of {label} and an expert before it"
                 require_same_base(profile.fingerprints, previous.fingerprints, where)
         elif len(expert):
-            raise MissingProfile(
-                f"{method} needs a profile of each expert, and {label} has none. Make it from the rows that it was trained on: "
-                f"sparselet profile {label if expert.path else 'EXPERT'} with their `task`."
-            )
+            need = f"{method} needs a profile of each expert"
+            raise missing_profile(label, need, label if expert.path else "EXPERT")
         profiles.append(profile)
     return profiles
 
