@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from sparselet.attention.flex import attend_blocks
 from sparselet.attention.keys import attend, may_see
 from sparselet.attention.patterns import AttentionPattern, parse_pattern
 from sparselet.errors import ModelError
@@ -108,7 +109,8 @@ def _forward(
         used, computed = dense, query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     else:
-        output, used, computed = attend(query, key, value, seen, pattern.block if is_prompt else 1, attention_mask, scaling)
+        at = (query, key, value, seen, pattern.block if is_prompt else 1, attention_mask, scaling)
+        output, used, computed = (attend_blocks(*at) if is_prompt else None) or attend(*at)
         output = output.transpose(1, 2).contiguous()
     counts.used += used
     counts.computed += computed

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 from datasets import load_dataset
 
 from sparselet.errors import SparseletError, TaskError
-from sparselet.tasks.builtin import BUILTIN
+from sparselet.tasks.builtin import BUILTIN, SIZES
+from sparselet.tasks.long_context import LONG_CONTEXT, long_rows
 from sparselet.tasks.row_files import ENDINGS, Choose, Numbered, read_file, split_files
 from sparselet.tasks.rows import INPUT, TARGET, Row, choose_columns, read_row
 
@@ -48,8 +50,9 @@ def load_task(source: str | Path, splits: tuple[str, ...] = SPLITS, columns: Map
     """Read a task.
 
     source: a directory with `train`, `validation` and `test` as `.jsonl`, `.json`, either of them with `.gz`, or `.parquet`;
-        `builtin:NAME`; or the name of a data set on the hub. A row has `input` and `target`, `prompt` and `completion` (each
-        a text or a list of messages), or `messages`: the first of these that a file has. Other columns are not looked at.
+        `builtin:NAME`, for a kind of LONG_CONTEXT as `builtin:needle:length=2048,seed=1`, length in words; or the name of a
+        data set on the hub. A row has `input` and `target`, `prompt` and `completion` (each a text or a list of messages), or
+        `messages`: the first of these that a file has. Other columns are not looked at.
     splits: those to read; all must be there.
     columns: where the rows call `input` and `target` otherwise, e.g. `{"input": "question", "target": "answer"}`.
     Raises TaskError, with file and line for a bad row.
@@ -82,14 +85,26 @@ def _is_directory(path: Path) -> bool:
         raise TaskError(f"{str(path)!r} cannot be a task's directory: {reason}.") from error
 
 
-def _builtin(name: str, splits: tuple[str, ...]) -> Task:
-    if name not in BUILTIN:
-        raise TaskError(f"no built-in task is called {name!r}; there are {', '.join(BUILTIN)}.")
-    rows = {split: tuple(Row(*pair) for pair in pairs) for split, pairs in BUILTIN[name]().items()}
-    missing = [split for split in splits if split not in rows]
+def _builtin(text: str, splits: tuple[str, ...]) -> Task:
+    name, _, settings = text.partition(":")
+    if name not in LONG_CONTEXT and text not in BUILTIN:
+        raise TaskError(f"no built-in task is called {text!r}; there are {', '.join((*BUILTIN, *LONG_CONTEXT))}.")
+    missing = [split for split in splits if split not in SIZES]
     if missing:
-        raise TaskError(f"built-in task {name} has no split {missing[0]!r}; it has {', '.join(rows)}.")
-    return Task(name, {split: rows[split] for split in splits})
+        raise TaskError(f"built-in task {name} has no split {missing[0]!r}; it has {', '.join(SIZES)}.")
+    if name in LONG_CONTEXT:
+        sizes = {"length": 512, "seed": 0, **_counts(text, settings)}
+        return Task(text, {split: long_rows(name, sizes["length"], SIZES[split], sizes["seed"], split) for split in splits})
+    pairs = BUILTIN[name]()
+    return Task(name, {split: tuple(Row(*pair) for pair in pairs[split]) for split in splits})
+
+
+def _counts(text: str, settings: str) -> dict[str, int]:
+    """`length=2048,seed=1` as numbers. Raises TaskError."""
+    parts = [part for part in settings.split(",") if part]
+    if not all(re.fullmatch(r"(length|seed)=\d{1,9}", part) for part in parts):
+        raise TaskError(f"task builtin:{text}: expected NAME:length=WORDS,seed=NUMBER.")
+    return {key: int(value) for key, _, value in (part.partition("=") for part in parts)}
 
 
 def _read_directory(directory: Path, split: str, choose: Choose) -> tuple[Row, ...]:
