@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sparselet.api.opening import load
     from sparselet.api.probing import ProbeSettings, probe
     from sparselet.api.profiling import ProfileSettings, profile
-    from sparselet.api.routing import RouteSettings, evaluate_routed, route
+    from sparselet.api.routing import evaluate_routed, route
     from sparselet.api.searching import auto_merge, search, tune
     from sparselet.api.serving import serve
     from sparselet.api.steering import evaluate_steering, fit_steering
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from sparselet.workflows.graft import GraftSettings
     from sparselet.workflows.isolate import IsolateSettings
     from sparselet.workflows.probing import probe_rows
+    from sparselet.workflows.routing import RouteSettings
     from sparselet.workflows.search import SearchSettings
     from sparselet.workflows.steering import SteerSettings
     from sparselet.workflows.tune import TuneSettings
@@ -130,7 +131,7 @@ _LAZY = {
     "ProbeCallback": "sparselet.activations.callback",
     "ProbeSettings": "sparselet.api.probing",
     "ProfileSettings": "sparselet.api.profiling",
-    "RouteSettings": "sparselet.api.routing",
+    "RouteSettings": "sparselet.workflows.routing",
     "SearchSettings": "sparselet.workflows.search",
     "SparseAdapter": "sparselet.adapter",
     "SparseDelta": "sparselet.delta",

@@ -7,6 +7,10 @@ from helpers.tiny import make_adapter, make_model, save_base, write_rows
 
 import sparselet as sl
 from sparselet.errors import ArgumentError, MissingProfile, WrongBase
+from sparselet.formats import open_expert
+from sparselet.models import load_model, load_tokenizer
+from sparselet.studies.analyses import AnalysisContext, run_analysis
+from sparselet.tasks.task import load_task
 
 TASKS = ("upper", "digits")
 
@@ -47,6 +51,22 @@ def test_a_routed_library_scores_as_the_experts_that_answer(library, fallback):
         assert task.scores == answered[0].scores
     assert "mean" in str(routed.table())
     assert routed.seconds > 0
+
+
+def test_a_study_measures_routing_as_evaluate_routed_does_among_experts_and_merges_of_groups(library):
+    experts = {name: library / f"{name}-expert" for name in TASKS}
+    settings = sl.EvalSettings(rows=4, max_new_tokens=8, chat_template=False)
+    routed = sl.evaluate_routed(list(map(str, experts.values())), str(library / "digits"), settings=settings).tasks[0]
+    base = alone_base(library)
+    opened = [open_expert(str(path)) for path in experts.values()]
+    for chosen, groups in ((opened, 0), ([*opened, opened[1]], 2)):  # two equal experts are a group, whose merge is either
+        reports = []
+        task = load_task(library / "digits")
+        context = AnalysisContext(load_model(base), load_tokenizer(base), chosen, [task], reports.append)
+        arguments = {"rows": 4, "max_input_length": 2048, "max_new_tokens": 8, "groups": groups, "method": "uniform"}
+        numbers = run_analysis("routed", context, arguments)
+        assert numbers == {"rougeL": 100 * routed.scores["rougeL"], "right": 100.0, "unsure": 100 * routed.unsure}
+        assert reports[-1] == 1.0
 
 
 def alone_base(library):

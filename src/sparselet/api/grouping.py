@@ -4,9 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from sparselet.adapter import AdapterFile, require_profile
 from sparselet.api.merging import MergeResult, write_merge
 from sparselet.api.opening import open_experts
@@ -20,8 +17,7 @@ from sparselet.merging.grouping import change_cosines, check_group_count, greedy
 from sparselet.merging.methods.regmean import REGMEAN
 from sparselet.profiles.file import PROFILE_FILE, write_profile
 from sparselet.profiles.pool import pool_profiles
-from sparselet.profiles.profile import Profile
-from sparselet.profiles.router import Router
+from sparselet.profiles.router import prompt_similarity
 from sparselet.result_table import ResultTable, ShownAsTable
 
 SIMILARITIES = ("change", "prompts")
@@ -76,7 +72,7 @@ def merge_groups(
     experts = open_experts(recipe.experts, recipe.model)
     named = zip(experts, recipe.experts, strict=True)
     profiles = [require_profile(expert, name, "groups are routed by profiles") for expert, name in named]
-    near = _prompt_similarity(profiles)  # refuses profiles of several base models
+    near = prompt_similarity(profiles)  # refuses profiles of several base models
     how = (recipe.method, recipe.weights, recipe.parameters)
     plan = MergePlan(experts, *how, layer_scaling=recipe.layer_scaling)
     plan.check_values()
@@ -98,11 +94,3 @@ def merge_groups(
             counter.advance(len(plan.shapes) * len(group) / len(experts))
     placed = tuple(replace(written, adapter=AdapterFile(path)) for written, path in merges)
     return GroupedMerge(placed, tuple(least_similarity(similarity, group) for group in members))
-
-
-def _prompt_similarity(profiles: Sequence[Profile]) -> Tensor:
-    """Minus the distance of the mean states of each two profiles' prompts, float64 [N, N]. Raises WrongBase, ShapeMismatch."""
-    if len(profiles) == 1:
-        return torch.zeros(1, 1, dtype=torch.float64)
-    router = Router({str(i): profile for i, profile in enumerate(profiles)}, "mean")
-    return 0.0 - router.distances(torch.stack([profile.prompts.mean for profile in profiles]))

@@ -1,56 +1,31 @@
 """`route`: the expert that a prompt belongs to; `evaluate_routed`: a library of experts that answers by routing."""
 
-import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from sparselet.adapter import require_profile
 from sparselet.api.opening import base_of, chat_template_of, name_of, open_experts, read_checked
 from sparselet.api.progress import ProgressCallback, StepCounter
-from sparselet.apply import apply_temporarily
 from sparselet.errors import ArgumentError
 from sparselet.evaluation import EvalSettings
 from sparselet.evaluation.metrics import DEFAULT_METRICS, Metric, choose_metrics, measure
 from sparselet.expert import Expert
 from sparselet.fingerprint import fingerprint_weight, require_same_base
-from sparselet.generation.generate import generate
-from sparselet.generation.prompts import longest_prompt, prompt_format, prompt_tokens
 from sparselet.merging import merge
 from sparselet.merging.engine.plan import ExpertSource
 from sparselet.models import PACKAGED, load_model, load_tokenizer
 from sparselet.names import Names
-from sparselet.profiles.collect import prompt_states
 from sparselet.profiles.profile import Profile
 from sparselet.profiles.router import Route, Router
 from sparselet.result_table import ResultTable, ShownAsTable
-from sparselet.setting_checks import check_settings
 from sparselet.tasks.rows import Prompt
 from sparselet.tasks.task import Task, load_task
-
-FALLBACKS = ("nearest", "merge", "base")
-MERGED = 3  # experts of a merge to fall back on
-
-
-@dataclass(frozen=True)
-class RouteSettings:
-    """How prompts are routed."""
-
-    rule: str = "residual"
-    """Distance of a prompt to an expert: residual, of its state outside the expert's leading directions, or mean."""
-    margin: float = 0.05
-    """A route is unsure if the second expert is not farther by this fraction."""
-    fallback: str = "nearest"
-    """What answers an unsure prompt: nearest (the nearest expert), merge (of the three nearest, by overlap), or base."""
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        if self.fallback not in FALLBACKS:
-            raise ArgumentError(f"fallback must be one of {', '.join(FALLBACKS)}, got {self.fallback!r}.")
+from sparselet.workflows.routing import RouteSettings, answer_prompts, answering_experts, route_prompts
 
 
 @dataclass(frozen=True)
@@ -121,7 +96,7 @@ def route(
     template = chat_template_of(named.values()) if chat_template is None else chat_template
     model, tokenizer = load_model(name, dtype), load_tokenizer(name)
     _require_base(model, named)
-    return _routes(router, model, tokenizer, prompts, template, EvalSettings().max_input_length)
+    return route_prompts(router, model, tokenizer, prompts, template, EvalSettings().max_input_length)
 
 
 def evaluate_routed(
@@ -151,9 +126,9 @@ def evaluate_routed(
     own = _experts_of_tasks(named)
     rows = [(task.name, row) for task in loaded_tasks for row in task.rows(settings.split, settings.rows)]
     started = time.perf_counter()
-    routes = _routes(router, loaded, tokenizer, [row.input for _, row in rows], template, settings.max_input_length)
+    routes = route_prompts(router, loaded, tokenizer, [row.input for _, row in rows], template, settings.max_input_length)
     seconds = (time.perf_counter() - started) / max(1, len(rows))
-    answerers = [_answerer(r, routing.fallback) for r in routes]
+    answerers = [answering_experts(r, routing.fallback) for r in routes]
     work: dict[tuple[str, ...], dict[int, str]] = {}  # by who answers: the answer of each row
     for i, (task, _) in enumerate(rows):
         for who in {answerers[i], *([(own[task],)] if task in own else [])}:
@@ -161,7 +136,8 @@ def evaluate_routed(
     counter = StepCounter(sum(map(len, work.values())), progress)
     for who, answers in work.items():
         prompts = [rows[i][1].input for i in answers]
-        texts = _answer(loaded, tokenizer, [named[key] for key in who], prompts, settings, template, counter)
+        adapter = None if not who else named[who[0]] if len(who) == 1 else merge([named[key] for key in who])
+        texts = answer_prompts(loaded, tokenizer, adapter, prompts, settings, template, counter.advance)
         answers.update(zip(list(answers), texts, strict=True))
     results = []
     for task in loaded_tasks:
@@ -179,37 +155,6 @@ def evaluate_routed(
             )
         )
     return RoutedEvaluation(tuple(results), tuple(chosen), seconds)
-
-
-def _answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    experts: Sequence[Expert],
-    prompts: Sequence[Prompt],
-    settings: EvalSettings,
-    chat_template: bool,
-    counter: StepCounter,
-) -> list[str]:
-    """Answers of an expert, of the merge of several, or of the base model."""
-    adapter = None if not experts else experts[0] if len(experts) == 1 else merge(experts)
-    with contextlib.nullcontext() if adapter is None else apply_temporarily(model, adapter):
-        return generate(
-            model,
-            tokenizer,
-            prompts,
-            chat_template=chat_template,
-            max_input_length=settings.max_input_length,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            progress=counter.advance,
-        )
-
-
-def _answerer(chosen: Route, fallback: str) -> tuple[str, ...]:
-    """The experts whose merge answers a prompt: one, several, or none for the base model."""
-    if not chosen.unsure or fallback == "nearest":
-        return (chosen.expert,)
-    return tuple(sorted(list(chosen.distances)[:MERGED])) if fallback == "merge" else ()
 
 
 def _library(
@@ -245,16 +190,3 @@ def _require_base(model: PreTrainedModel, experts: Mapping[str, Expert]) -> None
         prints = _profile_of(expert, key).fingerprints
         own = {name: fingerprint_weight(layers[name].parameter) for name in prints if name in layers}
         require_same_base(own, prints, f"the base model and the profile of {key}")
-
-
-def _routes(
-    router: Router,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    chat_template: bool,
-    max_input_length: int,
-) -> list[Route]:
-    form = prompt_format(model, tokenizer, chat_template)
-    longest = longest_prompt(form, max_input_length, 1)
-    return router.route(prompt_states(model, (prompt_tokens(form, prompt)[-longest:] for prompt in prompts)))

@@ -6,13 +6,14 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from sparselet.api.evaluation import evaluate
-from sparselet.api.routing import RouteSettings, evaluate_routed
+from sparselet.api.routing import evaluate_routed
 from sparselet.cli.merging import Many
 from sparselet.cli.terminal import print_json, progress, quiet_libraries, say, show
 from sparselet.errors import ConfigError
 from sparselet.evaluation import EvalSettings
 from sparselet.evaluation.metrics import DEFAULT_METRICS
 from sparselet.io.paths import check_output
+from sparselet.workflows.routing import RouteSettings
 
 
 def eval_(

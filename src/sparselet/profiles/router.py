@@ -1,6 +1,6 @@
 """`Router`: which expert a prompt belongs to, by its state in the base model and the experts' profiles."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +89,17 @@ class Router:
             margin = (second - nearest) / second if second else 0.0
             routes.append(Route(next(iter(ranked)), ranked, margin, margin < self.margin))
         return routes
+
+
+def prompt_similarity(profiles: Sequence[Profile]) -> Tensor:
+    """Minus the distance of two profiles' mean prompt states by a router of rule "mean", float64 [N, N].
+
+    Raises WrongBase, ShapeMismatch.
+    """
+    if len(profiles) == 1:
+        return torch.zeros(1, 1, dtype=torch.float64)
+    router = Router({str(i): profile for i, profile in enumerate(profiles)}, "mean")
+    return 0.0 - router.distances(torch.stack([profile.prompts.mean for profile in profiles]))
 
 
 def _directions(factor: Tensor, count: int) -> Tensor:

@@ -1,5 +1,6 @@
 """ANALYSES: functions of experts, tasks and the base model that a study's tables take numbers from."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,16 +10,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparselet.activations.correlation import spearman
 from sparselet.activations.probe import ProbeRow, probe
 from sparselet.activations.statistics import gaussian_sparsity, outlier_channels, sparsity, without_channels
+from sparselet.adapter import require_profile
 from sparselet.analysis.compare import compare as compare_experts
 from sparselet.analysis.concentration import Concentration, Null
 from sparselet.analysis.locate import locate as locate_expert
 from sparselet.errors import ConfigError
 from sparselet.evaluation import EvalSettings
+from sparselet.evaluation.metrics import rouge_l_of_each
 from sparselet.expert import Expert
+from sparselet.merging import merge
+from sparselet.merging.grouping import greedy_groups
+from sparselet.profiles.pool import pool_profiles
+from sparselet.profiles.router import Router, prompt_similarity
 from sparselet.studies.pretraining import pretrain
 from sparselet.tasks.task import Task
 from sparselet.workflows.graft import GraftSettings, graft_curve, measured_rows
 from sparselet.workflows.probing import demonstrated_rows, probe_rows, random_rows, shuffled_rows
+from sparselet.workflows.routing import answer_prompts, answering_experts, route_prompts
 
 Numbers = dict[str, float]
 
@@ -134,10 +142,51 @@ def _concentration(part: Concentration | Null) -> Numbers:
     return numbers | {"Gini": 100 * part.gini, "Hoyer": 100 * part.hoyer}
 
 
+def routed(
+    context: AnalysisContext,
+    rows: int,
+    max_input_length: int,
+    max_new_tokens: int,
+    groups: int = 0,
+    method: str = "regmean",
+    fallback: str = "nearest",
+) -> Numbers:
+    """Rouge-L × 100 of a task's rows, each answered by the expert that it is routed to; `right` and `unsure` in percent.
+
+    groups: into how many merges by `method` the experts are grouped, by their prompts; 0 leaves them apart. right: of the
+    rows, those routed to the task's own expert or its group; 0 where no expert is of the task. fallback: as of RouteSettings.
+    """
+    (task,) = context.tasks
+    experts, chosen = context.experts, task.rows("test", rows)
+    profiles = [require_profile(expert, str(i), "experts are routed by profiles") for i, expert in enumerate(experts)]
+    members = greedy_groups(prompt_similarity(profiles), groups) if groups else [[i] for i in range(len(experts))]
+    by_name = {"+".join(profiles[i].task or str(i) for i in group): group for group in members}
+    router = Router({name: pool_profiles([profiles[i] for i in group]) for name, group in by_name.items()})
+    prompts = [row.input for row in chosen]
+    routes = route_prompts(router, context.model, context.tokenizer, prompts, False, max_input_length)
+    at: dict[tuple[str, ...], list[int]] = defaultdict(list)  # rows by who answers
+    for i, route in enumerate(routes):
+        at[answering_experts(route, fallback)].append(i)
+    settings = EvalSettings(chat_template=False, max_input_length=max_input_length, max_new_tokens=max_new_tokens)
+    answers: dict[int, str] = {}
+    for who, own in at.items():
+        parts = [experts[i] for name in who for i in by_name[name]]
+        adapter = None if not parts else parts[0] if len(parts) == 1 else merge(parts, method)
+        texts = answer_prompts(context.model, context.tokenizer, adapter, [prompts[i] for i in own], settings, False)
+        answers |= dict(zip(own, texts, strict=True))
+        context.progress(len(answers) / len(chosen))
+    scores = rouge_l_of_each([answers[i] for i in range(len(chosen))], [row.target for row in chosen])
+    right = [task.name in route.expert.split("+") for route in routes]
+    unsure = [route.unsure for route in routes]
+    percent = {"rougeL": scores, "right": right, "unsure": unsure}
+    return {name: 100 * sum(values) / len(chosen) for name, values in percent.items()}
+
+
 ANALYSES: dict[str, Callable[..., Numbers]] = {
     "locate": locate,
     "compare": compare,
     "graft": graft,
     "probe": probe_task,
+    "routed": routed,
     "pretrain": lambda context, **settings: pretrain(**settings, progress=context.progress),
 }

@@ -55,6 +55,8 @@ def cell_number(cell: Cell, measures: Measures) -> Number:
         hundred = cell_number(cell.percent_of, measures).mean
         draws = [{task: 100 * value / hundred for task, value in draw.items()} for draw in draws] if hundred else []
     draws = [draw for draw in draws if draw]
+    if cell.worst:
+        draws = [dict([min(draw.items(), key=lambda item: item[1])]) for draw in draws]
     means = [_mean(list(draw.values())) for draw in draws]
     tasks: dict[str, list[float]] = defaultdict(list)
     for draw in draws:

@@ -28,6 +28,7 @@ from sparselet.training.settings import TrainSettings
 
 # Keys of `learning_rate`. `sparse` is also used to train all entries of the targets, `multitask` for all weights on all tasks.
 RATES = ("sparse", "block", "lora", "full", "multitask")
+MERGE_KEYS = ("method", "arms", "numbers")  # of a merge in `merges`, beside the method's parameters
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,10 @@ class StudySettings:
     """For tables of recipes: settings of training by the name of an arm; `learning_rates` has those to compare."""
     finalists: tuple[str, ...] = ()
     """Names of the arms that are trained on all held-in tasks."""
+    merges: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """For the table of many experts: by a row's name `method`, its parameters, and the `arms` and `numbers` that it is for."""
+    groups: tuple[int, ...] = ()
+    """For the table of many experts: into how many merges experts are grouped."""
     first_stage_epochs: float | None = None
     """Epochs of the experts that a second stage starts from; by default `epochs`."""
     second_stage_epochs: tuple[float, ...] = (1.0, 5.0)
@@ -132,6 +137,7 @@ class StudySettings:
             check_seed(seed)
         self._check_tasks()
         self._check_arms()
+        self._check_merges()
         values = vars(self)
         for name in (*("threads", "batch_size", "max_new_tokens", "block_size", "draws", "lora_rank", "epochs"), *_ROWS):
             value = values[name]
@@ -169,6 +175,21 @@ class StudySettings:
         unknown = [name for name in self.finalists if name not in arms]
         if unknown:
             raise ConfigError(f"finalists names {unknown[0]!r}, which is not in arms; there are {', '.join(arms) or 'none'}.")
+
+    def _check_merges(self) -> None:
+        for name, merge in self.merges.items():
+            with prefix_errors(f"merges.{name}"):
+                if "method" not in merge:
+                    raise ConfigError("method is missing.")
+                complete_parameters(merge["method"], {k: v for k, v in merge.items() if k not in MERGE_KEYS})
+                unknown = [arm for arm in merge.get("arms", ()) if arm not in self.arms]
+                if unknown:
+                    raise ConfigError(f"arms names {unknown[0]!r}, which is not in arms.")
+        for count in self.groups:
+            if not 1 < count < max(self.n_experts):
+                raise ConfigError(
+                    f"groups must be above 1 and below the {max(self.n_experts)} experts of n_experts, got {count}."
+                )
 
     def _check_tasks(self) -> None:
         if len(self.held_in) < 2:

@@ -20,6 +20,7 @@ from sparselet.merging.methods import complete_parameters
 from sparselet.studies.engine.unit import AnalysisUnit, EvalUnit, MergeUnit, ModelSettings, TrainUnit
 from sparselet.studies.settings import StudySettings
 from sparselet.studies.table import Cell
+from sparselet.tasks.task import SPLITS
 from sparselet.training.settings import TrainSettings
 from sparselet.training_recipes import RECIPES
 
@@ -131,11 +132,21 @@ class Study:
         return EvalUnit(self._model(), task, self.data[task]["test"], eval_settings, subject, mask, label)
 
     def analyse(
-        self, analysis: str, subject: str, experts: Sequence[TrainUnit] = (), tasks: Sequence[str] = (), **settings: Any
+        self,
+        analysis: str,
+        subject: str,
+        experts: Sequence[TrainUnit] = (),
+        tasks: Sequence[str] = (),
+        splits: tuple[str, ...] = SPLITS,
+        **settings: Any,
     ) -> AnalysisUnit:
-        """One of ANALYSES on experts or the base model. subject: what its numbers are of. tasks: whose rows it reads."""
-        data = {task: self.data[task]["all"] for task in tasks}
-        return AnalysisUnit(self._model(), analysis, settings, subject, data, tuple(experts), f"{analysis}: {subject}")
+        """One of ANALYSES on experts or the base model.
+
+        subject: what its numbers are of. tasks: whose rows it reads. splits: all, or `test`; of held-out tasks only `test`.
+        """
+        data = {task: self.data[task]["all" if splits == SPLITS else "test"] for task in tasks}
+        label = f"{analysis}: {subject}"
+        return AnalysisUnit(self._model(), analysis, settings, subject, data, tuple(experts), label, splits)
 
     # Random sets of tasks
 

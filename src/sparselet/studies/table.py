@@ -15,7 +15,8 @@ class Cell:
     """A mean over units, one a task; of several draws or seeds, the mean of their means.
 
     draws: the units of each draw. measure: the number of their results to take. paper: the paper's figure, for comparison.
-    minus: the cell to subtract, task by task. percent_of: the cell whose mean is 100 %.
+    minus: the cell to subtract, task by task. percent_of: the cell whose mean is 100 %. worst: the lowest task's number in the
+    mean's place.
     """
 
     draws: tuple[tuple[Measured, ...], ...]
@@ -23,6 +24,7 @@ class Cell:
     paper: float | None = None
     minus: "Cell | None" = None
     percent_of: "Cell | None" = None
+    worst: bool = False
 
     def units(self) -> Iterator[Measured]:
         """All units that its number needs."""

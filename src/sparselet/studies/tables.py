@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from sparselet.errors import ConfigError
 from sparselet.studies.claim import Claim
+from sparselet.studies.many_experts import MANY_CLAIMS, many_experts
 from sparselet.studies.paper.claims import PAPER_CLAIMS
 from sparselet.studies.paper.merging_tables import interference, merging, number_of_experts, second_stage
 from sparselet.studies.paper.training_tables import block_sizes, density, layer_drop, learning_rates, scores, selection, targets
@@ -27,15 +28,21 @@ TABLES: dict[str, Callable[[Study], Table]] = {
     "block_sizes": block_sizes,
     "sweep": sweep,
     "recipes": recipes,
+    "many_experts": many_experts,
     "updates": updates,
     "overlaps": overlaps,
     "grafts": grafts,
     "activations": activations,
     "pretraining": pretraining,
 }
-OF_ARMS = ("sweep", "recipes")  # made by default only where the settings have arms
+OF_ARMS = ("sweep", "recipes", "many_experts")  # made by default only where the settings have arms
 OF_REGIONS = ("updates", "overlaps", "grafts", "activations", "pretraining")  # made only where they are named
-CLAIMS: dict[str, Sequence[Claim]] = {"paper": PAPER_CLAIMS, "recipes": RECIPE_CLAIMS, "sparse_regions": REGION_CLAIMS}
+CLAIMS: dict[str, Sequence[Claim]] = {
+    "paper": PAPER_CLAIMS,
+    "recipes": RECIPE_CLAIMS,
+    "many_experts": MANY_CLAIMS,
+    "sparse_regions": REGION_CLAIMS,
+}
 
 
 def make_tables(study: Study) -> dict[str, Table]:

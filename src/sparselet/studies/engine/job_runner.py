@@ -49,7 +49,7 @@ from sparselet.studies.engine.unit_results import (
     UnitCost,
     UnitResult,
 )
-from sparselet.tasks.task import SPLITS, Task, load_task
+from sparselet.tasks.task import Task, load_task
 from sparselet.training import TrainSettings, train
 from sparselet.training.run_directory import RUN_FILE, work_directory
 
@@ -137,7 +137,7 @@ class JobRunner:
             model,
             tokenizer,
             experts=[self._open(expert) for expert in unit.experts],
-            tasks=[self._task(name, SPLITS, fingerprint) for name, fingerprint in unit.data.items()],
+            tasks=[self._task(name, unit.splits, fingerprint) for name, fingerprint in unit.data.items()],
             progress=lambda fraction: emit(Event("progress", unit.key, fraction)),
         )
         return AnalysisUnitResult(run_analysis(unit.analysis, context, unit.settings))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from sparselet.errors import ConfigError
 from sparselet.evaluation import EvalSettings
+from sparselet.tasks.task import SPLITS
 from sparselet.training.settings import TrainSettings
 
 # Raised when the same settings give another result: units of earlier versions are then done again.
@@ -132,7 +133,7 @@ class AnalysisUnit:
     """A function of ANALYSES on experts or on the base model.
 
     settings: its arguments, JSON values. subject: what its numbers are of, such as a task or a pair of experts: a table's cell
-    has one number for each subject. data: fingerprints of the rows of the tasks that it reads, of all splits.
+    has one number for each subject. data: fingerprints of the rows of the tasks that it reads, of these splits.
     """
 
     kind: ClassVar[Kind] = "analyse"
@@ -143,6 +144,7 @@ class AnalysisUnit:
     data: Mapping[str, str] = field(default_factory=dict)
     experts: tuple[TrainUnit, ...] = ()
     label: str = ""
+    splits: tuple[str, ...] = SPLITS
 
     @property
     def inputs(self) -> "tuple[Unit, ...]":
@@ -150,8 +152,9 @@ class AnalysisUnit:
         return self.experts
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON values."""
+        """The settings as JSON values: the splits where they are not all."""
         own = {"analysis": self.analysis, "arguments": dict(self.settings), "subject": self.subject, "data": dict(self.data)}
+        own |= {} if self.splits == SPLITS else {"splits": list(self.splits)}
         return {**vars(self.model), **own}
 
     @cached_property
@@ -198,7 +201,7 @@ def units_from_json(content: Iterable[Mapping[str, Any]]) -> dict[str, Unit]:
                 unit = TrainUnit(model, settings["data"], train, initial, label)
             elif entry["kind"] == "analyse":
                 values = (settings["analysis"], settings["arguments"], settings["subject"], settings["data"])
-                unit = AnalysisUnit(model, *values, tuple(inputs), label)
+                unit = AnalysisUnit(model, *values, tuple(inputs), label, tuple(settings.get("splits", SPLITS)))
             else:
                 eval_settings = _from_json(EvalSettings, "eval", settings["eval"])
                 subject, mask = [*inputs, None, None][:2]

@@ -1,5 +1,7 @@
 """Tables about where a task's change lies: in the weights, in the activations, and along pre-training."""
 
+from typing import Any
+
 from sparselet.studies.engine.unit import AnalysisUnit
 from sparselet.studies.study import Experts, Study
 from sparselet.studies.table import Cell, Chart, Table
@@ -148,7 +150,7 @@ def _dense_experts(study: Study) -> dict[str, Experts]:
 
 
 def _of_each(
-    study: Study, analysis: str, experts: Experts, *, with_rows: bool = False, **settings: object
+    study: Study, analysis: str, experts: Experts, *, with_rows: bool = False, **settings: Any
 ) -> tuple[tuple[AnalysisUnit, ...], ...]:
     """An analysis of each expert, by seed. with_rows: it reads the expert's task."""
     return tuple(
