@@ -51,6 +51,7 @@ def test_a_search_goes_down_from_rates_that_diverge():
 @pytest.mark.parametrize("method", ["sparse"])
 def test_a_run_records_its_rate_and_a_search_is_repeatable(settings_of, tmp_path, method, monkeypatch):
     monkeypatch.setattr(sys.modules[train.__module__], "SHORT_STEPS", 4)  # the package has the function under the module's name
+    monkeypatch.setattr("sparselet.training.learning_rate.TRIES", 3)
 
     def rate(name, **changes):
         train(settings_of(method, epochs=1, **changes), tmp_path / name)
