@@ -20,7 +20,7 @@ from racing.record import BUSY
 from study_tables import study_tables
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/results.md", "docs/performance.md")
+PAGES = ("README.md", "docs/results.md", "docs/performance.md", "docs/sparse-attention.md")
 
 
 def heading(
@@ -181,7 +181,7 @@ def study(results: dict[str, Any]) -> str:
 
 TRAINING = ("train", "memory", "switch")  # also measured on a GPU, by model
 BENCHMARKS = (
-    *("merge", "merge_phi3", "train_steps", "select", "end_to_end", "evaluate", *TRAINING),
+    *("merge", "merge_phi3", "train_steps", "select", "end_to_end", "evaluate", "attention", *TRAINING),
     *(f"{name}_cuda_{model}" for name in TRAINING for model in ("smollm2", "phi3")),
     *(f"{name}_cuda_smollm2" for name in ("select", "end_to_end", "evaluate")),
 )

@@ -13,6 +13,7 @@ from racing.worker import serve
 from safetensors.torch import load_file as load_file_of
 from torch import Tensor
 
+from contestants.attending import same_attention, sparse_attention
 from contestants.inputs import gradient_inputs, random_scores
 from contestants.models import make_model, random_entries, targets
 from contestants.steps import Training, kept, model_and_batch, several, step_job, swap_merged, trained
@@ -344,6 +345,8 @@ JOBS = {
     "same top": same_top,
     "masked gradient": masked_gradient,
     "same gradient": same_gradient,
+    "sparse attention": sparse_attention,
+    "same attention": same_attention,
 }
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from racing.worker import serve
 from torch import Tensor, nn
 from torch.nn import functional
 
+from contestants.attending import dense_attention
 from contestants.inputs import gradient_inputs, random_scores, switch_inputs
 from contestants.models import targets
 from contestants.steps import Training, model_and_batch, step_job, trained
@@ -140,6 +141,7 @@ JOBS: Mapping[str, Callable[[dict[str, Any]], Callable[[], Any]]] = {
     "rewrite": rewrite,
     "dense product": dense_product,
     "topk": topk,
+    "dense attention": dense_attention,
 }
 
 if __name__ == "__main__":

@@ -206,3 +206,23 @@ def test_models_with_other_attention_are_refused():
     dense = gpt2(ids).logits
     with sparse_attention(gpt2, "block", **WIDE["block"]):
         torch.testing.assert_close(gpt2(ids).logits, dense, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(sorted(PATTERNS)), first=st.integers(1, 6), second=st.integers(1, 24), seed=st.integers(0, 99))
+def test_a_pattern_keeps_all_keys_of_a_text_as_short_as_it_says(name, first, second, seed):
+    small = {
+        "window": {"block": 2, "sink": first, "window": second},
+        "block": {"block": first, "top": 1 + second // 4},
+        "vertical-slash": {"block": 2, "vertical": first, "slash": second},
+        "quest": {"page": first, "budget": second},
+        "snapkv": {"budget": 2 + second, "window": 2, "pool": 3},
+    }
+    pattern = PATTERNS[name].with_parameters(small[name])
+    length = min(24, pattern.keeps_all(pattern.parameters))
+    if length < 2:
+        return
+    query, key, _ = tensors(queries=length, keys=length, seed=seed)
+    seen, block, query, _ = table_of(pattern, query, key, None)
+    by_query = seen.repeat_interleave(block, dim=2)[:, :, : query.shape[2]]
+    assert bool((by_query | ~may_see(query, key, None)).all())

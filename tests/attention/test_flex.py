@@ -18,6 +18,7 @@ compiles = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile
 def short_prompts(monkeypatch):
     monkeypatch.setattr(flex, "MIN_KEYS", 32)
     monkeypatch.setattr(flex, "_unable", set())
+    monkeypatch.setattr("sparselet.attention.switch.COMPILED_ON", ("cpu", "cuda"))
 
 
 def table_of_blocks(key_heads, keys, block, seed):
@@ -42,18 +43,21 @@ def test_whole_blocks_give_attention_under_their_mask_and_the_same_counts():
 
 
 @compiles
-def test_a_model_at_density_1_is_the_dense_model(monkeypatch):
+def test_a_model_attends_the_same_by_the_kernel_and_by_gathering(monkeypatch):
     model = make_model().eval()
     ids = torch.randint(3, 30, (1, 50), generator=torch.Generator().manual_seed(0))
     calls = []
     monkeypatch.setattr("sparselet.attention.switch.attend_blocks", lambda *at: calls.append(attend_blocks(*at)) or calls[-1])
     with torch.no_grad():
-        dense = model(ids).logits
-        with sparse_attention(model, "block", block=16, top=9) as attention:
-            torch.testing.assert_close(model(ids).logits, dense, rtol=1e-5, atol=1e-5)
-    assert calls
-    assert all(calls)
-    assert attention.prefill.density == 1
+        with sparse_attention(model, "block", block=16, top=2) as compiled:
+            logits = model(ids).logits
+        assert calls
+        assert all(calls)
+        monkeypatch.setattr(flex, "MIN_KEYS", 999)
+        with sparse_attention(model, "block", block=16, top=2) as gathered:
+            torch.testing.assert_close(logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    assert compiled.prefill == gathered.prefill
+    assert compiled.prefill.density < 1
 
 
 def test_it_leaves_what_it_cannot_do_to_the_gather(monkeypatch):

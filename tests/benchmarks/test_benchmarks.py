@@ -167,6 +167,17 @@ def test_choices_and_gradients_are_those_of_torch(tmp_path: Path) -> None:
     assert max(gradients) < 1e-5
 
 
+def test_sparse_attention_is_attention_under_a_mask(tmp_path: Path) -> None:
+    results = quick("attention", tmp_path)
+    assert results["wrong"] == []
+    own = [row for row in results["rows"] if row["library"] == "sparselet"]
+    assert len(own) == 2 * (4 + 2) * 2  # lengths, patterns, with and without the choice of keys
+    for row in own:
+        assert row["value"]["density"] == 1, "prompts are too short to leave keys out"
+        assert row["value"]["computed"] >= 1
+    assert found(results, "a prompt of 128, block:block=64,top=4: the same over its density")["aim"] == "at most 2"
+
+
 @pytest.mark.slow
 def test_the_whole_job_runs_by_both_ways_and_with_the_frozen_model(tmp_path: Path) -> None:
     results = quick("end_to_end", tmp_path, "--part", "job")

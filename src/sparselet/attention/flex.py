@@ -1,4 +1,7 @@
-"""Prefill by PyTorch's compiled `flex_attention`, where a table keeps or drops whole blocks of keys."""
+"""Prefill on CUDA by PyTorch's compiled `flex_attention`, where a table keeps or drops whole blocks of keys.
+
+On the CPU it works too, and is no faster than `keys.attend`, which needs no compiling (benchmarks/bench_attention.py).
+"""
 
 import logging
 from functools import cache
@@ -12,6 +15,7 @@ from sparselet.io.printable import reason
 
 logger = logging.getLogger("sparselet")
 
+COMPILED_ON = ("cuda",)
 MIN_KEYS = 1024  # shorter prompts are not worth the seconds of compiling
 _unable: set[str] = set()  # types of devices on which compiling has failed
 
@@ -42,7 +46,7 @@ def attend_blocks(
         output = _compiled()(query, key, value, block_mask=blocks, scale=scaling, enable_gqa=True)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # no compiler, or one that this version of torch does not get along with
+    except (RuntimeError, ValueError) as error:  # no compiler, or blocks that this version of torch has no kernel for
         logger.warning(
             "flex_attention does not compile for %s; keys are gathered instead: %s", query.device.type, reason(error)
         )

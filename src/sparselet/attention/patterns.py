@@ -24,12 +24,14 @@ class AttentionPattern:
         one new token; None: dense.
     observe: is called with a prompt's query, key, mask and memory, for a decode that chooses from it.
     parameters: counts, all at least 1; `block` is the number of queries of a row of the table.
+    keeps_all: from the parameters, how many keys a prompt or a new token may have so that each query sees all of them.
     source: where it was published.
     """
 
     name: str
     source: str
     parameters: Mapping[str, int]
+    keeps_all: Callable[[Mapping[str, int]], int]
     prefill: Callable[..., Tensor] | None = None
     decode: Callable[..., Tensor] | None = None
     observe: Callable[..., None] | None = None
@@ -66,15 +68,39 @@ PATTERNS = {
             "window",
             "Xiao et al. 2024 (StreamingLLM)",
             {"block": 64, "sink": 4, "window": 1024},
+            lambda own: own["sink"] + own["window"],
             sink_window,
             _decode_sink_window,
         ),
-        AttentionPattern("block", "Nawrot et al. 2025 (The Sparse Frontier)", {"block": 16, "top": 64}, block_topk),
         AttentionPattern(
-            "vertical-slash", "Jiang et al. 2024 (MInference)", {"block": 64, "vertical": 512, "slash": 512}, vertical_slash
+            "block",
+            "Nawrot et al. 2025 (The Sparse Frontier)",
+            {"block": 16, "top": 64},
+            lambda own: own["block"] * own["top"],
+            block_topk,
         ),
-        AttentionPattern("quest", "Tang et al. 2024", {"page": 16, "budget": 1024}, decode=quest),
-        AttentionPattern("snapkv", "Li et al. 2024", {"budget": 1024, "window": 32, "pool": 7}, decode=snapkv, observe=observe),
+        AttentionPattern(
+            "vertical-slash",
+            "Jiang et al. 2024 (MInference)",
+            {"block": 64, "vertical": 512, "slash": 512},
+            lambda own: max(own["vertical"], own["slash"]),
+            vertical_slash,
+        ),
+        AttentionPattern(
+            "quest",
+            "Tang et al. 2024",
+            {"page": 16, "budget": 1024},
+            lambda own: own["budget"] // own["page"] * own["page"],
+            decode=quest,
+        ),
+        AttentionPattern(
+            "snapkv",
+            "Li et al. 2024",
+            {"budget": 1024, "window": 32, "pool": 7},
+            lambda own: own["budget"],
+            decode=snapkv,
+            observe=observe,
+        ),
     )
 }
 

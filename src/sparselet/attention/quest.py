@@ -11,14 +11,12 @@ from sparselet.attention.keys import group_sum, real_keys
 def quest(query: Tensor, key: Tensor, mask: Tensor | None, memory: dict[str, Any], page: int, budget: int) -> Tensor:
     """A new token sees `budget / page` pages: the last, and those of the largest Σ_d max(q_d · min_d, q_d · max_d).
 
-    min and max are over a page's keys; the bound is added up over the query heads of a group. memory: keeps the bounds of full
-    pages, so that a step reads one page's keys. Published: pages of 16, budget 1024.
+    min and max are over a page's keys. The bound is max(q, 0) · max + min(q, 0) · min, added up over the query heads of a
+    group. memory: keeps the bounds of full pages, so that a step reads one page's keys. Published: pages of 16, budget 1024.
     """
     low, high = _bounds(key, memory, page)
-    promised = torch.maximum(
-        query.float().unsqueeze(3) * _per_query(low, query), query.float().unsqueeze(3) * _per_query(high, query)
-    )
-    scores = group_sum(promised.sum(-1)[:, :, 0], key.shape[1])  # [batch, key heads, pages]
+    above, below = (group_sum(part, key.shape[1]) for part in (query.float().clamp(min=0), query.float().clamp(max=0)))
+    scores = (above @ high.float().transpose(2, 3) + below @ low.float().transpose(2, 3))[:, :, 0]  # [batch, key heads, pages]
     starts = torch.arange(scores.shape[-1], device=key.device) * page
     real = real_keys(query, key, mask)
     full = torch.nn.functional.pad(real, (0, -key.shape[2] % page)).unflatten(1, (-1, page)).any(-1)
@@ -27,10 +25,6 @@ def quest(query: Tensor, key: Tensor, mask: Tensor | None, memory: dict[str, Any
     best = scores.topk(min(max(1, budget // page), len(starts)), dim=-1).indices
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
     return chosen.repeat_interleave(page, dim=-1)[..., : key.shape[2]].unsqueeze(2)
-
-
-def _per_query(bounds: Tensor, query: Tensor) -> Tensor:
-    return bounds.float().repeat_interleave(query.shape[1] // bounds.shape[1], dim=1).unsqueeze(2)
 
 
 def _bounds(key: Tensor, memory: dict[str, Any], page: int) -> tuple[Tensor, Tensor]:

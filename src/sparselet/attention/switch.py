@@ -10,8 +10,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sparselet.attention.flex import attend_blocks
-from sparselet.attention.keys import attend, may_see
+from sparselet.attention.flex import COMPILED_ON, attend_blocks
+from sparselet.attention.keys import attend, count_pairs
 from sparselet.attention.patterns import AttentionPattern, parse_pattern
 from sparselet.errors import ModelError
 from sparselet.model_config import optional_field
@@ -97,20 +97,22 @@ def _forward(
     pattern, seen = state.pattern, None
     if is_prompt and pattern.observe is not None:
         pattern.bound(pattern.observe)(query, key, attention_mask, memory)
-    if is_prompt and pattern.prefill is not None:
+    if key.shape[2] <= pattern.keeps_all(pattern.parameters):
+        pass  # dense attention is the same, and faster
+    elif is_prompt and pattern.prefill is not None:
         seen = pattern.bound(pattern.prefill)(query, key, attention_mask)
     elif not is_prompt and pattern.decode is not None:
         seen = pattern.bound(pattern.decode)(query, key, attention_mask, memory)
     counts = state.prefill if is_prompt else state.decode
-    pairs = may_see(query, key, attention_mask)
-    dense = int(pairs.sum()) * (len(query) // len(pairs)) * query.shape[1]
+    dense = count_pairs(query, key, attention_mask)
     counts.dense += dense
     if seen is None:
-        used, computed = dense, query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+        used, computed = dense, dense if attention_mask is None else query[..., 0].numel() * key.shape[2]
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     else:
         at = (query, key, value, seen, pattern.block if is_prompt else 1, attention_mask, scaling)
-        output, used, computed = (attend_blocks(*at) if is_prompt else None) or attend(*at)
+        compiled = attend_blocks(*at) if is_prompt and query.device.type in COMPILED_ON else None
+        output, used, computed = compiled or attend(*at)
         output = output.transpose(1, 2).contiguous()
     counts.used += used
     counts.computed += computed
