@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers.tiny import make_model, make_t5
+from helpers.tiny import make_model, make_t5, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
@@ -13,6 +13,7 @@ from sparselet.attention import PATTERNS, parse_pattern, sparse_attention
 from sparselet.attention.keys import attend, may_see
 from sparselet.attention.patterns import AttentionPattern
 from sparselet.errors import ArgumentError, ModelError
+from sparselet.generation.generate import generate
 
 WIDE = {
     "window": {"block": 4, "sink": 1, "window": 999},
@@ -226,3 +227,12 @@ def test_a_pattern_keeps_all_keys_of_a_text_as_short_as_it_says(name, first, sec
     seen, block, query, _ = table_of(pattern, query, key, None)
     by_query = seen.repeat_interleave(block, dim=2)[:, :, : query.shape[2]]
     assert bool((by_query | ~may_see(query, key, None)).all())
+
+
+def test_an_answer_does_not_depend_on_the_prompts_beside_it():
+    model, tokenizer = make_model(initializer_range=0.5).eval(), make_tokenizer()
+    prompts = ["a b c d e f g h", "x", "one two three four five six seven"]
+    options = {"chat_template": False, "max_new_tokens": 8}
+    with sparse_attention(model, "block", **NARROW["block"]):
+        together = generate(model, tokenizer, prompts, **options)
+        assert together == [generate(model, tokenizer, [prompt], **options)[0] for prompt in prompts]

@@ -47,6 +47,15 @@ class SparseAttention:
     decode: AttentionCounts = field(default_factory=AttentionCounts)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
 
+    @contextlib.contextmanager
+    def remembering(self, memory: dict[int, dict[str, Any]]) -> Iterator[None]:
+        """Within the block layers read and write this memory: that of other rows, which are decoded in turn with these."""
+        before, self.memory = self.memory, memory
+        try:
+            yield
+        finally:
+            self.memory = before
+
 
 _active: list[SparseAttention] = []
 
@@ -90,7 +99,7 @@ def _forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: query [batch, heads, queries, size], and keys and values of the key heads."""
-    state, is_prompt = _active[-1], query.shape[2] > 1
+    state, is_prompt = _active[-1], query.shape[2] > 1 or key.shape[2] == 1
     memory = state.memory.setdefault(int(optional_field(module, "layer_idx") or 0), {})
     if is_prompt:
         memory.clear()

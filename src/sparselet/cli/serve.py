@@ -24,6 +24,7 @@ def serve_(
     admin_key: Annotated[str | None, Parameter(env_var="SPARSELET_ADMIN_KEY")] = None,
     state: Path | None = None,
     dtype: str = "float32",
+    attention: str | None = None,
     limits: Annotated[ServingLimits | None, Parameter(name="*")] = None,
     json: bool = False,
 ) -> None:
@@ -57,6 +58,8 @@ def serve_(
         Directory for the registry and saved merges; by default one in the cache, by model and experts.
     dtype
         Dtype of the model: float32, bfloat16 or float16.
+    attention
+        Sparse attention of the whole server, as in `sparselet eval`; an expert then answers one request at a time.
     json
         Print the address and the experts as JSON once clients may connect.
     """
@@ -90,6 +93,7 @@ def serve_(
             admin_key=admin_key,
             state=state,
             dtype=dtype,
+            attention=attention,
             limits=limits,
             on_start=started,
         )

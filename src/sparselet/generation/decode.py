@@ -74,11 +74,16 @@ class PreallocatedCacheLayer(DynamicLayer):
         self.start(self.keys.index_select(0, rows), self.values.index_select(0, rows), len(rows))
 
 
+def attends_sparsely(model: PreTrainedModel) -> bool:
+    """Whether the model is within `sparse_attention`, where logits depend on padding: blocks and pages begin with a batch."""
+    return model.config._attn_implementation == "sparselet"
+
+
 def can_decode(model: PreTrainedModel) -> bool:
     """Whether `decode` gives the tokens of the model's own `generate`: a decoder with full attention in every layer, and
     generation settings without processors of logits. Not under `sparse_attention`, which may remember rows of the batch."""
     settings = model.generation_config
-    if model.config._attn_implementation == "sparselet":
+    if attends_sparsely(model):
         return False
     return settings is not None and set(settings.to_diff_dict()) <= _SUPPORTED_SETTINGS and supports_prefix_cache(model)
 

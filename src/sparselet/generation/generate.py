@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparselet.errors import ModelError, TaskError
-from sparselet.generation.decode import can_decode, decode, encode_prefix
+from sparselet.generation.decode import attends_sparsely, can_decode, decode, encode_prefix
 from sparselet.generation.padding import forward_parameters, pad_batch, padding_side, without_router_loss
 from sparselet.generation.prefix import shared_prefix
 from sparselet.generation.prompts import PromptFormat, longest_prompt, padding_token, prompt_format, prompt_tokens
@@ -43,7 +43,7 @@ def generate(
     An answer ends with the end token of training, or with an end token of the model's generation settings; the answer does
     not contain it. Apart from that the texts are those of the model's own `generate`, which is called for models that
     `can_decode` excludes. Prompts of similar length share a batch, with a key-value cache; a model whose logits depend on the
-    padding answers one prompt at a time.
+    padding, as under `sparse_attention`, answers one prompt at a time.
 
     batch_size: prompts of a batch; by default as many as hold 16,384 tokens with their answers.
     progress: called with the number of prompts just answered.
@@ -56,7 +56,8 @@ def generate(
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     answers = [""] * len(tokens)
     side = padding_side(model) if tokens else None
-    padded = side == ("right" if form.encoder_decoder else "left")  # on the right a causal model has no place for an answer
+    answers_on = "right" if form.encoder_decoder else "left"  # on the right a causal model has no place for an answer
+    padded = side == answers_on and not attends_sparsely(model)
     answer = partial(_generate_with_transformers, model, form)
     if padded and can_decode(model):
         prefix = encode_prefix(model, [] if model in WITHOUT_PREFIX else shared_prefix(tokens))

@@ -24,7 +24,7 @@ from sparselet.profiles.collect import prompt_states
 from sparselet.serving.limits import ServingLimits
 from sparselet.serving.mixed_products import MixedProducts
 from sparselet.serving.request import GenerationRequest, Output
-from sparselet.serving.row_batch import RowBatch
+from sparselet.serving.row_batch import Remembering, RowBatch
 from sparselet.serving.scheduler import SWAPS_IN_SLICE, ExpertGroup, Scheduler
 from sparselet.serving.served_expert import ServedExpert
 from sparselet.serving.step_costs import StepCosts
@@ -49,6 +49,7 @@ class Engine:
     """Answers `GenerationRequest`s from a thread of its own, from `start` until `stop`.
 
     model: the base model without adapters, which nothing else may use or change meanwhile. base: its fingerprints by target.
+    remembering: of sparse attention, set before `start` where the model attends sparsely; limits then have one row, not mixed.
     Raises ModelError for a model whose rows cannot be decoded together (`can_decode`).
     """
 
@@ -66,7 +67,9 @@ class Engine:
             )
         self.limits, self.counts = limits or ServingLimits(), EngineCounts()
         self.scheduler = Scheduler(self.limits)
-        self._model, self._tokenizer, self._base = model, tokenizer, base
+        self.model = model
+        self.remembering: Remembering | None = None
+        self._tokenizer, self._base = tokenizer, base
         self._pad_token = padding_token(prompt_format(model, tokenizer, chat_template=False))
         self._batches: dict[ExpertGroup, RowBatch] = {}
         self._mixed: RowBatch | None = None  # in place of all of these while experts are mixed
@@ -182,7 +185,7 @@ class Engine:
             self.counts.tokens += len(answered)
         for request in admitted:
             if request.state_only:
-                request.emit(Output(state=prompt_states(self._model, [request.prompt])[0]))
+                request.emit(Output(state=prompt_states(self.model, [request.prompt])[0]))
         rows = {answer.request for answer in batch.answers}
         with self._changed:
             for group in groups:
@@ -224,7 +227,7 @@ class Engine:
         self._mode_began, self._mode_steps = time.monotonic(), 0
 
     def _new_batch(self, products: MixedProducts | None = None) -> RowBatch:
-        return RowBatch(self._model, self._tokenizer, self._pad_token, products)
+        return RowBatch(self.model, self._tokenizer, self._pad_token, products, self.remembering)
 
     @property
     def _mean_swap(self) -> float:
@@ -241,7 +244,7 @@ class Engine:
         self._weights.close()
         self._resident = None
         if expert is not None and expert.adapter is not None:
-            self._weights.enter_context(apply_temporarily(self._model, expert.adapter, self._base))
+            self._weights.enter_context(apply_temporarily(self.model, expert.adapter, self._base))
             self._resident = expert
         self.counts.swaps += 1
         self.counts.swap_seconds += time.monotonic() - began

@@ -5,7 +5,7 @@ and values of all requests in one manager, which outlives a change of the weight
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,9 @@ from sparselet.serving.mixed_products import MixedProducts
 from sparselet.serving.request import GenerationRequest
 from sparselet.serving.served_expert import ServedExpert
 
+# Of sparse attention: what layers remember of the rows, in the place of what they remembered of others, within a block.
+Remembering = Callable[[dict[int, dict[str, Any]]], contextlib.AbstractContextManager[None]]
+
 SPARE_COLUMNS = 128  # tokens that a cache has room for beyond its longest row, before it is copied
 
 
@@ -29,6 +32,7 @@ class RowBatch:
 
     model: a decoder for which `can_decode` holds; while rows are decoded it has their expert in its weights, or with `products`
         the base weights, to which these add each row's expert. pad_token: for padding, masked everywhere.
+    remembering: of sparse attention, for which a batch has one row at most.
     """
 
     def __init__(
@@ -37,9 +41,11 @@ class RowBatch:
         tokenizer: PreTrainedTokenizerBase,
         pad_token: int,
         products: MixedProducts | None = None,
+        remembering: Remembering | None = None,
     ) -> None:
         self.model, self.tokenizer, self.pad_token, self.products = model, tokenizer, pad_token, products
         self.forward: Any = partial(model, use_cache=True, logits_to_keep=1, **without_router_loss(forward_parameters(model)))
+        self.remembering, self.memory = remembering, {}
         self.answers: list[Answer] = []
         self.layers: list[PreallocatedCacheLayer] = []
         self.mask = torch.zeros(0, 0, dtype=torch.int64, device=model.device)  # [rows, columns of the cache]
@@ -54,7 +60,7 @@ class RowBatch:
         tokens, mask = (t.to(self.model.device) for t in pad_batch([r.prompt for r in requests], self.pad_token, left=True))
         layers = [PreallocatedCacheLayer(mask.shape[1]) for _ in DynamicCache(config=self.model.config).layers]
         cache = Cache(layers=[*layers])
-        with self._adding(answers):
+        with self._adding(answers), self._remembering():
             output = self.forward(input_ids=tokens, attention_mask=mask, position_ids=position_ids(mask), past_key_values=cache)
         chosen = choose_tokens(output.logits[:, -1], answers)
         unfinished = [row for row, (a, token) in enumerate(zip(answers, chosen, strict=True)) if not a.take(token)]
@@ -71,7 +77,7 @@ class RowBatch:
         positions = torch.tensor([[answer.length] for answer in self.answers], device=self.model.device)
         self.mask = torch.cat([self.mask, self.mask.new_ones(count, 1)], dim=1)
         cache = Cache(layers=[*self.layers])
-        with self._adding(self.answers):
+        with self._adding(self.answers), self._remembering():
             output = self.forward(input_ids=tokens, attention_mask=self.mask, position_ids=positions, past_key_values=cache)
         chosen = choose_tokens(output.logits[:, -1], self.answers)
         unfinished = [row for row, (a, token) in enumerate(zip(self.answers, chosen, strict=True)) if not a.take(token)]
@@ -97,6 +103,9 @@ class RowBatch:
         if self.products is None:
             return contextlib.nullcontext()
         return self.products.adding([answer.request.expert for answer in answers])
+
+    def _remembering(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.remembering is None else self.remembering(self.memory)
 
     def _keep(self, rows: list[int]) -> None:
         """Remove all rows but these, and the columns that none of them uses."""
