@@ -23,7 +23,7 @@ VAGUE |= {"here", "there", "one"}
 LONGEST_FILE, LONGEST_FUNCTION, MOST_GETATTR = 400, 60, 15
 
 # Packages without which deltas, adapters and merges work, and a module that Windows lacks.
-OPTIONAL = {"gguf", "regex", "resource", "tomli_w", "transformers"}
+OPTIONAL = {"gepa", "gguf", "openai", "regex", "resource", "tomli_w", "transformers", "trl"}
 
 
 def public_names(tree: ast.Module) -> set[str]:

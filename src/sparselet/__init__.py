@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from sparselet.workflows.auto_merge import AutoSettings
     from sparselet.workflows.cores import core, group
     from sparselet.workflows.demonstrations import order_demonstrations
+    from sparselet.workflows.fast_slow_settings import FastSlowSettings
     from sparselet.workflows.graft import GraftSettings
     from sparselet.workflows.isolate import IsolateSettings
     from sparselet.workflows.probing import probe_rows
@@ -64,6 +65,7 @@ __all__ = [
     "SCORES",
     "AutoSettings",
     "EvalSettings",
+    "FastSlowSettings",
     "GraftSettings",
     "IsolateSettings",
     "MaskSchedule",
@@ -125,6 +127,7 @@ _LAZY = {
     "SCORES": "sparselet.scores",
     "AutoSettings": "sparselet.workflows.auto_merge",
     "EvalSettings": "sparselet.evaluation",
+    "FastSlowSettings": "sparselet.workflows.fast_slow_settings",
     "GraftSettings": "sparselet.workflows.graft",
     "IsolateSettings": "sparselet.workflows.isolate",
     "MaskSchedule": "sparselet.training.schedule",

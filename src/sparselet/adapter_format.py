@@ -32,6 +32,7 @@ VALUES, INDICES = ".sparse_values", ".sparse_indices"
 PENDING, PROGRESS = ".sparse_pending", ".sparse_progress"
 
 METHOD = "SPARSELET"  # peft_type
+PLACEHOLDER = "{input}"  # in an adapter's prompt, once: where the input goes
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")  # PEFT's
 VALUE_DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -83,6 +84,11 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def is_prompt(value: Any) -> bool:
+    """Whether a value is a text with the placeholder of the input in it, once."""
+    return isinstance(value, str) and value.count(PLACEHOLDER) == 1
+
+
 def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -101,6 +107,7 @@ _FIELD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "task": (_is_text, "text or null"),
     "data_fingerprint": (_is_text, "text or null"),
     "chat_template": (_is_flag, "true, false or null"),
+    "prompt": (is_prompt, f"text with {PLACEHOLDER} in it, once, or null"),
     "metrics": (_is_object, "an object or null"),
     "merge": (_is_merge, "an object with a list of experts, or null"),
 }

@@ -15,7 +15,8 @@ class AdapterMetadata:
 
     base_model_name_or_path, task_type, modules_to_save: PEFT's. density, block_size, score, when, balance, replaced, scope,
     layer_drop, initial_mask, reselect_every, selection_epochs, score_batches, seed: how the mask was
-    selected. merge: how experts were merged. training: the training method of a baseline, and what a second stage started from.
+    selected. prompt: the text around an input, `{input}` in its place. merge: how experts were merged. training: the training
+    method of a baseline, and what a second stage started from.
 
     extra: fields of any other name, PEFT's among them. nulls: fields that are written as null; others that are None are left
     out of the file.
@@ -40,6 +41,7 @@ class AdapterMetadata:
     task: str | None = None
     data_fingerprint: str | None = None
     chat_template: bool | None = None
+    prompt: str | None = None
     metrics: Mapping[str, Any] | None = None
     versions: Mapping[str, str] | None = None
     merge: Mapping[str, Any] | None = None

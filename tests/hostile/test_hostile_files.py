@@ -179,6 +179,12 @@ def test_a_configuration_without_a_field_it_must_have(tmp_path, field):
     assert_refused(path, BadConfig, path / CONFIG, field)
 
 
+@pytest.mark.parametrize("prompt", ["no place", "{input} {input}", 3, ["{input}"]])
+def test_a_prompt_without_its_one_placeholder(tmp_path, prompt):
+    path = write(tmp_path / "a", {**good_config(), "prompt": prompt})
+    assert_refused(path, BadConfig, path / CONFIG, "prompt is", "text with {input} in it, once")
+
+
 @pytest.mark.parametrize("version", [0, -1, 1.0, "1", True, None, [1]])
 def test_a_format_version_of_the_wrong_kind(tmp_path, version):
     path = write(tmp_path / "a", good_config(format_version=version))

@@ -144,6 +144,16 @@ def test_what_the_experts_do_not_agree_on_is_left_open():
     assert merge([{Q: random_delta((6, 12))}]).metadata.base_model_name_or_path is None
 
 
+def test_a_merge_has_the_prompt_that_all_experts_have():
+    one, same, other = (expert(i, prompt=text) for i, text in ((1, "Q: {input}"), (2, "Q: {input}"), (3, "{input}\nA:")))
+    assert merge([one, same]).metadata.prompt == "Q: {input}"
+    assert [record["prompt"] for record in records(merge([one, other]))] == ["Q: {input}", "{input}\nA:"]
+    for experts in ([one, other], [one, expert(4)]):
+        merged = merge(experts)
+        assert merged.metadata.prompt is None
+        assert "prompt" not in merged.metadata.to_json()
+
+
 def test_of_an_expert_that_was_merged_the_record_says_of_what(tmp_path):
     inner = merge([expert(1), expert(2)], "uniform", [1, 3])
     path = inner.save(tmp_path / "inner")

@@ -1,6 +1,7 @@
 """The server through the official client: texts of each expert, streams, sampling, merges, and bodies that are refused."""
 
 import json
+import shutil
 import threading
 
 import openai
@@ -66,6 +67,24 @@ def test_text_answers_are_the_experts(server, reference, adapters, name):
     answer = server.client.completions.create(model=name, prompt=PROMPTS[0], max_tokens=12)
     assert answer.choices[0].text.strip() == reference(adapters[name], PROMPTS[0], template=False)
     assert answer.object == "text_completion"
+
+
+def test_an_experts_prompt_is_put_around_inputs(server, reference, adapters):
+    metadata = adapters["one"].metadata.with_fields({"prompt": "Say: {input}!"})
+    expert = SparseAdapter(adapters["one"], metadata, adapters["one"].fingerprints)
+    expert.save(server.library / "with-prompt")
+    assert server.admin("load", name="with-prompt", path="with-prompt").status_code == 200
+    try:
+        answer = chat(server, "with-prompt", "ant?")
+        assert answer.choices[0].message.content.strip() == reference(expert, "Say: ant?!") != reference(expert, "ant?")
+        text = server.client.completions.create(model="with-prompt", prompt="ant?", max_tokens=12).choices[0].text
+        assert text.strip() == reference(expert, "Say: ant?!", template=False)
+        assert answer.system_fingerprint != content_digest(adapters["one"])
+        body = {"model": "with-prompt", "messages": [{"role": "assistant", "content": "a"}]}
+        assert "no user's message" in server.post("/v1/chat/completions", body).json()["error"]["message"]
+    finally:
+        server.admin("unload", name="with-prompt")
+        shutil.rmtree(server.library / "with-prompt")
 
 
 def test_usage_and_the_reason_of_the_end(server):

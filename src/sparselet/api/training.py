@@ -1,5 +1,6 @@
 """`train`: one sparse expert, or a baseline to compare it with."""
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +10,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from sparselet.adapter import SparseAdapter
 from sparselet.errors import ConfigError
+from sparselet.evaluation.metrics import Metric
 from sparselet.training import Trained, TrainSettings
 from sparselet.training import train as train_to
+from sparselet.training.methods import FAST_SLOW
 from sparselet.training_recipes import with_recipe
+from sparselet.workflows.fast_slow import fast_slow as train_fast_slow
+from sparselet.workflows.fast_slow_settings import FastSlowSettings
+from sparselet.workflows.proposers import Proposer
 
-IN_MEMORY = ("sparse", "full-qkv")  # the methods whose result is a sparse adapter
+IN_MEMORY = ("sparse", "full-qkv", FAST_SLOW)  # the methods whose result is a sparse adapter
 
 
 def train(
@@ -24,6 +30,9 @@ def train(
     resume: bool = False,
     base: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    fast_slow: FastSlowSettings | None = None,
+    reward: Metric | None = None,
+    proposer: Proposer | None = None,
     **settings: Any,
 ) -> SparseAdapter | Trained:
     """Train an expert on one task or several.
@@ -36,6 +45,8 @@ def train(
     out: the directory to write to, where `resume` can continue a stopped run; by default the expert is kept in memory and no
         file remains.
     base: the base model and tokenizer, if they are loaded. callbacks: of transformers' Trainer, such as a progress bar.
+    fast_slow: of method fast-slow, its settings (docs/fast-slow.md). reward, proposer: functions in the place of those that
+        they name.
 
     Returns the adapter, its figures in `metadata.metrics`; a `Trained` for methods that write a LoRA or a checkpoint.
     Raises ConfigError and what `training.train` raises.
@@ -52,6 +63,15 @@ def train(
             raise ConfigError(f"train has no setting {unknown[0]!r}; TrainSettings lists all.")
         names = task if isinstance(task, str) else tuple(task)
         chosen = TrainSettings(**with_recipe(recipe, {**settings, "task": names}))
+    if chosen.method == FAST_SLOW:
+        if resume:
+            raise ConfigError(f"resume does not apply to method {FAST_SLOW}, which keeps no checkpoints.")
+        how = fast_slow or FastSlowSettings()
+        with contextlib.nullcontext(out) if out is not None else tempfile.TemporaryDirectory() as place:
+            output = Path(place) if out is not None else Path(place, "expert")
+            return train_fast_slow(chosen, how, output, reward=reward, proposer=proposer, base=base, callbacks=callbacks)
+    if fast_slow is not None or reward is not None or proposer is not None:
+        raise ConfigError(f"method is {chosen.method}; prompts, rewards and proposers are of method {FAST_SLOW}.")
     if out is not None:
         return train_to(chosen, out, resume=resume, base=base, callbacks=callbacks)
     if chosen.method not in IN_MEMORY:

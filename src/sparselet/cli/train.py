@@ -8,10 +8,12 @@ from cyclopts import Parameter
 
 from sparselet.adapter import CONFIG_FILE, SparseAdapter
 from sparselet.api.training import train
-from sparselet.cli.terminal import TrainingProgress, facts, note, print_json, quiet_libraries, say, word
+from sparselet.cli.terminal import TrainingProgress, facts, note, print_json, quiet_libraries, say, table, word
 from sparselet.training import Trained, TrainSettings
+from sparselet.training.methods import FAST_SLOW
 from sparselet.training.processes import first_to_fail, is_first, leave_processes
 from sparselet.training.run_directory import work_directory
+from sparselet.workflows.fast_slow_settings import FastSlowSettings
 
 INTERRUPTED = 130
 
@@ -20,6 +22,7 @@ def train_(
     *,
     out: Path,
     settings: Annotated[TrainSettings | None, Parameter(name="*", consume_multiple=True)] = None,
+    fast_slow: Annotated[FastSlowSettings | None, Parameter(name="*", consume_multiple=True)] = None,
     resume: bool = False,
     json: bool = False,
 ) -> None:
@@ -37,6 +40,7 @@ def train_(
         sparselet train --task task-a task-b --init-from merged --out merged-and-trained
         sparselet train --task task-a task-b --method multitask --out one-model
         torchrun --nproc-per-node 4 -m sparselet.cli train --task my-task --out my-expert
+        sparselet train --task my-task --method fast-slow --reward exact_match --out my-expert
 
     Parameters
     ----------
@@ -51,7 +55,8 @@ def train_(
     settings = settings or TrainSettings()
     bar = TrainingProgress("+".join(task.rpartition("/")[2] for task in settings.tasks))
     try:
-        trained = train(settings, out=out, resume=resume, callbacks=[] if json or not is_first() else [bar])
+        watching = [] if json or not is_first() else [bar]
+        trained = train(settings, out=out, resume=resume, callbacks=watching, fast_slow=fast_slow)
     except BaseException as error:
         bar.stop()
         if not first_to_fail():  # another process of the run says why
@@ -66,6 +71,8 @@ def train_(
         return
     if json:
         print_json(_as_json(trained, out))
+    elif settings.method == FAST_SLOW:
+        _show_fast_slow(trained, settings, out)
     else:
         _show(trained, settings, out)
 
@@ -101,3 +108,14 @@ def _show(trained: SparseAdapter | Trained, settings: TrainSettings, out: Path) 
     rows.append(("validation loss", f"{metrics['validation_loss']:.4f} at step {metrics['best_step']} of {metrics['steps']}"))
     facts(title, rows)
     say(f"Written to {out}", f"Next: {measure}", f"      {merge}")
+
+
+def _show_fast_slow(trained: SparseAdapter | Trained, settings: TrainSettings, out: Path) -> None:
+    assert isinstance(trained, SparseAdapter)
+    figures = trained.metadata.metrics or {}
+    rows = [(who, *(f"{figures[f'reward_{who}_{which}']:.3f}" for which in ("seed", "evolved"))) for who in ("base", "tuned")]
+    table(f"Mean reward of {figures['rows']} validation rows", ["weights", "first prompt", "final prompt"], rows)
+    entries = f"{trained.nnz:,} ({100 * trained.density:.3g} % of the targets)"
+    facts("Expert", [("task", trained.metadata.task), ("entries", entries), ("steps", figures["steps"])])
+    measure = f"sparselet eval --task {word(settings.tasks[0])} --model {word(settings.model)} --adapter {word(out)}"
+    say("Its prompt:", trained.metadata.prompt or "", f"Written to {out}", f"Next: {measure}")

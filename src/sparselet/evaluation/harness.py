@@ -9,8 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparselet.apply import apply_temporarily
 from sparselet.errors import TaskError
 from sparselet.evaluation.metrics import DEFAULT_METRICS, Metric, choose_metrics, measure
-from sparselet.expert import ExpertOrDeltas
+from sparselet.expert import Expert, ExpertOrDeltas
 from sparselet.generation.generate import generate
+from sparselet.generation.prompts import check_prompt, in_prompt
 from sparselet.setting_checks import check_at_least, check_settings
 from sparselet.tasks.task import Row, Task
 
@@ -27,7 +28,7 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Settings of `evaluate`. Raises ConfigError for a number below 1."""
+    """Settings of `evaluate`. Raises ConfigError for a number below 1, and a prompt without its placeholder."""
 
     rows: int | None = None
     """Use only the first rows of each task."""
@@ -41,10 +42,14 @@ class EvalSettings:
     """Rows answered together; by default as many as hold 16,384 tokens with their answers."""
     split: str = "test"
     """The split to evaluate on."""
+    prompt: str | None = None
+    """Text around each input, {input} in its place; by default an expert's own, if it has one."""
 
     def __post_init__(self) -> None:
         check_settings(self)
         check_at_least(self, 1, "rows", "max_input_length", "max_new_tokens", "batch_size")
+        if self.prompt is not None:
+            check_prompt("prompt", self.prompt)
 
 
 def evaluate(
@@ -69,6 +74,7 @@ def evaluate(
     for name in names:
         if names.count(name) > 1:
             raise TaskError(f"two tasks are called {name}, so their results could not be distinguished; rename a directory.")
+    prompt = prompt_for(adapter, settings)
     results = []
     with apply_temporarily(model, adapter) if adapter is not None else contextlib.nullcontext():
         for task in tasks:
@@ -76,7 +82,7 @@ def evaluate(
             answers = generate(
                 model,
                 tokenizer,
-                [row.input for row in rows],
+                [in_prompt(prompt, row.input) for row in rows],
                 chat_template=settings.chat_template is not False,
                 max_input_length=settings.max_input_length,
                 max_new_tokens=settings.max_new_tokens,
@@ -93,3 +99,9 @@ def evaluate(
                 )
             )
     return results
+
+
+def prompt_for(adapter: ExpertOrDeltas | None, settings: EvalSettings) -> str | None:
+    """The prompt that is put around inputs: that of the settings, else the expert's own, else None."""
+    own = adapter.metadata.prompt if isinstance(adapter, Expert) else None
+    return own if settings.prompt is None else settings.prompt

@@ -65,8 +65,10 @@ METRICS: dict[str, Metric] = {"rougeL": rouge_l, "exact_match": exact_match, "ch
 DEFAULT_METRICS = ("rougeL", "exact_match")
 
 
-def choose_metrics(metrics: Sequence[str | Metric]) -> dict[str, Metric]:
+def choose_metrics(metrics: Sequence[str | Metric], field: str = "metric") -> dict[str, Metric]:
     """Metrics by name: those of METRICS, `module:function` of an importable module, and functions by their own name.
+
+    field: the name of the setting, for messages.
 
     Raises ConfigError for a name that is unknown or there twice, for none, and for a module that cannot be imported.
     """
@@ -74,10 +76,10 @@ def choose_metrics(metrics: Sequence[str | Metric]) -> dict[str, Metric]:
     for metric in metrics:
         name = metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
         if name in chosen:
-            raise ConfigError(f"metric: {name!r} is there twice.")
-        chosen[name] = METRICS[name] if name in METRICS and isinstance(metric, str) else _function(metric)
+            raise ConfigError(f"{field}: {name!r} is there twice.")
+        chosen[name] = METRICS[name] if name in METRICS and isinstance(metric, str) else _function(metric, field)
     if not chosen:
-        raise ConfigError(f"metric: expected at least one of {', '.join(METRICS)}.")
+        raise ConfigError(f"{field}: expected at least one of {', '.join(METRICS)}.")
     return chosen
 
 
@@ -94,17 +96,17 @@ def measure(metrics: Mapping[str, Metric], answers: Sequence[str], targets: Sequ
     return scores
 
 
-def _function(metric: str | Metric) -> Metric:
+def _function(metric: str | Metric, field: str) -> Metric:
     if not isinstance(metric, str):
         return metric
     module, colon, name = metric.partition(":")
     expected = f"expected {', '.join(METRICS)} or MODULE:FUNCTION"
     if not colon or not module or not name:
-        raise ConfigError(f"metric: {metric!r} is unknown; {expected}.")
+        raise ConfigError(f"{field}: {metric!r} is unknown; {expected}.")
     try:
         function: Metric = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever the module raises
-        raise ConfigError(f"metric: cannot import {metric!r}: {type(error).__name__}: {error}; {expected}.") from error
+        raise ConfigError(f"{field}: cannot import {metric!r}: {type(error).__name__}: {error}; {expected}.") from error
     if not callable(function):
-        raise ConfigError(f"metric: {metric!r} is {type(function).__name__}, which cannot be called; {expected}.")
+        raise ConfigError(f"{field}: {metric!r} is {type(function).__name__}, which cannot be called; {expected}.")
     return function

@@ -51,7 +51,7 @@ def generate(
     `max_new_tokens`, at most half of the positions, and an answer ends at the last position. Raises what `prompts` raises.
     """
     form = prompt_format(model, tokenizer, chat_template)
-    tokens = _encode_prompts(form, prompts, max_input_length, max_new_tokens)
+    tokens = encode_prompts(form, prompts, max_input_length, max_new_tokens)
     limits = [_answer_limit(form, len(prompt), max_new_tokens) for prompt in tokens]
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     answers = [""] * len(tokens)
@@ -73,7 +73,7 @@ def generate(
     return answers
 
 
-def _encode_prompts(
+def encode_prompts(
     form: PromptFormat, prompts: Sequence[Prompt], max_input_length: int, max_new_tokens: int
 ) -> list[list[int]]:
     """The prompts as tokens, cut from the left. Raises TaskError."""

@@ -5,12 +5,13 @@ the token it was trained to end them with.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sparselet.errors import ModelError, TaskError
+from sparselet.adapter_format import PLACEHOLDER, is_prompt
+from sparselet.errors import ConfigError, ModelError, TaskError
 from sparselet.io.printable import reason
 from sparselet.io.time_limit import time_limit
 from sparselet.models import position_limit, vocabulary_size
@@ -77,6 +78,28 @@ def prompt_format(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ch
         positions=position_limit(model),
         encoder_positions=position_limit(model, encoder=True) if encoder_decoder else None,
     )
+
+
+def in_prompt(text: str | None, prompt: Prompt) -> Prompt:
+    """An expert's prompt with this input in the place of `{input}`; of a conversation, its last user's message is the input.
+
+    text: None leaves the input as it is. Raises TaskError for a conversation without a user's message.
+    """
+    if text is None:
+        return prompt
+    if isinstance(prompt, str):
+        return text.replace(PLACEHOLDER, prompt)
+    last = max((i for i, message in enumerate(prompt) if message.role == "user"), default=None)
+    if last is None:
+        raise TaskError("has no user's message, which the expert's prompt is put around.")
+    message = replace(prompt[last], content=text.replace(PLACEHOLDER, prompt[last].content))
+    return (*prompt[:last], message, *prompt[last + 1 :])
+
+
+def check_prompt(field: str, text: str) -> None:
+    """Raise ConfigError, naming the field, for a prompt without the placeholder, or with several."""
+    if not is_prompt(text):
+        raise ConfigError(f"{field} must have {PLACEHOLDER} in it once, where the input goes, got {text!r:.80}.")
 
 
 def prompt_tokens(form: PromptFormat, prompt: Prompt) -> list[int]:

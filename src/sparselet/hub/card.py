@@ -39,6 +39,7 @@ def model_card(
         "training data": metadata.get("data_fingerprint"),
         "base weights": f"fingerprints of {checked} of {len(shapes)} targets; weights of another model are refused",
         "chat template": metadata.get("chat_template"),
+        "prompt": metadata.get("prompt"),
         "versions": ", ".join(f"{key} {value}" for key, value in _mapping(metadata.get("versions")).items()),
         "size": f"{size / 2**20:.2f} MiB",
     }

@@ -57,8 +57,10 @@ def metadata_from_plan(plan: MergePlan, digests: Digests) -> AdapterMetadata:
 def expert_record(metadata: AdapterMetadata, digest: str, weight: Any) -> dict[str, Any]:
     """The record of one expert, with its own merge record if it was merged itself."""
     merged = {"merge": metadata.merge} if metadata.merge else {}
+    prompt = {"prompt": metadata.prompt} if metadata.prompt is not None else {}
     return {
         **merged,
+        **prompt,
         "task": metadata.task,
         "data_fingerprint": metadata.data_fingerprint,
         "base": metadata.base_model_name_or_path,
@@ -72,12 +74,15 @@ def expert_record(metadata: AdapterMetadata, digest: str, weight: Any) -> dict[s
 def metadata_from_records(records: Sequence[Mapping[str, Any]], plan: MergePlan) -> AdapterMetadata:
     """The metadata of a merge with these records of its experts."""
     names = {record["base"] for record in records if record["base"]}
+    prompts = {record.get("prompt") for record in records}
+    prompt = next(iter(prompts)) if len(prompts) == 1 else None  # else it would be put around other experts' inputs
     block_size = _common_value(expert.metadata.block_size for expert in plan.experts)  # that of tiles follows from the deltas
     return AdapterMetadata.from_json(
         {
             "base_model_name_or_path": min(names) if names else None,
             "task_type": _common_value(record["task_type"] for record in records),
             "chat_template": _common_value(record["chat_template"] for record in records),
+            **({"prompt": prompt} if prompt is not None else {}),
             **({"block_size": block_size} if isinstance(block_size, str) else {}),
             "merge": {
                 "method": plan.method.name,

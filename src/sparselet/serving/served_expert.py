@@ -59,12 +59,13 @@ def serve_expert(expert: Expert, fits: FitCheck) -> ServedExpert:
         {name: expert[name] for name in expert}, expert.metadata, expert.fingerprints
     )  # fmt: skip
     adapter.check_values()
-    return ServedExpert(content_digest(adapter), adapter)
+    return ServedExpert(content_digest(adapter, adapter.metadata.prompt), adapter)
 
 
-def content_digest(deltas: Mapping[str, SparseDelta]) -> str:
-    """SHA-256 over each target's name, shape, mask and values, 32 hex digits: equal digests mean equal answers."""
-    digest = hashlib.sha256()
+def content_digest(deltas: Mapping[str, SparseDelta], prompt: str | None = None) -> str:
+    """SHA-256 over each target's name, shape, mask and values, and the expert's prompt if it has one, 32 hex digits: equal
+    digests mean equal answers."""
+    digest = hashlib.sha256(b"" if prompt is None else json.dumps({"prompt": prompt}).encode())
     for name in sorted(deltas):
         delta = deltas[name]
         digest.update(json.dumps([name, *delta.shape, *delta.block, len(delta.indices), str(delta.values.dtype)]).encode())

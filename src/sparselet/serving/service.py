@@ -13,7 +13,7 @@ from sparselet.errors import RequestRefused, TaskError
 from sparselet.expert import Expert
 from sparselet.fingerprint import fingerprint_weight, require_same_base
 from sparselet.formats import BaseModel, open_expert
-from sparselet.generation.prompts import prompt_format, prompt_tokens
+from sparselet.generation.prompts import in_prompt, prompt_format, prompt_tokens
 from sparselet.models import load_model, load_tokenizer, local_path
 from sparselet.names import Names
 from sparselet.serving.engine import Engine
@@ -22,7 +22,7 @@ from sparselet.serving.merge_cache import MergeCache
 from sparselet.serving.prompt_router import PromptRouter
 from sparselet.serving.registry import BASE_NAME, MERGE_NAME, ExpertRegistry
 from sparselet.serving.served_expert import ServedExpert, base_digest
-from sparselet.tasks.rows import Message
+from sparselet.tasks.rows import Message, Prompt
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,17 @@ class Service:
         """The tokens of a prompt for an expert: a text as it is, or a conversation.
 
         A conversation goes through the tokenizer's chat template. If there is none, or the expert was trained without one, it
-        must be a single user's message, whose text is the prompt, as in training.
+        must be a single user's message, whose text is the prompt, as in training. An expert's own prompt is put around it.
         Raises RequestRefused for a prompt that cannot be encoded, or fills the model's positions.
         """
-        return self._encode(prompt, expert.metadata.chat_template is not False)
+        return self._encode(prompt, expert.metadata.chat_template is not False, expert.metadata.prompt)
 
     def encode_for_route(self, prompt: str | Sequence[Message]) -> tuple[int, ...]:
         """The tokens of a prompt as the experts with a profile were trained. Raises as `encode`, and `PromptRouter`."""
         self.router.candidates()
         return self._encode(prompt, self.router.chat_template()).tokens
 
-    def _encode(self, prompt: str | Sequence[Message], chat_template: bool) -> EncodedPrompt:
+    def _encode(self, prompt: Prompt, chat_template: bool, own_prompt: str | None = None) -> EncodedPrompt:
         field = "prompt" if isinstance(prompt, str) else "messages"
         form = self._forms[not isinstance(prompt, str) and chat_template]
         if not isinstance(prompt, str) and not form.template:
@@ -104,7 +104,7 @@ class Service:
                 raise RequestRefused("this expert answers without a chat template: send one user's message.", "messages")
             prompt = prompt[0].content
         try:
-            tokens = prompt_tokens(form, prompt)
+            tokens = prompt_tokens(form, in_prompt(own_prompt, prompt))
         except TaskError as error:
             raise RequestRefused(f"{field} {error}", field) from error
         longest = self.engine.limits.max_tokens

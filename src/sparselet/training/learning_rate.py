@@ -12,6 +12,7 @@ logger = logging.getLogger("sparselet")
 
 WIDTH = 576  # of the model that the rule was fitted on
 RATE_AT_WIDTH = {"sparse": 3e-3, "shira": 3e-3, "super-tuning": 3e-3, "lora": 2e-3}  # others train weights themselves
+RATE_AT_WIDTH["fast-slow"] = 1e-3  # a third of sparse's: a policy gradient is noisier; not from a grid
 FACTOR = 2.0  # between the rates that a search tries
 TRIES = 7
 

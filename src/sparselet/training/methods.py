@@ -41,6 +41,7 @@ from sparselet.tuner.model import versions
 from sparselet.tuner.targets import describe_linear_layers, is_linear, with_named_targets
 
 ADAPTER = "default"  # PEFT's name for the only adapter
+FAST_SLOW = "fast-slow"  # the method of `workflows.fast_slow`
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def sparse(context: TrainContext, merge_noise: int) -> Iterator[TrainableModel]:
             adapter = to_adapter(wrapped, metadata=metadata)
             if initial is not None:  # the first stage selected the masks, so its selection settings are recorded
                 recorded = {key: vars(adapter.metadata)[key] for key in ("task_type", "data_fingerprint", "versions")}
-                first_stage = replace(initial.metadata, merge=None, nulls=initial.metadata.nulls - {"merge"})
+                first_stage = replace(initial.metadata, merge=None, prompt=None, nulls=initial.metadata.nulls - {"merge"})
                 adapter = SparseAdapter(adapter, first_stage.with_fields({**recorded, **metadata}), adapter.fingerprints)
             adapter.save(directory)
             return adapter
@@ -252,6 +253,11 @@ def full_qkv(context: TrainContext) -> Iterator[TrainableModel]:
         yield TrainableModel(model, write, [frozen], autocast)
 
 
+def fast_slow(context: TrainContext) -> AbstractContextManager[TrainableModel]:
+    """Raises ConfigError: prompts are not improved by a Trainer alone."""
+    raise ConfigError(f"method {FAST_SLOW} is run by `sparselet.train`, and not as a step of other work.")
+
+
 SELECTION = tuple(field.name for field in fields(SelectionSettings) if field.name != "seed")
 TARGETS = ("target_modules", "exclude_modules", "layers")
 LORA = ("lora_rank", "lora_alpha")
@@ -294,6 +300,13 @@ TRAIN_METHODS: dict[str, TrainMethod] = {
     "full": TrainMethod(full, "all weights", "a checkpoint in float32", settings=("freeze",)),
     "full-qkv": TrainMethod(
         full_qkv, "all entries of the targets", "a sparse adapter of density 1", settings=(*TARGETS, "freeze")
+    ),
+    FAST_SLOW: TrainMethod(
+        fast_slow,
+        "the masked entries by reward, and a prompt for them",
+        "a sparse adapter with its prompt",
+        settings=(*SELECTION, *TARGETS, "entries"),
+        initial=None,
     ),
     "multitask": TrainMethod(
         full, "all weights, on several tasks", "a checkpoint in float32", settings=("freeze",), min_tasks=2

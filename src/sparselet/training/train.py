@@ -213,7 +213,7 @@ def _trained(
     # Activations that are computed again in the backward pass cannot read a cache of keys and values.
     collate = collator(model, form, share=not settings.gradient_checkpointing)
     sizes = [len(task_rows) for task_rows in rows["train"].values()]
-    config, frozen = _adapter_config(settings, model, inputs.identity[DATA]), frozen_entries(model, inputs.frozen)
+    config, frozen = adapter_config(settings, model, inputs.identity[DATA]), frozen_entries(model, inputs.frozen)
     context = TrainContext(model, form, config, inputs.initial, sizes, keep, frozen)
     method = TRAIN_METHODS[settings.method]
     parameters = {name: vars(settings)[name] for name in method.parameters}
@@ -274,7 +274,7 @@ def _learning_rate(
     return searched
 
 
-def _adapter_config(settings: TrainSettings, model: PreTrainedModel, data_fingerprint: str) -> SparseletConfig:
+def adapter_config(settings: TrainSettings, model: PreTrainedModel, data_fingerprint: str) -> SparseletConfig:
     """The settings of masks and targets as the tuner's configuration. Raises ConfigError, NoTargets, ArgumentError."""
     names = list(settings.target_modules)
     preset = names[0] if len(names) == 1 and names[0].lower() in PRESETS else None

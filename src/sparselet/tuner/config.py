@@ -74,6 +74,7 @@ class SparseletConfig(PeftConfig):
     task: str | None = None
     data_fingerprint: str | None = None
     chat_template: bool | None = None
+    prompt: str | None = None
     metrics: dict[str, Any] | None = None
     versions: dict[str, str] | None = None
     merge: dict[str, Any] | None = None
@@ -135,8 +136,9 @@ class SparseletConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON values."""
         fields = super().to_dict()
-        if self.training is None:
-            del fields["training"]  # the default of `train` needs no record
+        for name in ("training", "prompt"):  # the default of `train` needs no record
+            if fields[name] is None:
+                del fields[name]
         return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

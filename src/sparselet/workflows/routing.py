@@ -9,9 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparselet.apply import apply_temporarily
 from sparselet.errors import ArgumentError
 from sparselet.evaluation import EvalSettings
+from sparselet.evaluation.harness import prompt_for
 from sparselet.expert import ExpertOrDeltas
 from sparselet.generation.generate import generate
-from sparselet.generation.prompts import longest_prompt, prompt_format, prompt_tokens
+from sparselet.generation.prompts import in_prompt, longest_prompt, prompt_format, prompt_tokens
 from sparselet.profiles.collect import prompt_states
 from sparselet.profiles.router import Route, Router
 from sparselet.setting_checks import check_settings
@@ -62,11 +63,12 @@ def answer_prompts(
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Answers of an expert or a merge; of the base model for None."""
+    prompt = prompt_for(adapter, settings)
     with contextlib.nullcontext() if adapter is None else apply_temporarily(model, adapter):
         return generate(
             model,
             tokenizer,
-            prompts,
+            [in_prompt(prompt, each) for each in prompts],
             chat_template=chat_template,
             max_input_length=settings.max_input_length,
             max_new_tokens=settings.max_new_tokens,

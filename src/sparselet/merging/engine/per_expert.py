@@ -72,6 +72,7 @@ def merge_per_expert(
                 "data_fingerprint": expert.metadata.data_fingerprint,
                 "chat_template": expert.metadata.chat_template,
                 "task_type": expert.metadata.task_type,
+                **({"prompt": expert.metadata.prompt} if expert.metadata.prompt is not None else {}),
             }
             stream.describe(merged.with_fields(own), plan.fingerprints)
     return [Path(output) / name for name in names]
