@@ -190,7 +190,7 @@ def show_merge(merged: MergeResult, *lines: str) -> None:
         say("Layers scaled by alpha = {:g}, beta = {:g}".format(*merged.recipe.layer_scaling))
     say(
         *lines,
-        f"A merged entry was selected by {merged.experts_per_entry:.2f} experts on average.",
+        f"The experts have {merged.experts_per_entry:.2f} entries for each one of the merge.",
         f"Written to {out}, with {RECIPE_FILE}",
         f"Next: sparselet eval --task TASK --adapter {word(out)}",
     )
