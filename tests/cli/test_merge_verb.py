@@ -73,7 +73,7 @@ def test_the_result_the_recipe_and_what_is_said(cli, tmp_path, experts):
     merged = SparseAdapter.load(tmp_path / "x")
     same_change(merged, merge(experts))
     crowding = sum(SparseAdapter.load(path).nnz for path in experts) / merged.nnz
-    for said in ("Merged by regmean", "one", "two", f"{merged.nnz:,}", f"selected by {crowding:.2f} experts"):
+    for said in ("Merged by regmean", "one", "two", f"{merged.nnz:,}", f"The experts have {crowding:.2f} entries for each one"):
         assert said in out
     assert f"Written to {tmp_path / 'x'}, with recipe.toml" in out
     assert f"Next: sparselet eval --task TASK --adapter {tmp_path / 'x'}" in out
