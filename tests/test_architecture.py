@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "steering": INPUTS | {"generation"},
     "training": INPUTS | {"generation", "tuner"},
     "evaluation": INPUTS | {"generation", "tuner"},
-    "serving": INPUTS | {"generation", "tuner", "formats", "merging", "analysis"},
+    "serving": INPUTS | {"generation", "tuner", "formats", "merging", "analysis", "steering"},
     "workflows": LIBRARY,
     "studies": LIBRARY | {"workflows"},
     "report": CORE,

@@ -54,8 +54,8 @@ def served_model(tmp_path_factory) -> str:
 
 
 @contextlib.contextmanager
-def serving(model: str, library, state, **limits) -> Iterator[Running]:
-    service = open_service(model, [library], state, limits=ServingLimits(**limits))
+def serving(model: str, library, state, vectors=(), **limits) -> Iterator[Running]:
+    service = open_service(model, [library], state, limits=ServingLimits(**limits), vectors=vectors)
     config = uvicorn.Config(create_app(service, API_KEY, ADMIN_KEY), port=0, log_config=None, timeout_graceful_shutdown=5)
     listener = config.bind_socket()
     server = uvicorn.Server(config)

@@ -1,5 +1,7 @@
 """`steered` against models whose answer is known: sign, block, positions, and that nothing of it stays."""
 
+import contextlib
+
 import pytest
 import torch
 from helpers.tiny import IDS, make_adapter, make_gpt2, make_model, make_t5, make_tokenizer
@@ -9,7 +11,7 @@ from sparselet.apply import apply_temporarily
 from sparselet.errors import ArgumentError, ModelError, ShapeMismatch, WrongBase
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.generation.generate import generate
-from sparselet.steering.switch import block_outputs
+from sparselet.steering.switch import block_outputs, steered_rows
 
 CONCISE, VERBOSE = [5, 9, 200], [5, 9, 31, 7]
 MODELS = pytest.mark.parametrize("make", [make_model, make_gpt2], ids=["llama", "gpt2"])
@@ -144,3 +146,18 @@ def test_a_vector_that_does_not_fit_is_refused_by_name():
     with pytest.raises(ModelError, match="needs a decoder"), steered(make_t5(), SteeringVector(values, 0, 1.0)):
         pass
     assert not any(module._forward_hooks for module in make_model().modules())
+
+
+@MODELS
+@torch.no_grad()
+def test_rows_of_a_pass_are_steered_each_by_its_own_vector(make):
+    model = make()
+    vectors = [vector_of(model, 0), None, vector_of(model, 1, seed=1), vector_of(model, 0, seed=2, strength=-2.0)]
+    tokens = torch.randint(2, 258, (4, 5), generator=torch.Generator().manual_seed(0))
+    with steered_rows(model, [vector and (vector.layer, vector.strength * vector.values) for vector in vectors]):
+        together = model(input_ids=tokens).logits
+    for row, vector in enumerate(vectors):
+        with contextlib.nullcontext() if vector is None else steered(model, vector):
+            alone = model(input_ids=tokens[row : row + 1]).logits
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+    assert not any(module._forward_hooks for module in model.modules())

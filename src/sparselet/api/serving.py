@@ -39,6 +39,7 @@ def serve(
     dtype: str = "float32",
     limits: ServingLimits | None = None,
     attention: str | AttentionPattern | None = None,
+    steer: Sequence[str | Path] = (),
     on_start: Callable[[str, Service], None] | None = None,
 ) -> None:
     """Serve experts over HTTP until SIGTERM or Ctrl-C; then what has begun is answered, for at most a minute.
@@ -50,8 +51,8 @@ def serve(
     port: 0 takes a free one. api_key: what clients must send; None lets everyone ask. admin_key: the same for changes of the
     registry, which are closed without one. state: a directory for the registry and saved merges; by default one in the cache,
     by model and experts. dtype: of the model. attention: a pattern of sparse attention for all answers, dense by default; an
-    expert then answers one request at a time, since blocks and pages of keys begin with a prompt. on_start: called with the
-    address and the service when clients may connect.
+    expert then answers one request at a time, since blocks and pages of keys begin with a prompt. steer: directories of
+    steering vectors, which requests name. on_start: called with the address and the service when clients may connect.
     Raises ConfigError for an address that cannot be served, and what `open_service` and `sparse_attention` raise.
     """
     config = uvicorn.Config(
@@ -64,7 +65,7 @@ def serve(
         limits = replace(limits or ServingLimits(), max_rows=1, mixed=False)
     watcher = None if watch is None else DirectoryWatcher(watch)
     experts = [*experts, *([] if watch is None else [watch])]
-    service = open_service(model, experts, _state(model, experts, state), dtype=dtype, limits=limits)
+    service = open_service(model, experts, _state(model, experts, state), dtype=dtype, limits=limits, vectors=steer)
     with contextlib.nullcontext() if pattern is None else _attending(service.engine, pattern):
         config.app = create_app(service, api_key, admin_key)
         try:

@@ -25,6 +25,7 @@ def serve_(
     state: Path | None = None,
     dtype: str = "float32",
     attention: str | None = None,
+    steer: Annotated[list[Path] | None, Many] = None,
     limits: Annotated[ServingLimits | None, Parameter(name="*")] = None,
     json: bool = False,
 ) -> None:
@@ -60,6 +61,8 @@ def serve_(
         Dtype of the model: float32, bfloat16 or float16.
     attention
         Sparse attention of the whole server, as in `sparselet eval`; an expert then answers one request at a time.
+    steer
+        Steering vectors (`sparselet steer fit`), called by the names of their directories, that requests name in `steer`.
     json
         Print the address and the experts as JSON once clients may connect.
     """
@@ -70,7 +73,8 @@ def serve_(
         spinner.stop()
         registrations = service.registry.registrations()
         if json:
-            print_json({"address": address, "experts": {name: r.expert.digest for name, r in registrations.items()}})
+            experts_json = {name: r.expert.digest for name, r in registrations.items()}
+            print_json({"address": address, "experts": experts_json, "steering_vectors": sorted(service.vectors)})
             return
         rows = [(BASE_NAME, "", "", service.registry.base.digest)]
         rows += [
@@ -94,6 +98,7 @@ def serve_(
             state=state,
             dtype=dtype,
             attention=attention,
+            steer=steer or (),
             limits=limits,
             on_start=started,
         )

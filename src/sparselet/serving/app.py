@@ -66,7 +66,8 @@ def _public_routes(service: Service, metrics: ServingMetrics) -> APIRouter:
     async def models() -> dict[str, Any]:
         experts = {name: registration.expert for name, registration in service.registry.registrations().items()}
         served = {BASE_NAME: service.registry.base, **experts}
-        return {"object": "list", "data": [model_json(name, expert) for name, expert in served.items()]}
+        listed = [model_json(name, expert) for name, expert in served.items()]
+        return {"object": "list", "data": listed, "steering_vectors": sorted(service.vectors)}
 
     @router.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:

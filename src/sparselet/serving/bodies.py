@@ -42,7 +42,10 @@ class StreamOptions(Body):
 
 
 class GenerationBody(MergedExperts):
-    """What chat and text completions have in common. temperature is 0 by default, as in `sparselet eval`."""
+    """What chat and text completions have in common. temperature is 0 by default, as in `sparselet eval`.
+
+    steer: a served steering vector. steer_strength: by default the vector's own; negative steers the other way.
+    """
 
     model: str | None = None
     max_tokens: int | None = None
@@ -57,6 +60,8 @@ class GenerationBody(MergedExperts):
     frequency_penalty: Literal[0] | None = None
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
     user: str | None = None
+    steer: str | None = None
+    steer_strength: float | None = None
 
     def longest_answer(self) -> int | None:
         """Tokens, None if the request does not say."""

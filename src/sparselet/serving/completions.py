@@ -142,7 +142,8 @@ class Completions:
             seed=body.seed,
             stop=body.stops(),
         )
-        return GenerationRequest(expert, encoded.tokens, encoded.ends, sampling, emit, body.stream)
+        steer = self.service.steering(body.steer, body.steer_strength)
+        return GenerationRequest(expert, encoded.tokens, encoded.ends, sampling, emit, body.stream, steer=steer)
 
     async def _received(
         self, request: GenerationRequest, outputs: "asyncio.Queue[Output]", http: Request, label: str

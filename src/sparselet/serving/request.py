@@ -73,8 +73,9 @@ class GenerationRequest:
 
     expert: who answers. prompt: token ids. ends: the tokens that end an answer. stream: emit text as it is decoded, not only at
     the end. emit: called on the engine's thread with each `Output`; it must return at once. state_only: decode nothing, and
-    emit the prompt's state, as `prompt_states`. cancelled: set it from any thread, and the request leaves at the engine's next
-    step without a further output.
+    emit the prompt's state, as `prompt_states`. steer: a block's number and what is added to its output at the prompt's
+    last token and at each token of the answer, [width]. cancelled: set it from any thread, and the request leaves at the
+    engine's next step without a further output.
     """
 
     expert: ServedExpert
@@ -84,6 +85,7 @@ class GenerationRequest:
     emit: Callable[[Output], None]
     stream: bool = False
     state_only: bool = False
+    steer: tuple[int, Tensor] | None = None
     cancelled: bool = False
     arrived: float = field(default_factory=time.monotonic)
 

@@ -5,7 +5,7 @@ and values of all requests in one manager, which outlives a change of the weight
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from sparselet.serving.answer import Answer, choose_tokens
 from sparselet.serving.mixed_products import MixedProducts
 from sparselet.serving.request import GenerationRequest
 from sparselet.serving.served_expert import ServedExpert
+from sparselet.steering.switch import steered_rows
 
 # Of sparse attention: what layers remember of the rows, in the place of what they remembered of others, within a block.
 Remembering = Callable[[dict[int, dict[str, Any]]], contextlib.AbstractContextManager[None]]
@@ -60,7 +61,7 @@ class RowBatch:
         tokens, mask = (t.to(self.model.device) for t in pad_batch([r.prompt for r in requests], self.pad_token, left=True))
         layers = [PreallocatedCacheLayer(mask.shape[1]) for _ in DynamicCache(config=self.model.config).layers]
         cache = Cache(layers=[*layers])
-        with self._adding(answers), self._remembering():
+        with self._changed(answers), self._remembering():
             output = self.forward(input_ids=tokens, attention_mask=mask, position_ids=position_ids(mask), past_key_values=cache)
         chosen = choose_tokens(output.logits[:, -1], answers)
         unfinished = [row for row, (a, token) in enumerate(zip(answers, chosen, strict=True)) if not a.take(token)]
@@ -77,7 +78,7 @@ class RowBatch:
         positions = torch.tensor([[answer.length] for answer in self.answers], device=self.model.device)
         self.mask = torch.cat([self.mask, self.mask.new_ones(count, 1)], dim=1)
         cache = Cache(layers=[*self.layers])
-        with self._adding(self.answers), self._remembering():
+        with self._changed(self.answers), self._remembering():
             output = self.forward(input_ids=tokens, attention_mask=self.mask, position_ids=positions, past_key_values=cache)
         chosen = choose_tokens(output.logits[:, -1], self.answers)
         unfinished = [row for row, (a, token) in enumerate(zip(self.answers, chosen, strict=True)) if not a.take(token)]
@@ -99,10 +100,13 @@ class RowBatch:
         if rows:
             self._append([other.answers[row] for row in rows], other.layers, other.mask, rows)
 
-    def _adding(self, answers: Sequence[Answer]) -> contextlib.AbstractContextManager[None]:
-        if self.products is None:
-            return contextlib.nullcontext()
-        return self.products.adding([answer.request.expert for answer in answers])
+    @contextlib.contextmanager
+    def _changed(self, answers: Sequence[Answer]) -> Iterator[None]:
+        """Within the block a pass of these rows adds what is each row's own: its expert's products, and its vector."""
+        experts = [answer.request.expert for answer in answers]
+        adding = contextlib.nullcontext() if self.products is None else self.products.adding(experts)
+        with adding, steered_rows(self.model, [answer.request.steer for answer in answers]):
+            yield
 
     def _remembering(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.remembering is None else self.remembering(self.memory)

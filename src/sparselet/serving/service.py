@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparselet.adapter import expert_profile
 from sparselet.apply import target_weights
-from sparselet.errors import RequestRefused, TaskError
+from sparselet.errors import ConfigError, RequestRefused, TaskError
 from sparselet.expert import Expert
 from sparselet.fingerprint import fingerprint_weight, require_same_base
 from sparselet.formats import BaseModel, open_expert
@@ -22,6 +23,8 @@ from sparselet.serving.merge_cache import MergeCache
 from sparselet.serving.prompt_router import PromptRouter
 from sparselet.serving.registry import BASE_NAME, MERGE_NAME, ExpertRegistry
 from sparselet.serving.served_expert import ServedExpert, base_digest
+from sparselet.steering import SteeringVector
+from sparselet.steering.switch import block_of
 from sparselet.tasks.rows import Message, Prompt
 
 
@@ -38,8 +41,8 @@ class Service:
     """An engine with its registry of experts, its router and its cache of merges.
 
     open_expert: opens a directory as an expert under the model's names. directories, state: as in `ExpertRegistry`.
-    name: of the base model, as clients are shown it.
-    Raises what `Engine` and `ExpertRegistry` raise.
+    name: of the base model, as clients are shown it. vectors: steering vectors by the names that requests give.
+    Raises what `Engine`, `ExpertRegistry` and, for a vector that does not fit, `steered` raise.
     """
 
     def __init__(
@@ -51,8 +54,11 @@ class Service:
         state: Path,
         limits: ServingLimits | None = None,
         name: str = "",
+        vectors: Mapping[str, SteeringVector] | None = None,
     ) -> None:
-        self.name = name
+        self.name, self.vectors = name, vectors or {}
+        for vector in self.vectors.values():
+            block_of(model, vector)  # raises where it does not fit
         base = {name: fingerprint_weight(layer.parameter) for name, layer in Names(model).layers.items()}
 
         def fits(expert: Expert) -> object:
@@ -81,6 +87,18 @@ class Service:
         if model is None or model == MERGE_NAME:
             raise RequestRefused("name an expert in model, or several with their weights in experts.", "experts")
         return self.registry[model]
+
+    def steering(self, name: str | None, strength: float | None) -> tuple[int, Tensor] | None:
+        """The block and the change of its output that a request names, None where it names none. Raises RequestRefused."""
+        if name is None:
+            if strength is not None:
+                raise RequestRefused("steer_strength is given without steer, the vector's name.", "steer_strength")
+            return None
+        if name not in self.vectors:
+            listed = ", ".join(self.vectors) or "none"
+            raise RequestRefused(f"no steering vector is called {name!r:.100}; there are {listed}.", "steer")
+        vector = self.vectors[name]
+        return vector.layer, (vector.strength if strength is None else strength) * vector.values
 
     def encode(self, expert: ServedExpert, prompt: str | Sequence[Message]) -> EncodedPrompt:
         """The tokens of a prompt for an expert: a text as it is, or a conversation.
@@ -121,13 +139,20 @@ def open_service(
     *,
     dtype: str = "float32",
     limits: ServingLimits | None = None,
+    vectors: Sequence[str | Path] = (),
 ) -> Service:
     """Load a base model and the experts to serve.
 
     model: a hub name, a directory, or `packaged:smollm2-135m`. experts: directories of experts, or experts themselves.
-    Raises ModelError, and what `Service` raises.
+    vectors: directories of steering vectors, called by their names.
+    Raises ConfigError for two vectors of one name, ModelError, and what reading a vector and `Service` raise.
     """
+    named: dict[str, SteeringVector] = {}
+    for path in map(Path, vectors):
+        if path.resolve().name in named:
+            raise ConfigError(f"two steering vectors are called {path.resolve().name}; rename a directory.")
+        named[path.resolve().name] = SteeringVector.load(path)
     base = BaseModel(local_path(model))
     directories = [Path(directory) for directory in experts]
     loaded, tokenizer = load_model(model, dtype), load_tokenizer(model)
-    return Service(loaded, tokenizer, lambda path: open_expert(path, base), directories, state, limits, model)
+    return Service(loaded, tokenizer, lambda path: open_expert(path, base), directories, state, limits, model, named)

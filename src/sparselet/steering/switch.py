@@ -1,7 +1,7 @@
 """`steered`: within a block a model's residual stream is moved; after it the model is as it was."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ POSITIONS = 16  # tokens of an answer that are compared
 
 
 class Steering:
-    """What is added in a block: `change`, [width], at the last position of every pass, or from position `start` on."""
+    """What is added in a block, at the last position of every pass, or from position `start` on.
+
+    change: [width], or [rows, 1, width].
+    """
 
     def __init__(self, change: Tensor) -> None:
         self.change = change
@@ -62,6 +65,18 @@ def steered(model: PreTrainedModel, vector: SteeringVector | str | Path, strengt
         handle.remove()
         if not outer:
             WITHOUT_PREFIX.discard(model)
+
+
+@contextlib.contextmanager
+def steered_rows(model: PreTrainedModel, changes: Sequence[tuple[int, Tensor] | None]) -> Iterator[None]:
+    """Within the block a pass of as many rows adds changes[i], a block's number and [width], at the last position of row i."""
+    blocks = blocks_of(model) if any(changes) else []
+    with contextlib.ExitStack() as stack:
+        for layer in sorted({change[0] for change in changes if change}):
+            width = next(change[1] for change in changes if change)
+            rows = [change[1] if change and change[0] == layer else torch.zeros_like(width) for change in changes]
+            stack.callback(blocks[layer].register_forward_hook(Steering(torch.stack(rows)[:, None])).remove)
+        yield
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
