@@ -1,6 +1,7 @@
 """A server of two experts in a thread, and the official client."""
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +15,13 @@ import openai
 import uvicorn
 from helpers.tiny import make_adapter, make_model, save_base
 
+from sparselet.generation.generate import generate
+from sparselet.models import load_model, load_tokenizer
 from sparselet.serving.app import create_app
 from sparselet.serving.limits import ServingLimits
 from sparselet.serving.service import Service, open_service
+from sparselet.tasks.rows import Row
+from sparselet.tasks.task import Task
 
 API_KEY, ADMIN_KEY = "client-key", "admin-key"
 
@@ -53,10 +58,20 @@ def served_model(tmp_path_factory) -> str:
     return save_base(tmp_path_factory.mktemp("served") / "model", template=True, initializer_range=0.5)
 
 
+@functools.cache
+def measured_tasks(model: str) -> list[Task]:
+    """Two tasks whose targets are the base model's answers, so that experts answer some of them in part."""
+    prompts = [f"{i} and {i}?" for i in range(20, 26)]
+    answers = generate(load_model(model), load_tokenizer(model), prompts, max_new_tokens=64)
+    rows = tuple(map(Row, prompts, answers))
+    return [Task("first", {"validation": rows}), Task("second", {"validation": rows[::-1]})]
+
+
 @contextlib.contextmanager
 def serving(model: str, library, state, vectors=(), **limits) -> Iterator[Running]:
     service = open_service(model, [library], state, limits=ServingLimits(**limits), vectors=vectors)
-    config = uvicorn.Config(create_app(service, API_KEY, ADMIN_KEY), port=0, log_config=None, timeout_graceful_shutdown=5)
+    app = create_app(service, API_KEY, ADMIN_KEY, measured_tasks(model))
+    config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5)
     listener = config.bind_socket()
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

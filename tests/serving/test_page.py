@@ -9,8 +9,9 @@ import pytest
 import torch
 from helpers.browser import Browser, find
 from helpers.tiny import make_adapter, make_model
-from serving.conftest import ADMIN_KEY, API_KEY, make_library
+from serving.conftest import ADMIN_KEY, API_KEY, make_library, measured_tasks
 
+import sparselet as sl
 from sparselet.adapter import SparseAdapter
 
 MODEL = make_model(initializer_range=0.5)
@@ -79,6 +80,28 @@ def test_where_is_that_of_the_dense_changes(server):
     assert server.get("/library/where?name=absent").status_code == 404
     assert server.get("/library/where?" + "&".join(["name=one"] * 17)).status_code == 400
     assert server.get("/library/where").status_code == 400
+
+
+@pytest.mark.parametrize("who", ["one", "bare", "merge"])
+def test_scores_are_those_of_evaluate(server, served_model, who):
+    named = {"experts": [{"name": "one"}, {"name": "two"}], "method": "uniform"} if who == "merge" else {"model": who}
+    sources = [SparseAdapter.load(server.library / name) for name in ("one", "two", "bare")]
+    adapter = {"one": sources[0], "bare": sources[2], "merge": sl.merge(sources[:2], "uniform")}[who]
+    measured = server.post("/library/measure", {**named, "task": "second", "rows": 5}).json()
+    settings = sl.EvalSettings(split="validation", rows=5, chat_template=who != "bare")
+    (expected,) = sl.evaluate(adapter, measured_tasks(served_model)[1], model=served_model, settings=settings).results.values()
+    assert measured["mean"] == pytest.approx(expected[0].scores["rougeL"])
+    assert (measured["task"], measured["rows"]) == ("second", 5)
+    assert 0 < measured["low"] <= measured["mean"] <= measured["high"]
+
+
+def test_what_cannot_be_measured_is_refused_by_field(server):
+    assert server.get("/library").json()["tasks"] == ["first", "second"]
+    for body, field in (({"task": "third"}, "task"), ({"task": "first", "rows": 0}, "rows")):
+        answer = server.post("/library/measure", {"model": "one", **body})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+    assert server.post("/library/measure", {"model": "absent", "task": "first"}).status_code == 404
+    assert server.post("/library/measure", {"model": "one", "task": "first"}, key=None).status_code == 401
 
 
 # In a real browser
@@ -164,6 +187,12 @@ def test_a_person_chooses_looks_merges_asks_and_saves(start, browser, tmp_path):
         "{ const f = document.querySelector('#parameters input'); f.value = 0.4; f.dispatchEvent(new Event('input')); }"
     )
     assert visitor.text("#command") == "sparselet merge two one --method ties --weights 0.5 1 --set density=0.4 --out merged"
+    visitor.type("rows", "2")
+    visitor.click("#measure")
+    visitor.wait_for("document.querySelectorAll('#scores tbody tr').length === 4")
+    cells = visitor.evaluate("[...document.querySelectorAll('#scores tbody tr')].map(e => e.cells[1].textContent)")
+    assert cells == ["one", "merged", "two", "merged"]  # each task's own expert, then the merge
+    assert "2 rows" in visitor.text("#scores .number")
     visitor.type("admin-key", ADMIN_KEY, "change")
     path = os.path.realpath(tmp_path / "library" / "two")
     visitor.wait_for(f"document.getElementById('command').textContent.includes({json.dumps(path)})")

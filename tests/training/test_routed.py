@@ -6,11 +6,14 @@ import pytest
 from helpers.tiny import make_adapter, make_model, save_base, write_rows
 
 import sparselet as sl
+from sparselet.apply import apply_temporarily
 from sparselet.errors import ArgumentError, MissingProfile, WrongBase
 from sparselet.formats import open_expert
+from sparselet.generation.generate import generate
 from sparselet.models import load_model, load_tokenizer
 from sparselet.studies.analyses import AnalysisContext, run_analysis
-from sparselet.tasks.task import load_task
+from sparselet.tasks.rows import Row
+from sparselet.tasks.task import Task, load_task
 
 TASKS = ("upper", "digits")
 
@@ -53,20 +56,29 @@ def test_a_routed_library_scores_as_the_experts_that_answer(library, fallback):
     assert routed.seconds > 0
 
 
-def test_a_study_measures_routing_as_evaluate_routed_does_among_experts_and_merges_of_groups(library):
-    experts = {name: library / f"{name}-expert" for name in TASKS}
-    settings = sl.EvalSettings(rows=4, max_new_tokens=8, chat_template=False)
-    routed = sl.evaluate_routed(list(map(str, experts.values())), str(library / "digits"), settings=settings).tasks[0]
+def test_a_study_measures_routing_among_experts_and_among_merges_of_groups(library):
+    """The targets are the answers of the task's own expert, so routing to it scores 100, and to another less."""
+    experts = [open_expert(str(library / f"{name}-expert")) for name in TASKS]
     base = alone_base(library)
-    opened = [open_expert(str(path)) for path in experts.values()]
-    for chosen, groups in ((opened, 0), ([*opened, opened[1]], 2)):  # two equal experts are a group, whose merge is either
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    rows = load_task(library / "digits").rows("test", 4)
+    with apply_temporarily(model, experts[1]):
+        answers = generate(model, tokenizer, [row.input for row in rows], max_new_tokens=8, chat_template=False)
+    task = Task("digits", {"test": tuple(Row(row.input, answer) for row, answer in zip(rows, answers, strict=True))})
+
+    def numbers(chosen, **arguments):
         reports = []
-        task = load_task(library / "digits")
-        context = AnalysisContext(load_model(base), load_tokenizer(base), chosen, [task], reports.append)
-        arguments = {"rows": 4, "max_input_length": 2048, "max_new_tokens": 8, "groups": groups, "method": "uniform"}
-        numbers = run_analysis("routed", context, arguments)
-        assert numbers == {"rougeL": 100 * routed.scores["rougeL"], "right": 100.0, "unsure": 100 * routed.unsure}
+        context = AnalysisContext(model, tokenizer, chosen, [task], reports.append)
+        arguments = {"rows": 4, "max_input_length": 2048, "max_new_tokens": 8, "method": "uniform", **arguments}
+        found = run_analysis("routed", context, arguments)
         assert reports[-1] == 1.0
+        return found["rougeL"], found["right"]
+
+    assert numbers(experts) == (100.0, 100.0)
+    assert numbers([*experts, experts[1]], groups=2) == (100.0, 100.0)  # two equal experts are a group, whose merge is either
+    score, right = numbers([experts[0], experts[0]])
+    assert score < 100
+    assert right == 0
 
 
 def alone_base(library):

@@ -49,7 +49,7 @@ class MergeResult(ShownAsTable):
 
     @property
     def experts_per_entry(self) -> float:
-        """Entries of all experts for each one of the merge: where it keeps the union of the masks, how many selected an entry."""
+        """Entries of all experts for each one of the merge: how many selected it, where the merge keeps the union of masks."""
         return sum(self.entries) / max(1, self.adapter.nnz)
 
     def table(self) -> ResultTable:

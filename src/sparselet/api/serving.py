@@ -18,8 +18,10 @@ from sparselet.io.printable import reason
 from sparselet.serving.app import create_app
 from sparselet.serving.engine import Engine
 from sparselet.serving.limits import ServingLimits
+from sparselet.serving.measuring import MEASURED_SPLIT
 from sparselet.serving.service import Service, open_service
 from sparselet.serving.watch import DirectoryWatcher
+from sparselet.tasks.task import load_task
 
 logger = logging.getLogger("sparselet")
 
@@ -31,6 +33,7 @@ def serve(
     experts: Sequence[str | Path] = (),
     *,
     watch: str | Path | None = None,
+    tasks: Sequence[str | Path] = (),
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
@@ -48,12 +51,13 @@ def serve(
 
     model: the base model. experts: directories of experts, or experts themselves, called by the names of their directories.
     watch: a further directory of experts, in which new, changed and removed ones are noticed while the server runs.
+    tasks: on whose validation rows the page measures experts and merges.
     port: 0 takes a free one. api_key: what clients must send; None lets everyone ask. admin_key: the same for changes of the
     registry, which are closed without one. state: a directory for the registry and saved merges; by default one in the cache,
     by model and experts. dtype: of the model. attention: a pattern of sparse attention for all answers, dense by default; an
     expert then answers one request at a time, since blocks and pages of keys begin with a prompt. steer: directories of
     steering vectors, which requests name. on_start: called with the address and the service when clients may connect.
-    Raises ConfigError for an address that cannot be served, and what `open_service` and `sparse_attention` raise.
+    Raises ConfigError for an address that cannot be served, TaskError, and what `open_service` and `sparse_attention` raise.
     """
     config = uvicorn.Config(
         "", host, port, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS
@@ -63,11 +67,12 @@ def serve(
     pattern = parse_pattern(attention) if isinstance(attention, str) else attention
     if pattern is not None:
         limits = replace(limits or ServingLimits(), max_rows=1, mixed=False)
+    loaded = [load_task(task, (MEASURED_SPLIT,)) for task in tasks]
     watcher = None if watch is None else DirectoryWatcher(watch)
     experts = [*experts, *([] if watch is None else [watch])]
     service = open_service(model, experts, _state(model, experts, state), dtype=dtype, limits=limits, vectors=steer)
     with contextlib.nullcontext() if pattern is None else _attending(service.engine, pattern):
-        config.app = create_app(service, api_key, admin_key)
+        config.app = create_app(service, api_key, admin_key, loaded)
         try:
             listener = config.bind_socket()
         except (SystemExit, OSError) as error:  # uvicorn exits

@@ -18,6 +18,7 @@ def serve_(
     model: str,
     experts: Annotated[list[Path] | None, Many] = None,
     watch: Path | None = None,
+    task: Annotated[list[str] | None, Many] = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: Annotated[str | None, Parameter(env_var="SPARSELET_API_KEY")] = None,
@@ -47,6 +48,8 @@ def serve_(
         Directories of experts, or experts; each is called by the name of its directory.
     watch
         A directory of experts, in which new, changed and removed ones are noticed while the server runs.
+    task
+        Tasks on whose validation rows the page measures experts and merges.
     host
         Address to listen at.
     port
@@ -91,6 +94,7 @@ def serve_(
             model,
             experts or (),
             watch=watch,
+            tasks=task or (),
             host=host,
             port=port,
             api_key=api_key,

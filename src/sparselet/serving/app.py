@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -20,13 +20,16 @@ from sparselet.serving.page_routes import library_routes, page_files
 from sparselet.serving.registry import BASE_NAME, Registration
 from sparselet.serving.served_expert import ServedExpert
 from sparselet.serving.service import Service
+from sparselet.tasks.task import Task
 
 
-def create_app(service: Service, api_key: str | None = None, admin_key: str | None = None) -> FastAPI:
+def create_app(
+    service: Service, api_key: str | None = None, admin_key: str | None = None, tasks: Sequence[Task] = ()
+) -> FastAPI:
     """The server as an ASGI application. The engine starts with it, and is drained when it ends.
 
     api_key: what clients send as `Authorization: Bearer KEY`; None lets everyone ask. admin_key: the same for /admin, which is
-    closed without one.
+    closed without one. tasks: with validation rows, on which the page measures experts and merges.
     """
 
     @contextlib.asynccontextmanager
@@ -41,7 +44,7 @@ def create_app(service: Service, api_key: str | None = None, admin_key: str | No
     metrics = ServingMetrics(service)
     clients = [Depends(_require_key(api_key))] if api_key is not None else []
     app.include_router(_public_routes(service, metrics), dependencies=clients)
-    app.include_router(library_routes(service), dependencies=clients)
+    app.include_router(library_routes(service, tasks), dependencies=clients)
     app.include_router(page_files())
     app.include_router(_admin_routes(service), dependencies=[Depends(_require_key(admin_key))], prefix="/admin")
 

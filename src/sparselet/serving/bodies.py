@@ -122,6 +122,14 @@ class ChatBody(GenerationBody):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
+class MeasureBody(MergedExperts):
+    """/library/measure: an expert by `model`, or a merge, on the first validation rows of a task."""
+
+    model: str | None = None
+    task: str
+    rows: int = Field(24, ge=1, le=1000)
+
+
 class LoadBody(Body):
     """/admin/load: a directory in the served ones."""
 

@@ -5,7 +5,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +16,16 @@ from starlette.concurrency import run_in_threadpool
 from sparselet.errors import RequestRefused, ServerBusy
 from sparselet.profiles.router import Route
 from sparselet.serving.bodies import ChatBody, CompletionBody, GenerationBody
-from sparselet.serving.http_errors import describe, status_of
+from sparselet.serving.http_errors import CLIENT_GONE, describe, status_of
 from sparselet.serving.metrics import ServingMetrics
+from sparselet.serving.outputs import next_output, output_queue
 from sparselet.serving.registry import MERGE_NAME, ROUTE_NAME
 from sparselet.serving.request import GenerationRequest, Output, Sampling
 from sparselet.serving.service import Service
 from sparselet.tasks.rows import Message
 
 DEFAULT_TOKENS = 256  # of an answer, where the request does not say
-DISCONNECT_SECONDS = 0.2  # between two looks whether a client has gone
 DIGEST_HEADER = "x-sparselet-expert"
-CLIENT_GONE = 499
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Completions:
             if route is None:
                 return Response(status_code=CLIENT_GONE)
             body = body.model_copy(update={"model": route.expert})
-        outputs, emit = _output_queue()
+        outputs, emit = output_queue()
         label = MERGE_NAME if body.experts is not None else str(body.model)
         request = await run_in_threadpool(self._prepare, body, prompt, emit)
         try:
@@ -111,12 +110,12 @@ class Completions:
         tokens = await run_in_threadpool(self.service.encode_for_route, prompt)
         state = self.service.router.kept(tokens)
         if state is None:
-            outputs, emit = _output_queue()
+            outputs, emit = output_queue()
             base = self.service.registry.base
             request = GenerationRequest(base, tokens, frozenset(), Sampling(max_tokens=1), emit, state_only=True)
             self.service.engine.submit(request)
             try:
-                output = await _next_output(outputs, http)
+                output = await next_output(outputs, http)
             finally:
                 request.cancelled = True
             if output is None:
@@ -151,7 +150,7 @@ class Completions:
         """A request's outputs up to the last one, or until the client has gone, which cancels the request."""
         status = str(CLIENT_GONE)
         try:
-            while (output := await _next_output(outputs, http)) is not None:
+            while (output := await next_output(outputs, http)) is not None:
                 if output.error is not None:
                     status = str(status_of(output.error))
                 elif output.finish is not None:
@@ -163,30 +162,6 @@ class Completions:
         finally:
             request.cancelled = True  # has no effect on an answer that has ended
             self.metrics.requests.labels(label, status).inc()
-
-
-def _output_queue() -> tuple["asyncio.Queue[Output]", Callable[[Output], None]]:
-    """A queue of this loop, and the function that puts an output into it from another thread."""
-    outputs: asyncio.Queue[Output] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-
-    def emit(output: Output) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended with its clients
-            loop.call_soon_threadsafe(outputs.put_nowait, output)
-
-    return outputs, emit
-
-
-async def _next_output(outputs: "asyncio.Queue[Output]", http: Request) -> Output | None:
-    """The next output, None if the client has gone before it comes."""
-    getting = asyncio.ensure_future(outputs.get())
-    try:
-        while not (await asyncio.wait({getting}, timeout=DISCONNECT_SECONDS))[0]:
-            if await http.is_disconnected():
-                return None
-        return getting.result()
-    finally:
-        getting.cancel()
 
 
 def _route_json(route: Route | None) -> dict[str, Any]:

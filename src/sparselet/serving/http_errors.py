@@ -15,6 +15,7 @@ from sparselet.io.printable import printable
 
 logger = logging.getLogger("sparselet")
 
+CLIENT_GONE = 499
 _STATUS: dict[type[SparseletError], int] = {
     UnknownExpert: 404,
     ServerBusy: 429,

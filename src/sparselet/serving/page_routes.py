@@ -4,12 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
-from fastapi.responses import Response
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
+from sparselet.serving.bodies import MeasureBody
+from sparselet.serving.http_errors import CLIENT_GONE
 from sparselet.serving.library import Library
+from sparselet.serving.measuring import Measuring
 from sparselet.serving.service import Service
+from sparselet.tasks.task import Task
 
 _DIRECTORY = Path(__file__).parent / "page"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -43,13 +48,20 @@ def page_files() -> APIRouter:
     return router
 
 
-def library_routes(service: Service) -> APIRouter:
-    """`/library`: cards of all experts; `/library/where`: where the named experts' changes lie. They run in threads."""
-    router, library = APIRouter(), Library(service)
+def library_routes(service: Service, tasks: Sequence[Task] = ()) -> APIRouter:
+    """`/library`: cards of all experts; `/library/where`: where the named experts' changes lie; `/library/measure`: what an
+    expert or a merge scores on a task's validation rows."""
+    router, library, measuring = APIRouter(), Library(service), Measuring(service, tasks)
 
     @router.get("/library")
     def cards() -> dict[str, Any]:
-        return library.cards()
+        return {**library.cards(), "tasks": list(measuring.tasks)}
+
+    @router.post("/library/measure")
+    async def measure(body: MeasureBody, http: Request) -> Response:
+        expert = await run_in_threadpool(service.resolve, body.model, body.members(), body.method, body.parameters)
+        score = await measuring.score(expert, body.task, body.rows, http)
+        return Response(status_code=CLIENT_GONE) if score is None else JSONResponse(score)
 
     @router.get("/library/where")
     def where(names: Annotated[Sequence[str], Query(alias="name")]) -> dict[str, Any]:

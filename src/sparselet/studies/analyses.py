@@ -160,7 +160,7 @@ def routed(
     experts, chosen = context.experts, task.rows("test", rows)
     profiles = [require_profile(expert, str(i), "experts are routed by profiles") for i, expert in enumerate(experts)]
     members = greedy_groups(prompt_similarity(profiles), groups) if groups else [[i] for i in range(len(experts))]
-    by_name = {"+".join(profiles[i].task or str(i) for i in group): group for group in members}
+    by_name = {str(number): group for number, group in enumerate(members)}
     router = Router({name: pool_profiles([profiles[i] for i in group]) for name, group in by_name.items()})
     prompts = [row.input for row in chosen]
     routes = route_prompts(router, context.model, context.tokenizer, prompts, False, max_input_length)
@@ -169,14 +169,15 @@ def routed(
         at[answering_experts(route, fallback)].append(i)
     settings = EvalSettings(chat_template=False, max_input_length=max_input_length, max_new_tokens=max_new_tokens)
     answers: dict[int, str] = {}
-    for who, own in at.items():
+    for who, places in at.items():
         parts = [experts[i] for name in who for i in by_name[name]]
         adapter = None if not parts else parts[0] if len(parts) == 1 else merge(parts, method)
-        texts = answer_prompts(context.model, context.tokenizer, adapter, [prompts[i] for i in own], settings, False)
-        answers |= dict(zip(own, texts, strict=True))
+        texts = answer_prompts(context.model, context.tokenizer, adapter, [prompts[i] for i in places], settings, False)
+        answers |= dict(zip(places, texts, strict=True))
         context.progress(len(answers) / len(chosen))
     scores = rouge_l_of_each([answers[i] for i in range(len(chosen))], [row.target for row in chosen])
-    right = [task.name in route.expert.split("+") for route in routes]
+    own = {name for name, group in by_name.items() if any(profiles[i].task == task.name for i in group)}
+    right = [route.expert in own for route in routes]
     unsure = [route.unsure for route in routes]
     percent = {"rougeL": scores, "right": right, "unsure": unsure}
     return {name: 100 * sum(values) / len(chosen) for name, values in percent.items()}

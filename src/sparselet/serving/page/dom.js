@@ -12,6 +12,14 @@ export function element(tag, properties = {}, ...children) {
   return made;
 }
 
+/** An element of a drawing. */
+export function svgElement(tag, attributes, ...children) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+
 export const byId = id => document.getElementById(id);
 
 /** A number with three significant digits. */

@@ -2,6 +2,7 @@
 
 import { byId } from "./dom.js";
 import { startLibrary } from "./library_view.js";
+import { startMeasure } from "./measure_view.js";
 import { startMerge } from "./merge_view.js";
 import { loadLibrary } from "./state.js";
 import { startTry } from "./try_view.js";
@@ -32,6 +33,7 @@ for (const [i, tab] of tabs.entries()) {
 startLibrary();
 startWhere();
 startMerge();
+startMeasure();
 startTry();
 byId("api-key").addEventListener("change", loadLibrary);
 await loadLibrary();

@@ -3,7 +3,7 @@
 import { byId } from "./dom.js";
 
 export const state = {
-  library: { base: { name: "", digest: "" }, experts: [], refused: [], methods: [], can_route: false },
+  library: { base: { name: "", digest: "" }, experts: [], refused: [], methods: [], tasks: [], can_route: false },
   chosen: [],  // names, in the order in which they were chosen
   method: "overlap",
   weights: {},  // by name; 1 where absent
