@@ -15,10 +15,12 @@ import openai
 import uvicorn
 from helpers.tiny import make_adapter, make_model, save_base
 
+from sparselet.evaluation.metrics import rouge_l_of_each
 from sparselet.generation.generate import generate
 from sparselet.models import load_model, load_tokenizer
 from sparselet.serving.app import create_app
 from sparselet.serving.limits import ServingLimits
+from sparselet.serving.measuring import Measuring
 from sparselet.serving.service import Service, open_service
 from sparselet.tasks.rows import Row
 from sparselet.tasks.task import Task
@@ -70,7 +72,7 @@ def measured_tasks(model: str) -> list[Task]:
 @contextlib.contextmanager
 def serving(model: str, library, state, vectors=(), **limits) -> Iterator[Running]:
     service = open_service(model, [library], state, limits=ServingLimits(**limits), vectors=vectors)
-    app = create_app(service, API_KEY, ADMIN_KEY, measured_tasks(model))
+    app = create_app(service, API_KEY, ADMIN_KEY, Measuring(service, measured_tasks(model), rouge_l_of_each))
     config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5)
     listener = config.bind_socket()
     server = uvicorn.Server(config)

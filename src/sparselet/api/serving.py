@@ -13,12 +13,13 @@ import uvicorn
 
 from sparselet.attention import AttentionPattern, parse_pattern, sparse_attention
 from sparselet.errors import ConfigError
+from sparselet.evaluation.metrics import rouge_l_of_each
 from sparselet.io.paths import cache_directory
 from sparselet.io.printable import reason
 from sparselet.serving.app import create_app
 from sparselet.serving.engine import Engine
 from sparselet.serving.limits import ServingLimits
-from sparselet.serving.measuring import MEASURED_SPLIT
+from sparselet.serving.measuring import MEASURED_SPLIT, Measuring
 from sparselet.serving.service import Service, open_service
 from sparselet.serving.watch import DirectoryWatcher
 from sparselet.tasks.task import load_task
@@ -72,7 +73,7 @@ def serve(
     experts = [*experts, *([] if watch is None else [watch])]
     service = open_service(model, experts, _state(model, experts, state), dtype=dtype, limits=limits, vectors=steer)
     with contextlib.nullcontext() if pattern is None else _attending(service.engine, pattern):
-        config.app = create_app(service, api_key, admin_key, loaded)
+        config.app = create_app(service, api_key, admin_key, Measuring(service, loaded, rouge_l_of_each) if loaded else None)
         try:
             listener = config.bind_socket()
         except (SystemExit, OSError) as error:  # uvicorn exits

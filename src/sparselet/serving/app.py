@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -15,21 +15,21 @@ from starlette.exceptions import HTTPException
 from sparselet.serving.bodies import LoadBody, RenameBody, SaveMergeBody, UnloadBody
 from sparselet.serving.completions import Completions
 from sparselet.serving.http_errors import BodyLimit, add_error_handlers
+from sparselet.serving.measuring import Measuring
 from sparselet.serving.metrics import ServingMetrics
 from sparselet.serving.page_routes import library_routes, page_files
 from sparselet.serving.registry import BASE_NAME, Registration
 from sparselet.serving.served_expert import ServedExpert
 from sparselet.serving.service import Service
-from sparselet.tasks.task import Task
 
 
 def create_app(
-    service: Service, api_key: str | None = None, admin_key: str | None = None, tasks: Sequence[Task] = ()
+    service: Service, api_key: str | None = None, admin_key: str | None = None, measuring: Measuring | None = None
 ) -> FastAPI:
     """The server as an ASGI application. The engine starts with it, and is drained when it ends.
 
     api_key: what clients send as `Authorization: Bearer KEY`; None lets everyone ask. admin_key: the same for /admin, which is
-    closed without one. tasks: with validation rows, on which the page measures experts and merges.
+    closed without one. measuring: what the page measures experts and merges on.
     """
 
     @contextlib.asynccontextmanager
@@ -44,7 +44,7 @@ def create_app(
     metrics = ServingMetrics(service)
     clients = [Depends(_require_key(api_key))] if api_key is not None else []
     app.include_router(_public_routes(service, metrics), dependencies=clients)
-    app.include_router(library_routes(service, tasks), dependencies=clients)
+    app.include_router(library_routes(service, measuring), dependencies=clients)
     app.include_router(page_files())
     app.include_router(_admin_routes(service), dependencies=[Depends(_require_key(admin_key))], prefix="/admin")
 

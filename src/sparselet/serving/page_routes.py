@@ -14,7 +14,6 @@ from sparselet.serving.http_errors import CLIENT_GONE
 from sparselet.serving.library import Library
 from sparselet.serving.measuring import Measuring
 from sparselet.serving.service import Service
-from sparselet.tasks.task import Task
 
 _DIRECTORY = Path(__file__).parent / "page"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -48,23 +47,25 @@ def page_files() -> APIRouter:
     return router
 
 
-def library_routes(service: Service, tasks: Sequence[Task] = ()) -> APIRouter:
+def library_routes(service: Service, measuring: Measuring | None = None) -> APIRouter:
     """`/library`: cards of all experts; `/library/where`: where the named experts' changes lie; `/library/measure`: what an
     expert or a merge scores on a task's validation rows."""
-    router, library, measuring = APIRouter(), Library(service), Measuring(service, tasks)
+    router, library = APIRouter(), Library(service)
 
     @router.get("/library")
     def cards() -> dict[str, Any]:
-        return {**library.cards(), "tasks": list(measuring.tasks)}
-
-    @router.post("/library/measure")
-    async def measure(body: MeasureBody, http: Request) -> Response:
-        expert = await run_in_threadpool(service.resolve, body.model, body.members(), body.method, body.parameters)
-        score = await measuring.score(expert, body.task, body.rows, http)
-        return Response(status_code=CLIENT_GONE) if score is None else JSONResponse(score)
+        return {**library.cards(), "tasks": [] if measuring is None else list(measuring.tasks)}
 
     @router.get("/library/where")
     def where(names: Annotated[Sequence[str], Query(alias="name")]) -> dict[str, Any]:
         return library.where(names)
+
+    if measuring is not None:
+
+        @router.post("/library/measure")
+        async def measure(body: MeasureBody, http: Request) -> Response:
+            expert = await run_in_threadpool(service.resolve, body.model, body.members(), body.method, body.parameters)
+            score = await measuring.score(expert, body.task, body.rows, http)
+            return Response(status_code=CLIENT_GONE) if score is None else JSONResponse(score)
 
     return router
