@@ -56,7 +56,7 @@ def test_cards_say_what_the_files_say(start, tmp_path):
     assert cards["one"]["density"] == pytest.approx(0.25, abs=0.01)
     assert [(refused["name"], refused["other_base"]) for refused in library["refused"]] == [("broken", False), ("other", True)]
     assert library["can_route"] is False
-    assert "regmean" not in {method["name"] for method in library["methods"]}
+    assert {method["name"] for method in library["methods"] if method["needs_profiles"]} == {"regmean"}
 
 
 def test_where_is_that_of_the_dense_changes(server):

@@ -9,6 +9,7 @@ from serving.conftest import serving
 
 import sparselet as sl
 from sparselet.profiles.file import read_profile, write_profile
+from sparselet.serving.served_expert import content_digest
 
 MODEL = make_model(initializer_range=0.5)
 SETTINGS = sl.ProfileSettings(tokens=200)
@@ -73,6 +74,17 @@ def test_the_last_part_of_a_stream_says_whom(routed):
     assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
     text = routed.client.completions.create(model="route", prompt="44 + 9", max_tokens=4)
     assert text.route["expert"] == text.model
+
+
+def test_profiled_experts_are_merged_by_regmean_for_a_request(routed, served_model):
+    members = ("words", "digits")
+    merging = {"experts": [{"name": name} for name in members], "method": "regmean"}
+    answer = chat(routed, "merge", PROMPTS[0], extra_body=merging)
+    merged = sl.merge([routed.library / name for name in members], "regmean", base=served_model)
+    assert answer.system_fingerprint == content_digest(merged)
+    again = [{"name": name} for name in ("words", "plain")]
+    with pytest.raises(openai.BadRequestError, match="profile"):
+        chat(routed, "merge", PROMPTS[0], extra_body={**merging, "experts": again})
 
 
 def test_a_prompts_state_is_computed_once(routed, monkeypatch):

@@ -48,9 +48,14 @@ class Library:
             if name in paths
         ]
         methods = [
-            {"name": method.name, "formula": method.formula, "source": method.source, "parameters": method.defaults}
+            {
+                "name": method.name,
+                "formula": method.formula,
+                "source": method.source,
+                "parameters": method.defaults,
+                "needs_profiles": method.needs_profiles,
+            }
             for method in METHODS.values()
-            if not method.needs_profiles  # those of served experts are of their prompts only
         ]
         return {
             "base": {"name": _model_name(self.service.name), "digest": registry.base.digest},

@@ -1,5 +1,6 @@
 """`MergeCache`: experts that are merged for a request, kept by the content of what is merged, within a bound of bytes."""
 
+import hashlib
 import json
 import threading
 from collections import OrderedDict
@@ -8,6 +9,8 @@ from typing import Any
 
 from sparselet.errors import RequestRefused
 from sparselet.merging import merge
+from sparselet.merging.methods import get_method
+from sparselet.profiles.profile import Profile
 from sparselet.serving.served_expert import FitCheck, ServedExpert, serve_expert
 
 MAX_MEMBERS = 64
@@ -42,7 +45,10 @@ class MergeCache:
                 "experts",
             )
         weights = [weight for _, weight in members]
-        key = json.dumps([method, parameters, [expert.digest for expert, _ in members], weights], sort_keys=True, default=repr)
+        content = [expert.digest for expert, _ in members]
+        if get_method(method).needs_profiles:
+            content += [_profile_digest(adapter.profile) for adapter in adapters if adapter.profile is not None]
+        key = json.dumps([method, parameters, content, weights], sort_keys=True, default=repr)
         kept = self._find(key)
         if kept is not None:
             return kept
@@ -69,3 +75,12 @@ class MergeCache:
             while self.bytes > self.limit:
                 _, removed = self._kept.popitem(last=False)
                 self.bytes -= removed.bytes
+
+
+def _profile_digest(profile: Profile) -> str:
+    """SHA-256 of what tells the rows of a profile apart: their number and their prompts' states. Moments stay unread."""
+    states = (profile.prompts.mean, profile.prompts.covariance.factor, profile.prompts.covariance.diagonal)
+    digest = hashlib.sha256(json.dumps([profile.tokens, profile.rows, profile.prompts.count]).encode())
+    for tensor in states:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

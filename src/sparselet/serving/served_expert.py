@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparselet.adapter import SparseAdapter
+from sparselet.adapter import SparseAdapter, expert_profile
 from sparselet.adapter_metadata import AdapterMetadata
 from sparselet.delta import SparseDelta
 from sparselet.expert import Expert
@@ -50,13 +50,13 @@ class ServedExpert:
 def serve_expert(expert: Expert, fits: FitCheck) -> ServedExpert:
     """Read an expert of any kind into memory as a sparse adapter, checked against the base model.
 
-    A LoRA or a checkpoint takes eight bytes for each entry of its targets. Raises NonFiniteValue, NotEnoughMemory, and what
-    `fits` and reading raise.
+    A LoRA or a checkpoint takes eight bytes for each entry of its targets; moments of a profile stay in its file. Raises
+    NonFiniteValue, NotEnoughMemory, and what `fits` and reading raise.
     """
     fits(expert)
     require_memory(8 * expert.nnz, "the expert")
     adapter = expert if isinstance(expert, SparseAdapter) else SparseAdapter(
-        {name: expert[name] for name in expert}, expert.metadata, expert.fingerprints
+        {name: expert[name] for name in expert}, expert.metadata, expert.fingerprints, profile=expert_profile(expert)
     )  # fmt: skip
     adapter.check_values()
     return ServedExpert(content_digest(adapter, adapter.metadata.prompt), adapter)

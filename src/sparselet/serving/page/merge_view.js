@@ -19,17 +19,27 @@ export function startMerge() {
   onChange(draw);
 }
 
-const method = () => state.library.methods.find(each => each.name === state.method);
+/** Methods that the chosen experts can be merged by. */
+function methods() {
+  const profiled = state.chosen.every(name => state.library.experts.find(expert => expert.name === name)?.profile);
+  return state.library.methods.filter(({ needs_profiles }) => profiled || !needs_profiles);
+}
+
+const method = () => methods().find(each => each.name === state.method);
 
 function draw() {
+  if (state.library.methods.length && method() === undefined) {
+    state.method = "overlap";
+    state.parameters = {};
+  }
   const enough = state.chosen.length > 1 && method() !== undefined;
   byId("merging").hidden = !enough;
   byId("no-merge").hidden = enough;
   if (!enough) return;
-  const key = JSON.stringify([state.chosen, state.method, state.library.methods.length]);
+  const key = JSON.stringify([state.chosen, state.method, methods().length]);
   if (key !== drawn) {
     drawn = key;
-    byId("method").replaceChildren(...state.library.methods.map(({ name }) =>
+    byId("method").replaceChildren(...methods().map(({ name }) =>
       element("option", { value: name, ...(name === state.method && { selected: true }) }, name)));
     byId("formula").textContent = `${method().formula}. ${method().source}`;
     byId("weights").replaceChildren(element("legend", {}, "Weights"), ...state.chosen.map(slider));
