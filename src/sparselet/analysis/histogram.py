@@ -9,7 +9,7 @@ from torch import Tensor
 # A float32 without its sign, cut to 8 bits of exponent and 8 of fraction: a bin is at most 2⁻⁸ of its lower edge wide.
 SHIFT = 15
 BINS = 2 ** (31 - SHIFT)
-COUNTED_TOGETHER = 2**20  # numbers
+COUNTED_TOGETHER = 2**18  # numbers
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparselet.analysis.concentration import gini
 
-PERMUTED = 2**21  # entries; of a larger target the random order is that of a sample of its lines
+PERMUTED = 2**18  # entries; of a larger target the random order is that of a sample of them
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Lines:
 def lines(change: Tensor, generator: torch.Generator, heads: tuple[int, int] | None = None) -> Lines:
     """change: dense. heads: the axis that heads lie on (0 rows, 1 columns), and how many lines of it each has.
 
-    The null is one random permutation of all entries, which keeps their magnitudes; of more than 2²¹ entries it is a sample of
+    The null is one random permutation of all entries, which keeps their magnitudes; of more than 2¹⁸ entries it is a sample of
     them, drawn with replacement, in as many whole rows and columns as it fills.
     """
     rows, columns = change.shape

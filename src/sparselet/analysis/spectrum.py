@@ -6,7 +6,7 @@ from math import exp, sqrt
 import torch
 from torch import Tensor
 
-BAND_ENTRIES = 2**20  # of a target that are looked at together
+BAND_ENTRIES = 2**18  # of a target that are looked at together
 
 
 @dataclass(frozen=True)
