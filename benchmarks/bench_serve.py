@@ -1,28 +1,63 @@
-"""Load on an OpenAI-compatible server: output tokens a second, time to the first token, time per token.
+"""Load on OpenAI-compatible servers of many experts: output tokens a second, time to the first token, time per token.
 
-    sparselet serve --model packaged:smollm2-135m --experts EXPERTS &
-    python benchmarks/bench_serve.py --url http://127.0.0.1:8000 --models base --models one,two,three --mix zipf
+    OMP_NUM_THREADS=2 python benchmarks/bench_serve.py                     SmolLM2-135M
+    python benchmarks/bench_serve.py --quick --out OUT                     a tiny model: does it run?
+    python benchmarks/bench_serve.py --url http://host:8000 --models base --models one,two    any server, to the terminal
 
-Each `--models` is a row, measured in turn, in `--rounds` rounds, so that a change of the machine's speed meets all rows.
-Prompts are those of a task. Any server of that API can be measured, such as vLLM's or `transformers serve`.
+Experts are random changes of a tenth of query, key and value, LoRA adapters of rank 21 as many numbers. The servers stand side
+by side, and each row is measured in turn, in `--rounds` rounds, so that a change of the machine's speed meets all rows; the
+floor is the base model alone through our server. PEFT's server is contestants/peft_server.py. Clients wait for an answer before
+they ask again; prompts are those of a task.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
+import platform
 import random
+import re
+import socket
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import openai
+from contestants.models import save_model
+from peft import LoraConfig, get_peft_model
+from racing.options import FLOOR, parser_of, read, result_name
+from racing.process import BENCHMARKS, environment, progress
+from racing.race import OURS, Race
+from racing.record import aim, run_benchmark
+from soak_serve import make_experts
 
+from sparselet.models import load_model
 from sparselet.tasks.task import load_task
+
+DENSITY, RANK = 0.1, 21
+FEW = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: a library's server, the models that are asked, and how often each. zipf: the n-th with weight 1/n."""
+
+    library: str
+    name: str
+    models: tuple[str, ...]
+    zipf: bool = False
 
 
 @dataclass
 class Load:
-    """What one row has measured. All times in seconds."""
+    """What one row has measured in one round. All times in seconds."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -30,13 +65,10 @@ class Load:
     each: list[float] = field(default_factory=list)
     failed: int = 0
 
-    def summary(self) -> dict[str, float]:
-        """Rates and quantiles."""
-        quantiles = {}
-        for name, times in (("first_token", self.first), ("per_token", self.each)):
-            cuts = statistics.quantiles(times, n=20) if len(times) > 1 else [float("nan")] * 19
-            quantiles |= {f"{name}_p50": cuts[9], f"{name}_p95": cuts[18]}
-        return {"tokens_per_second": self.tokens / self.seconds, **quantiles, "answers": len(self.first), "failed": self.failed}
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
 
 
 async def ask(client: openai.AsyncOpenAI, model: str, prompt: str, tokens: int, load: Load) -> None:
@@ -65,41 +97,172 @@ async def ask(client: openai.AsyncOpenAI, model: str, prompt: str, tokens: int, 
         load.each.append((ended - first) / (count - 1))
 
 
-async def measure(url: str, models: list[str], options: argparse.Namespace, prompts: list[str], seed: int, load: Load) -> None:
-    """`options.requests` requests from `options.clients` clients, each waiting for its answer before the next."""
-    source = random.Random(seed)
-    weights = [1 / (rank + 1) if options.mix == "zipf" else 1.0 for rank in range(len(models))]
-    queue = [(source.choices(models, weights)[0], source.choice(prompts)) for _ in range(options.requests)]
-    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=options.key, max_retries=0, timeout=600)
+async def measure(url: str, row: Row, asked: argparse.Namespace, prompts: list[str], seed: int) -> Load:
+    """`asked.requests` requests from `asked.clients` clients, each waiting for its answer before the next."""
+    source, load = random.Random(seed), Load()
+    weights = [1 / (rank + 1) if row.zipf else 1.0 for rank in range(len(row.models))]
+    queue = [(source.choices(row.models, weights)[0], source.choice(prompts)) for _ in range(asked.requests)]
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=asked.key, max_retries=0, timeout=600)
 
     async def work() -> None:
         while queue:
-            await ask(client, *queue.pop(), options.tokens, load)
+            await ask(client, *queue.pop(), asked.answer_tokens, load)
 
     began = time.monotonic()
-    await asyncio.gather(*(work() for _ in range(options.clients)))
-    load.seconds += time.monotonic() - began
+    await asyncio.gather(*(work() for _ in range(asked.clients)))
+    load.seconds = time.monotonic() - began
     await client.close()
+    return load
+
+
+def race_rows(rows: list[Row], urls: dict[str, str], asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each row's figures over all rounds; the first one is the floor of its round."""
+    prompts = [str(row.input) for row in load_task(asked.task, ("test",)).rows("test", 64)]
+    loads: dict[Row, list[Load]] = {row: [] for row in rows}
+    for number in range(asked.rounds):
+        for row in rows:
+            loads[row].append(asyncio.run(measure(urls[row.library], row, asked, prompts, number)))
+            progress(f"round {number + 1}: {loads[row][-1].rate:8.1f} tokens/s {row.library}: {row.name}")
+    floors = [load.rate for load in loads[rows[0]]]
+    return [summary(row, loads[row], floors) for row in rows]
+
+
+def summary(row: Row, loads: list[Load], floors: list[float]) -> dict[str, Any]:
+    """Rates of all rounds, the median of their ratios to the floor, and quantiles of all answers."""
+    quantiles = {}
+    for name in ("first", "each"):
+        times = [t for load in loads for t in vars(load)[name]]
+        cuts = statistics.quantiles(times, n=20) if len(times) > 1 else [None] * 19
+        quantiles |= {f"{name}_p50": cuts[9], f"{name}_p95": cuts[18]}
+    rates = [load.rate for load in loads]
+    share = statistics.median(rate / floor for rate, floor in zip(rates, floors, strict=True))
+    answers = sum(len(load.first) for load in loads)
+    counts = {"answers": answers, "failed": sum(load.failed for load in loads)}
+    figures = {"tokens_per_second": rates, "times_floor": share, **quantiles, **counts}
+    return {"library": row.library, "group": "serve", "name": row.name, "value": figures}
+
+
+def make_adapters(asked: argparse.Namespace, work: Path) -> None:
+    """Random experts below WORK/experts, e00 and so on, and random LoRA adapters below WORK/adapters."""
+    model = load_model(asked.served, "float32")
+    make_experts(model, work / "experts", asked.experts, DENSITY)
+    wrapped = None
+    for number in range(asked.experts):
+        name = f"e{number:02}"
+        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+        if wrapped is None:
+            wrapped = get_peft_model(model, config, adapter_name=name)
+        else:
+            wrapped.add_adapter(name, config)
+        wrapped.save_pretrained(str(work / "saved"), selected_adapters=[name])
+        (work / "adapters").mkdir(exist_ok=True)
+        (work / "saved" / name).rename(work / "adapters" / name)
+
+
+@contextlib.contextmanager
+def server_of(library: str, asked: argparse.Namespace, work: Path) -> Iterator[tuple[str, int]]:
+    """A library's server, its address and its process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    if library == OURS:
+        command = [sys.executable, "-m", "sparselet.cli", "serve", "--model", asked.served, "--experts", str(work / "experts")]
+        command += ["--state", str(work / "state"), "--json"]
+    else:
+        script = str(BENCHMARKS / "contestants/peft_server.py")
+        command = [sys.executable, script, "--model", asked.served, "--adapters", str(work / "adapters")]
+    log = work / f"{library}.log"
+    with log.open("w") as file:
+        process = subprocess.Popen([*command, "--port", str(port)], stdout=file, stderr=file, env=environment())
+    try:
+        while not _answers(port):
+            if process.poll() is not None:
+                sys.exit(f"{library}'s server ended:\n{log.read_text()[-3000:]}")
+            time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}", process.pid
+    finally:
+        process.terminate()
+        process.wait(90)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
+
+
+def peak_of(process: int) -> int:
+    """The highest memory of a process, in bytes."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1])  # pyright: ignore[reportOptionalSubscript]
+
+
+def rows_of(asked: argparse.Namespace) -> list[Row]:
+    names = tuple(f"e{number:02}" for number in range(asked.experts))
+    few, all_of_them = f"{FEW} experts, uniformly mixed", f"{asked.experts} experts, Zipf"
+    rows = [Row(OURS, "base model", ("base",)), Row(OURS, "one expert", names[:1]), Row(OURS, few, names[:FEW])]
+    rows += [
+        Row(OURS, all_of_them, names, zipf=True),
+        Row("PEFT", "base model", ("base",)),
+        Row("PEFT", "one expert", names[:1]),
+    ]
+    return [*rows, Row("PEFT", few, names[:FEW]), Row("PEFT", all_of_them, names, zipf=True)]
+
+
+def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    share = {(row["library"], row["name"]): row["value"]["times_floor"] for row in rows}
+    ours = [name for library, name in share if library == OURS]
+    aims = [
+        aim(f"{name}: times the base model", share[OURS, name], "at least", limit)
+        for name, limit in zip(ours[1:], (0.97, 0.7, 0.5), strict=True)
+    ]
+    for name, limit in zip(ours[2:], (1.5, None), strict=True):
+        aims.append(aim(f"{name}: times PEFT's", share[OURS, name] / share["PEFT", name], "at least", limit))
+    return aims
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser = parser_of(__doc__)
+    parser.set_defaults(rounds=3)
+    parser.add_argument("--url", help="measure this server alone")
     parser.add_argument("--key", default="none")
-    parser.add_argument("--models", action="append", required=True, help="names joined by commas; a row each")
-    parser.add_argument("--mix", choices=["uniform", "zipf"], default="uniform")
+    parser.add_argument("--models", action="append", default=[], help="with --url: names joined by commas, a row each")
+    parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--requests", type=int, default=64, help="of a row in a round")
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=48, help="of a row in a round")
+    parser.add_argument("--answer-tokens", type=int, default=32)
     parser.add_argument("--task", default="builtin:table_order")
-    options = parser.parse_args()
-    prompts = [str(row.input) for row in load_task(options.task, ("test",)).rows("test", 64)]
-    loads = {names: Load() for names in options.models}
-    for number in range(options.rounds):
-        for names, load in loads.items():
-            asyncio.run(measure(options.url, names.split(","), options, prompts, number, load))
-    print(json.dumps({names: load.summary() for names, load in loads.items()}, indent=2))
+    asked = read(parser)
+    asked.served = "packaged:smollm2-135m"
+    if asked.url:
+        rows = [Row(FLOOR, names, tuple(names.split(","))) for names in asked.models or ["base"]]
+        print(json.dumps({row["name"]: row["value"] for row in race_rows(rows, {FLOOR: asked.url}, asked)}, indent=2))
+        return
+
+    def measure_all(race: Race) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="bench-serve-") as directory, contextlib.ExitStack() as stack:
+            work = Path(directory)
+            if asked.quick:
+                asked.served, asked.experts, asked.requests, asked.clients = save_tiny(work / "model"), 9, 6, 3
+            make_adapters(asked, work)
+            servers = {library: stack.enter_context(server_of(library, asked, work)) for library in (OURS, "PEFT")}
+            rows = race_rows(rows_of(asked), {library: url for library, (url, _) in servers.items()}, asked)
+            for row in rows:
+                row["value"]["server_peak_bytes"] = peak_of(servers[row["library"]][1])
+        versions = {package: version(package) for package in ("sparselet", "torch", "transformers", "peft")}
+        wrong = [f"{row['library']}, {row['name']}: requests failed" for row in rows if row["value"]["failed"]]
+        return {
+            "rows": rows,
+            "targets": targets(rows),
+            "wrong": wrong,
+            "versions": {"python": platform.python_version(), **versions},
+        }
+
+    run_benchmark("bench_serve.py", asked, result_name(asked, "serve"), measure_all)
+
+
+def save_tiny(directory: Path) -> str:
+    """A tiny model with random weights."""
+    save_model("random:tiny", directory)
+    return str(directory)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from racing.record import BUSY
 from study_tables import study_tables
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/results.md", "docs/performance.md", "docs/sparse-attention.md")
+PAGES = ("README.md", "docs/results.md", "docs/performance.md", "docs/sparse-attention.md", "docs/serving.md")
 
 
 def heading(
@@ -124,7 +124,8 @@ def contestants_page(results: dict[str, Any]) -> str:
     lines = [f"`{results['command']}`, {results['date']}. Written by benchmarks/tables.py from {results['stem']}.json."]
     for group in dict.fromkeys(row["group"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["group"] == group]
-        lines += ["", *(memory_rows(rows) if group == "memory" else time_rows(group, rows))]
+        table = {"memory": memory_rows, "serve": serve_rows}.get(group)
+        lines += ["", *(time_rows(group, rows) if table is None else table(rows))]
     different = [
         f"{r['name']} {r['value']['difference']:.0e}" for r in results["rows"] if (r.get("value") or {}).get("difference")
     ]
@@ -160,6 +161,26 @@ def memory_rows(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def serve_rows(rows: list[dict[str, Any]]) -> list[str]:
+    """Median rates, times of answers, and each server's highest memory."""
+    head = ("", "", "tokens/s", "× the floor", "first token, ms: p50, p95", "each token, ms: p50, p95", "MB")
+    lines = [f"| {' | '.join(head)} |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
+    for row in rows:
+        value = row["value"]
+        times = [f"{short(1e3 * value[f'{kind}_p50'])}, {short(1e3 * value[f'{kind}_p95'])}" for kind in ("first", "each")]
+        rate = short(statistics.median(value["tokens_per_second"]))
+        cells = [
+            row["library"],
+            row["name"],
+            rate,
+            short(value["times_floor"]),
+            *times,
+            f"{value['server_peak_bytes'] / 1e6:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def quartiles(values: list[float]) -> str:
     low, middle, high = (short(value) for value in values)
     return f"{middle} ({low} to {high})"
@@ -181,7 +202,7 @@ def study(results: dict[str, Any]) -> str:
 
 TRAINING = ("train", "memory", "switch")  # also measured on a GPU, by model
 BENCHMARKS = (
-    *("merge", "merge_phi3", "train_steps", "select", "end_to_end", "evaluate", "attention", *TRAINING),
+    *("merge", "merge_phi3", "train_steps", "select", "end_to_end", "evaluate", "attention", "serve", *TRAINING),
     *(f"{name}_cuda_{model}" for name in TRAINING for model in ("smollm2", "phi3")),
     *(f"{name}_cuda_smollm2" for name in ("select", "end_to_end", "evaluate")),
 )

@@ -238,6 +238,19 @@ def test_the_merging_benchmark_writes_nothing_into_the_repository() -> None:
     assert "--work must not lie in" in done.stderr
 
 
+def test_servers_of_many_experts_are_asked_in_turn(tmp_path: Path) -> None:
+    results = quick("serve", tmp_path)
+    names = ["base model", "one expert", "8 experts, uniformly mixed", "9 experts, Zipf"]
+    assert [(row["library"], row["name"]) for row in results["rows"]] == [(o, n) for o in ("sparselet", "PEFT") for n in names]
+    for row in results["rows"]:
+        value = row["value"]
+        assert (value["answers"], value["failed"]) == (2 * 6, 0)
+        assert min(value["tokens_per_second"]) > 0
+        assert value["server_peak_bytes"] > 1e8
+        assert 0 < value["first_p50"] <= value["first_p95"]
+    assert found(results, "8 experts, uniformly mixed: times PEFT's")["aim"] == "at least 1.5"
+
+
 def test_without_tasks_there_is_no_whole_job(tmp_path: Path) -> None:
     done = script("end_to_end", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
