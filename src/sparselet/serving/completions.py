@@ -108,7 +108,7 @@ class Completions:
     async def _route(self, prompt: str | Sequence[Message], http: Request) -> Route | None:
         """Whom a prompt belongs to; None if the client has gone. Raises what `Service` and the engine raise."""
         tokens = await run_in_threadpool(self.service.encode_for_route, prompt)
-        state = self.service.router.kept(tokens)
+        state = self.service.router.states.get(tokens)
         if state is None:
             outputs, emit = output_queue()
             base = self.service.registry.base
@@ -124,7 +124,7 @@ class Completions:
                 raise output.error
             assert output.state is not None
             state = output.state
-            self.service.router.keep(tokens, state)
+            self.service.router.states.keep(tokens, state)
         return await run_in_threadpool(self.service.router.route, state)
 
     def _prepare(self, body: GenerationBody, prompt: str | Sequence[Message], emit: Any) -> GenerationRequest:

@@ -3,8 +3,6 @@
 import contextlib
 import math
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from sparselet.errors import RequestRefused, WrongBase
 from sparselet.io.printable import printable
 from sparselet.masks import layer_of, natural_order, projection_of
 from sparselet.merging.methods import METHODS
+from sparselet.serving.latest import Latest
 from sparselet.serving.registry import Registration
 from sparselet.serving.served_expert import ServedExpert
 from sparselet.serving.service import Service
@@ -30,8 +29,7 @@ class Library:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self._results: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._results: Latest[str, dict[str, Any]] = Latest(KEPT_RESULTS)
 
     def cards(self) -> dict[str, Any]:
         """The base model, all experts, those that are not served, and the methods by which experts can be merged here."""
@@ -84,16 +82,8 @@ class Library:
         return {"maps": maps, "pairs": pairs}
 
     def _once(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        with self._lock:
-            if key in self._results:
-                self._results.move_to_end(key)
-                return self._results[key]
-        computed = compute()
-        with self._lock:
-            self._results[key] = computed
-            while len(self._results) > KEPT_RESULTS:
-                self._results.popitem(last=False)
-        return computed
+        kept = self._results.get(key)
+        return self._results.keep(key, compute()) if kept is None else kept
 
 
 def _card(name: str, registration: Registration) -> dict[str, Any]:

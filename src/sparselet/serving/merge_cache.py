@@ -3,7 +3,6 @@
 import hashlib
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from sparselet.errors import RequestRefused
 from sparselet.merging import merge
 from sparselet.merging.methods import get_method
 from sparselet.profiles.profile import Profile
+from sparselet.serving.latest import Latest
 from sparselet.serving.served_expert import FitCheck, ServedExpert, serve_expert
 
 MAX_MEMBERS = 64
@@ -20,14 +20,19 @@ class MergeCache:
     """Merges by method, parameters, and each member's digest and weight. The least recently used ones leave first.
 
     limit: bytes of all kept merges. fits: the check against the base model.
-    hits, misses: of `merged`. bytes: of what is kept now.
+    hits, misses: of `merged`.
     """
 
     def __init__(self, limit: int, fits: FitCheck) -> None:
         self.limit, self._fits = limit, fits
-        self.hits = self.misses = self.bytes = 0
-        self._kept: OrderedDict[str, ServedExpert] = OrderedDict()
-        self._lock, self._merging = threading.Lock(), threading.Lock()
+        self.hits = self.misses = 0
+        self._kept: Latest[str, ServedExpert] = Latest(limit, lambda expert: expert.bytes)
+        self._merging = threading.Lock()
+
+    @property
+    def bytes(self) -> int:
+        """Of what is kept now."""
+        return self._kept.size
 
     def merged(self, members: Sequence[tuple[ServedExpert, float]], method: str, parameters: Mapping[str, Any]) -> ServedExpert:
         """The merge of the members, computed at its first use, one merge at a time.
@@ -56,25 +61,13 @@ class MergeCache:
             kept = self._find(key)
             if kept is None:
                 self.misses += 1
-                kept = serve_expert(merge(adapters, method, weights, parameters), self._fits)
-                self._keep(key, kept)
+                kept = self._kept.keep(key, serve_expert(merge(adapters, method, weights, parameters), self._fits))
         return kept
 
     def _find(self, key: str) -> ServedExpert | None:
-        with self._lock:
-            kept = self._kept.get(key)
-            if kept is not None:
-                self._kept.move_to_end(key)
-                self.hits += 1
-            return kept
-
-    def _keep(self, key: str, expert: ServedExpert) -> None:
-        with self._lock:
-            self._kept[key] = expert
-            self.bytes += expert.bytes
-            while self.bytes > self.limit:
-                _, removed = self._kept.popitem(last=False)
-                self.bytes -= removed.bytes
+        kept = self._kept.get(key)
+        self.hits += kept is not None
+        return kept
 
 
 def _profile_digest(profile: Profile) -> str:

@@ -1,14 +1,13 @@
 """`PromptRouter`: which expert answers a request that names none, by the prompt's state in the base model."""
 
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
 
 from torch import Tensor
 
 from sparselet.errors import RequestRefused
 from sparselet.profiles.profile import Profile
 from sparselet.profiles.router import Route, Router
+from sparselet.serving.latest import Latest
 from sparselet.serving.registry import ExpertRegistry
 
 KEPT_STATES = 4096  # of the prompts that were routed last
@@ -19,12 +18,14 @@ class PromptRouter:
 
     A prompt's state is of the base model alone, so it is kept while experts come and go; the router is made anew when the
     experts with a profile change.
+
+    states: of the last prompts, float32 [width], by their tokens.
     """
 
     def __init__(self, registry: ExpertRegistry) -> None:
         self._registry = registry
         self._lock = threading.Lock()
-        self._states: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+        self.states: Latest[tuple[int, ...], Tensor] = Latest(KEPT_STATES)
         self._router: tuple[dict[str, Profile], Router] | None = None
 
     def chat_template(self) -> bool:
@@ -42,21 +43,6 @@ class PromptRouter:
                 "model",
             )
         return profiles
-
-    def kept(self, prompt: Sequence[int]) -> Tensor | None:
-        """The state of a prompt that was routed before, float32 [width]."""
-        with self._lock:
-            state = self._states.get(tuple(prompt))
-            if state is not None:
-                self._states.move_to_end(tuple(prompt))
-            return state
-
-    def keep(self, prompt: Sequence[int], state: Tensor) -> None:
-        """Keep a prompt's state."""
-        with self._lock:
-            self._states[tuple(prompt)] = state
-            while len(self._states) > KEPT_STATES:
-                self._states.popitem(last=False)
 
     def route(self, state: Tensor) -> Route:
         """The expert nearest to a state, float32 [width]. Raises RequestRefused, and what `Router` raises."""
