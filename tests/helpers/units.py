@@ -100,3 +100,8 @@ class InThisProcess:
 
     def close(self) -> None:
         pass
+
+
+def small_letters(answers, targets):
+    """A metric: the share of small letters, per hundred."""
+    return 100 * sum(letter.islower() for letter in answers[0]) / max(1, len(answers[0]))

@@ -10,7 +10,8 @@ from helpers.tiny import save_task, write_rows
 
 from sparselet.errors import SparseletError, TaskError
 from sparselet.tasks.builtin import BUILTIN, SIZES, spell
-from sparselet.tasks.task import SPLITS, Row, Task, load_task
+from sparselet.tasks.rows import Message
+from sparselet.tasks.task import SPLITS, Row, Task, load_task, write_task
 
 GOOD = {"input": "a", "target": "b"}
 
@@ -365,3 +366,13 @@ def test_readme_of_a_task_directory_does_not_disturb(tmp_path):
     directory = Path(save_task(tmp_path / "task"))
     (directory / "README.md").write_text("# rows")
     assert len(load_task(directory).rows("train")) == 12
+
+
+def test_a_written_task_is_read_as_it_was(tmp_path):
+    talk = Row((Message("system", "s"), Message("user", "a")), "b")
+    task = Task("own", {"train": (Row("x\n{y}?", "é"), Row("z", "w")), "test": (talk,)})
+    path = write_task(task, tmp_path)
+    assert path == tmp_path / "own"
+    again = load_task(path, ("train", "test"))
+    assert again.splits["train"] == task.splits["train"]
+    assert (again.splits["test"][0].input, again.splits["test"][0].target) == (talk.input, "b")

@@ -23,6 +23,9 @@ from sparselet.merging.grouping import greedy_groups
 from sparselet.profiles.pool import pool_profiles
 from sparselet.profiles.router import Router, prompt_similarity
 from sparselet.studies.pretraining import pretrain
+from sparselet.studies.sparse_regions.fast_slow_runs import fast_slow_run
+from sparselet.studies.sparse_regions.isolation_runs import isolation_run
+from sparselet.studies.sparse_regions.steering_runs import steering_run
 from sparselet.tasks.task import Task
 from sparselet.workflows.graft import GraftSettings, graft_curve, measured_rows
 from sparselet.workflows.probing import demonstrated_rows, probe_rows, random_rows, shuffled_rows
@@ -189,5 +192,14 @@ ANALYSES: dict[str, Callable[..., Numbers]] = {
     "graft": graft,
     "probe": probe_task,
     "routed": routed,
+    "fast_slow": lambda context, **settings: fast_slow_run(
+        (context.model, context.tokenizer), *context.tasks, **settings, progress=context.progress
+    ),
+    "isolation": lambda context, **settings: isolation_run(
+        (context.model, context.tokenizer), context.tasks, **settings, progress=context.progress
+    ),
+    "steering": lambda context, **settings: steering_run(
+        (context.model, context.tokenizer), **settings, progress=context.progress
+    ),
     "pretrain": lambda context, **settings: pretrain(**settings, progress=context.progress),
 }

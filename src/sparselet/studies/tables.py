@@ -10,6 +10,7 @@ from sparselet.studies.paper.merging_tables import interference, merging, number
 from sparselet.studies.paper.training_tables import block_sizes, density, layer_drop, learning_rates, scores, selection, targets
 from sparselet.studies.recipes import RECIPE_CLAIMS, recipes, sweep
 from sparselet.studies.sparse_regions.claims import REGION_CLAIMS
+from sparselet.studies.sparse_regions.localised_tables import fast_slow, isolation, steering
 from sparselet.studies.sparse_regions.tables import activations, grafts, overlaps, pretraining, updates
 from sparselet.studies.study import Study
 from sparselet.studies.table import Table
@@ -34,9 +35,13 @@ TABLES: dict[str, Callable[[Study], Table]] = {
     "grafts": grafts,
     "activations": activations,
     "pretraining": pretraining,
+    "fast_slow": fast_slow,
+    "steering": steering,
+    "isolation": isolation,
 }
 OF_ARMS = ("sweep", "recipes", "many_experts")  # made by default only where the settings have arms
-OF_REGIONS = ("updates", "overlaps", "grafts", "activations", "pretraining")  # made only where they are named
+# Made only where they are named.
+OF_REGIONS = ("updates", "overlaps", "grafts", "activations", "pretraining", "fast_slow", "steering", "isolation")
 CLAIMS: dict[str, Sequence[Claim]] = {
     "paper": PAPER_CLAIMS,
     "recipes": RECIPE_CLAIMS,

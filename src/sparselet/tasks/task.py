@@ -6,14 +6,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import load_dataset
 
 from sparselet.errors import SparseletError, TaskError
+from sparselet.io.atomic import write_text
 from sparselet.tasks.builtin import BUILTIN, SIZES
 from sparselet.tasks.long_context import LONG_CONTEXT, long_rows
 from sparselet.tasks.row_files import ENDINGS, Choose, Numbered, read_file, split_files
-from sparselet.tasks.rows import INPUT, TARGET, Row, choose_columns, read_row
+from sparselet.tasks.rows import INPUT, TARGET, Prompt, Row, choose_columns, read_row
 
 SPLITS = ("train", "validation", "test")
 BUILTIN_PREFIX = "builtin:"
@@ -74,6 +76,21 @@ def load_task(source: str | Path, splits: tuple[str, ...] = SPLITS, columns: Map
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise TaskError(f"{path} is not a directory; a task is a directory with {', '.join(SPLITS)} as {', '.join(ENDINGS)}.")
     return Task(text.rpartition("/")[2], {split: _checked(_hub_rows(text, split, choose), choose, text) for split in splits})
+
+
+def write_task(task: Task, directory: Path) -> Path:
+    """Write the splits that were loaded as JSON lines into the new directory `directory`/NAME, and return it. Of a conversation
+    the last answer is the target. Raises WriteFailed."""
+    place = directory / task.name
+    place.mkdir(parents=True)
+    for split, rows in task.splits.items():
+        lines = [{"prompt": _plain(row.input), "completion": row.target} for row in rows]
+        write_text(place / f"{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    return place
+
+
+def _plain(prompt: Prompt) -> Any:
+    return prompt if isinstance(prompt, str) else [vars(message) for message in prompt]
 
 
 def _is_directory(path: Path) -> bool:

@@ -1,7 +1,6 @@
 """Fast–slow training: prompts that are improved in rounds, and a few entries of the weights that are trained under them."""
 
 import contextlib
-import json
 import logging
 import tempfile
 import time
@@ -19,12 +18,12 @@ from sparselet.evaluation.metrics import Metric
 from sparselet.evaluation.rewards import choose_reward
 from sparselet.generation.generate import generate
 from sparselet.generation.prompts import in_prompt, prompt_format
-from sparselet.io.atomic import atomic_directory, write_text
+from sparselet.io.atomic import atomic_directory
 from sparselet.io.json_files import write_json
 from sparselet.io.paths import check_output
 from sparselet.models import load_model, load_tokenizer
 from sparselet.tasks.rows import Prompt
-from sparselet.tasks.task import Task, load_task
+from sparselet.tasks.task import Task, load_task, write_task
 from sparselet.training import TrainSettings, train
 from sparselet.training.learning_rate import default_learning_rate
 from sparselet.training.methods import FAST_SLOW
@@ -160,7 +159,7 @@ def _by_reward(run: FastSlowRun) -> Iterator[tuple[SparseAdapter, int, History]]
             replace(settings, learning_rate=rate),
             how,
             adapter_config(settings, model, run.task.fingerprint()),
-            [AfterSteps(how.fast_every if how.fast_calls else 0, pool.improve), *run.callbacks],
+            [AfterSteps(how.fast_every, pool.improve), *run.callbacks],
             Path(directory),
         )
         wrapped = trainer.accelerator.unwrap_model(trainer.model)
@@ -181,12 +180,15 @@ def _by_targets(run: FastSlowRun) -> Iterator[tuple[SparseAdapter, int, History]
     """Within the block the model has the entries that were trained on the rows' targets, row i under prompt i mod P."""
     settings, prompts = run.settings, run.pool.prompts
     with tempfile.TemporaryDirectory() as directory:
-        place = Path(directory, "task")
-        place.mkdir()
-        for split, limit in (("train", settings.train_rows), ("validation", settings.validation_rows)):
-            rows = enumerate(run.task.rows(split, limit))
-            lines = [_row_json(in_prompt(prompts[i % len(prompts)], row.input), row.target) for i, row in rows]
-            write_text(place / f"{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        limits = {"train": settings.train_rows, "validation": settings.validation_rows}
+        splits = {
+            split: tuple(
+                replace(row, input=in_prompt(prompts[i % len(prompts)], row.input))
+                for i, row in enumerate(run.task.rows(split, limit))
+            )
+            for split, limit in limits.items()
+        }
+        place = write_task(Task("task", splits), Path(directory))
         columns = {name: TrainSettings.__dataclass_fields__[name].default for name in ("input_column", "target_column")}
         plain = replace(settings, method="sparse", task=str(place), profile=False, **columns)
         adapter = cast(SparseAdapter, train(plain, Path(directory, "expert"), base=run.base, callbacks=run.callbacks))
@@ -239,8 +241,3 @@ def _check(settings: TrainSettings, how: FastSlowSettings) -> None:
 
 def _columns(settings: TrainSettings) -> dict[str, str]:
     return {"input": settings.input_column, "target": settings.target_column}
-
-
-def _row_json(prompt: Prompt, target: str) -> dict[str, Any]:
-    """A row as a task's file has it."""
-    return {"prompt": prompt if isinstance(prompt, str) else [vars(message) for message in prompt], "completion": target}

@@ -28,7 +28,7 @@ class FastSlowSettings:
     fast_every: int = 20
     """Optimizer steps between rounds that improve prompts; 0 has one before the first step only."""
     fast_calls: int = 100
-    """Answers that a round may score; 0 keeps the prompts, which trains the slow half alone."""
+    """Answers that a round may score; 0 keeps and only measures the prompts, which trains the slow half alone."""
     fast_rows: int = 16
     """Validation rows that prompts are compared on."""
     generations: int = 8

@@ -1,20 +1,49 @@
 """Analyses as units of a study: their keys, their numbers against the functions they call, and their place in a table."""
 
+import random
+import re
+
 import pytest
+import torch
+from helpers.tiny import make_adapter
 from helpers.units import TASKS, InThisProcess, make_train, model_of
 
 from sparselet.adapter import SparseAdapter
 from sparselet.analysis.compare import compare
 from sparselet.analysis.locate import locate
+from sparselet.apply import apply_temporarily
+from sparselet.models import load_model, load_tokenizer
 from sparselet.studies.analyses import ANALYSES
 from sparselet.studies.engine.run import run_study
 from sparselet.studies.engine.store import Store
 from sparselet.studies.engine.unit import AnalysisUnit, closure, units_from_json, units_to_json
 from sparselet.studies.numbers import cell_number
+from sparselet.studies.sparse_regions.fast_slow_runs import Drift
+from sparselet.studies.sparse_regions.isolation_runs import isolation_run
+from sparselet.studies.sparse_regions.steering_runs import last_number, worked
 from sparselet.studies.table import Cell
 from sparselet.tasks.task import SPLITS, load_task
 
 GRAFT = {"rows": 2, "fractions": [0.1, 0.5], "parts": ["top", "random_rescaled"], "max_new_tokens": 3}
+
+TRAIN = {"batch_size": 2, "train_rows": 4, "validation_rows": 2}
+FAST_SLOW = {
+    "train": {**TRAIN, "epochs": 1, "learning_rate": 1e-2},
+    "how": {
+        "reward": "helpers.units:small_letters",
+        "generations": 2,
+        "pool": 2,
+        "fast_every": 1,
+        "fast_calls": 6,
+        "fast_rows": 2,
+        "max_new_tokens": 3,
+    },
+    "gain": 0.1,
+    "rows": 2,
+}
+ISOLATION = {"train_settings": TRAIN, "epochs": 1.0, "rows": 2, "validation_rows": 1, "max_new_tokens": 3}
+STEERING = {"seed": 0, "train_settings": {"epochs": 0.5, "batch_size": 8}, "train_rows": 8, "pairs": 3, "kl": 0.02, "rows": 2}
+STEERING |= {"max_new_tokens": 4}
 
 
 def make_analysis(sources, name, experts=(), tasks=(), subject="x", **settings):
@@ -35,6 +64,9 @@ def analyses(sources, experts):
         "graft": make_analysis(sources, "graft", experts[:1], TASKS[:1], "backwards", **GRAFT),
         "probe": make_analysis(sources, "probe", (), TASKS[1:2], "second", rows=3),
         "pretrain": make_analysis(sources, "pretrain", subject="run 0", seed=0, steps=2, probe_every=1),
+        "fast_slow": make_analysis(sources, "fast_slow", (), TASKS[:2], "seed 0", **FAST_SLOW),
+        "isolation": make_analysis(sources, "isolation", (), TASKS[:2], "seed 0", arm="isolated", **ISOLATION),
+        "steering": make_analysis(sources, "steering", subject="seed 0", **STEERING),
     }
 
 
@@ -47,7 +79,7 @@ def store(sources, analyses, tmp_path_factory):
 
 
 def test_every_analysis_is_tried_here(analyses):
-    assert analyses.keys() == ANALYSES.keys()
+    assert analyses.keys() | {"routed"} == ANALYSES.keys()  # that one in tests/training/test_routed.py
 
 
 def test_units_survive_json_and_differ_in_each_part(sources, analyses, experts):
@@ -83,6 +115,62 @@ def test_numbers_are_those_of_the_library(store, analyses, experts):
     numbers = store.result(analyses["pretrain"]).measures()
     assert numbers["familiar loss highest"] >= numbers["familiar loss end"] > 0
     assert 0 < numbers["unfamiliar hoyer end"] < 100
+
+
+def test_runs_of_training_give_the_numbers_of_their_tables(store, analyses):
+    numbers = store.result(analyses["fast_slow"]).measures()
+    assert set(numbers) == {"base first", "base final", "tuned first", "tuned final", "steps", "KL", "loss"}
+    assert 0 <= numbers["steps"] <= 2
+    assert numbers["KL"] >= 0
+    assert set(store.result(analyses["isolation"]).measures()) == {"rougeL", "forgotten"}
+    numbers = store.result(analyses["steering"]).measures()
+    assert numbers["none fewer"] == 0
+    assert numbers["second random tokens"] > 0
+    assert {"goal fewer", "steered accuracy", "second reversed fewer"} <= numbers.keys()
+
+
+def test_the_distance_from_the_base_is_that_of_torch(sources):
+    base = load_model(sources.model), load_tokenizer(sources.model)
+    task, second = (load_task(sources.tasks[task]) for task in TASKS[:2])
+    drift = Drift(base, task, second, "Say: {input}")
+    adapter, sums, count = make_adapter(base[0]), 0.0, 0
+    losses = [drift.steps[0][1]]
+    with apply_temporarily(base[0], adapter):
+        drift.measure(1)
+    for row in task.rows("validation"):
+        prompt, target = (base[1](text)["input_ids"] for text in (f"Say: {row.input}", f" {row.target}"))
+        tokens = torch.tensor([[*prompt, *target, base[1].eos_token_id]])
+        with torch.no_grad():
+            before = base[0](tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            with apply_temporarily(base[0], adapter):
+                after = base[0](tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        sums += float(torch.nn.functional.kl_div(before, after, reduction="sum", log_target=True))
+        count += len(before)
+    assert drift.steps[0][0] == 0
+    assert drift.steps[1][0] == pytest.approx(sums / count, rel=1e-4)
+    assert drift.steps[1][1] != losses[0]
+
+
+@pytest.mark.parametrize("arm", ["sequential", "RegMean"])
+def test_what_core_isolation_is_compared_with(sources, arm):
+    base = load_model(sources.model), load_tokenizer(sources.model)
+    tasks, reports = [load_task(sources.tasks[task]) for task in TASKS[:2]], []
+    numbers = isolation_run(base, tasks, arm=arm, **ISOLATION, progress=reports.append)
+    assert 0 <= numbers["rougeL"] <= 100
+    assert reports[-1] == 1
+    assert arm == "sequential" or numbers["forgotten"] == 0
+
+
+def test_worked_answers_are_right():
+    for kind, sign in (("sums", 1), ("differences", -1)):
+        rows = worked(kind, random.Random(0), 50)
+        for prompt, verbose, terse in rows:
+            a, b = map(int, re.findall(r"\d+", prompt))
+            assert terse == f"The answer is {a + sign * b}."
+            assert verbose.endswith(f"= {a + sign * b}. {terse}")
+            assert all(eval(left) == int(right) for left, right in re.findall(r"(\d+ [+-] \d+) = (-?\d+)", verbose))
+        assert len({prompt for prompt, *_ in rows}) == 50
+    assert last_number(["it is 4", "5 then 6", "none"], ["4.", "5.", "7."]) == pytest.approx(100 / 3)
 
 
 def test_a_cell_is_the_mean_over_subjects(store, analyses):

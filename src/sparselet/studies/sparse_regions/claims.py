@@ -7,6 +7,7 @@ sparser on hard and unfamiliar inputs (arXiv 2603.03415), and that this is learn
 from sparselet.studies.claim import CellPattern, Claim, than
 
 _UPDATES, _DIFFICULTY, _PRETRAINING = "Are updates sparse?", "arXiv 2603.03415", "arXiv 2603.03415, pre-training"
+_FAST_SLOW, _STEERING, _ISOLATION = "arXiv 2605.12484", "arXiv 2507.04742", "arXiv 2508.21741"
 
 
 def _updates(null: str) -> Claim:
@@ -25,6 +26,66 @@ def _harder(inputs: str, view: str) -> Claim:
         than(CellPattern("activations", f"{inputs}, {view}", "hoyer"), f"natural, {view}"),
     )
 
+
+_BOTH, _STEERED, _ISOLATED = (
+    CellPattern("fast_slow", "both", "reward"),
+    CellPattern("steering", "steered", "fewer"),
+    CellPattern("isolation", "isolated", "Rouge-L"),
+)
+
+LOCALISED_CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        "Prompt and weights together reach more than either alone.", _FAST_SLOW, than(_BOTH, "weights") + than(_BOTH, "prompt")
+    ),
+    *(
+        Claim(
+            f"Weights alone {text} than with prompts.",
+            _FAST_SLOW,
+            than(CellPattern("fast_slow", "weights", column), "both"),
+        )
+        for column, text in (
+            ("steps", "need more steps to a reward"),
+            ("KL", "are, at that reward, farther from the base model"),
+            ("loss", "forget, at that reward, more of a second task"),
+        )
+    ),
+    Claim("A steering vector shortens answers by more than 20 %.", _STEERING, than(_STEERED, "goal")),
+    Claim(
+        "It costs at most 2 points of accuracy.",
+        _STEERING,
+        than(CellPattern("steering", "steered", "accuracy"), "none"),
+        margin=2.0,
+    ),
+    Claim("Its opposite lengthens answers.", _STEERING, than(CellPattern("steering", "none", "fewer"), "reversed")),
+    Claim("A random vector of its norm shortens less.", _STEERING, than(_STEERED, "random")),
+    Claim(
+        "A vector from sums shortens differences too.",
+        _STEERING,
+        than(CellPattern("steering", "steered", "second fewer"), "none"),
+    ),
+    *(
+        Claim(f"Core isolation is better than {text}.", _ISOLATION, than(_ISOLATED, row))
+        for text, row in (
+            ("training on all tasks together", "mixed"),
+            ("training on one task after another", "sequential"),
+            ("merging by Eq. 4", "Eq. 4"),
+            ("merging by RegMean", "RegMean"),
+        )
+    ),
+    Claim(
+        "It forgets less than training on one task after another.",
+        _ISOLATION,
+        than(CellPattern("isolation", "sequential", "forgotten"), "isolated"),
+    ),
+    *(
+        Claim(f"It needs {text}.", _ISOLATION, than(_ISOLATED, row))
+        for text, row in (
+            ("its own cores", "random cores"),
+            ("freezing", "nothing frozen"),
+            ("groups", "no groups"),
+        )
+    ),
+)
 
 REGION_CLAIMS: tuple[Claim, ...] = (
     _updates("Gaussian"),
@@ -85,4 +146,5 @@ REGION_CLAIMS: tuple[Claim, ...] = (
         than(CellPattern("pretraining", "familiar, hoyer", "highest"), "familiar, hoyer", column="start")
         + than(CellPattern("pretraining", "familiar, hoyer", "highest"), "familiar, hoyer", column="end"),
     ),
+    *LOCALISED_CLAIMS,
 )
