@@ -8,7 +8,7 @@ from sparselet.studies.numbers import Number
 from sparselet.studies.settings import read_study
 from sparselet.studies.sparse_regions.claims import REGION_CLAIMS
 from sparselet.studies.study import Study
-from sparselet.studies.tables import OF_REGIONS, make_tables
+from sparselet.studies.tables import OF_ATTENTION, OF_REGIONS, make_tables
 from sparselet.studies.verdicts import judge
 
 FILE = Path(__file__).parents[2] / "studies" / "sparse_regions.toml"
@@ -23,7 +23,7 @@ def tables_of(preset):
 @pytest.mark.parametrize("preset", ["", "quick"])
 def test_every_table_is_planned_and_every_claim_names_its_cells(preset):
     tables = tables_of(preset)
-    assert tuple(tables) == OF_REGIONS
+    assert tuple(tables) == tuple(name for name in OF_REGIONS if preset != "quick" or name not in OF_ATTENTION)
     numbers = {
         name: {
             row: tuple(cell and Number(1.0, 0.0, 3, {unit.subject: 1.0 for unit in cell.draws[0]}, 0) for cell in cells)
@@ -33,6 +33,9 @@ def test_every_table_is_planned_and_every_claim_names_its_cells(preset):
     }
     for claim in REGION_CLAIMS:
         verdict = judge(claim, tables, numbers)
+        if not {pair[0].table for pair in claim.pairs} <= tables.keys():
+            assert verdict.verdict == "not tested"
+            continue
         assert (verdict.verdict, verdict.difference) == ("holds" if claim.margin else "undecided", 0), claim.text
 
 

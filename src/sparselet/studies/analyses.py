@@ -24,6 +24,7 @@ from sparselet.profiles.pool import pool_profiles
 from sparselet.profiles.router import Router, prompt_similarity
 from sparselet.studies.pretraining import pretrain
 from sparselet.studies.sparse_regions.fast_slow_runs import fast_slow_run
+from sparselet.studies.sparse_regions.frontier_runs import frontier
 from sparselet.studies.sparse_regions.isolation_runs import isolation_run
 from sparselet.studies.sparse_regions.steering_runs import steering_run
 from sparselet.tasks.task import Task
@@ -192,6 +193,7 @@ ANALYSES: dict[str, Callable[..., Numbers]] = {
     "graft": graft,
     "probe": probe_task,
     "routed": routed,
+    "frontier": lambda context, **settings: frontier(context.model, context.tokenizer, **settings, progress=context.progress),
     "fast_slow": lambda context, **settings: fast_slow_run(
         (context.model, context.tokenizer), *context.tasks, **settings, progress=context.progress
     ),

@@ -9,6 +9,7 @@ from sparselet.studies.paper.claims import PAPER_CLAIMS
 from sparselet.studies.paper.merging_tables import interference, merging, number_of_experts, second_stage
 from sparselet.studies.paper.training_tables import block_sizes, density, layer_drop, learning_rates, scores, selection, targets
 from sparselet.studies.recipes import RECIPE_CLAIMS, recipes, sweep
+from sparselet.studies.sparse_regions.attention_tables import frontier
 from sparselet.studies.sparse_regions.claims import REGION_CLAIMS
 from sparselet.studies.sparse_regions.localised_tables import fast_slow, isolation, steering
 from sparselet.studies.sparse_regions.tables import activations, grafts, overlaps, pretraining, updates
@@ -38,10 +39,22 @@ TABLES: dict[str, Callable[[Study], Table]] = {
     "fast_slow": fast_slow,
     "steering": steering,
     "isolation": isolation,
+    "frontier": frontier,
 }
 OF_ARMS = ("sweep", "recipes", "many_experts")  # made by default only where the settings have arms
+OF_ATTENTION = ("frontier",)
 # Made only where they are named.
-OF_REGIONS = ("updates", "overlaps", "grafts", "activations", "pretraining", "fast_slow", "steering", "isolation")
+OF_REGIONS = (
+    "updates",
+    "overlaps",
+    "grafts",
+    "activations",
+    "pretraining",
+    "fast_slow",
+    "steering",
+    "isolation",
+    *OF_ATTENTION,
+)
 CLAIMS: dict[str, Sequence[Claim]] = {
     "paper": PAPER_CLAIMS,
     "recipes": RECIPE_CLAIMS,

@@ -84,7 +84,7 @@ def _variables(source: random.Random) -> _Draft:
     names, number = source.sample(_NAMES, HOPS + 1), _number(source)
     facts = [f"The {names[0]} has {number}."]
     facts += [f"The {name} has as many as the {other}." for other, name in pairwise(names)]
-    question = f"How many does the {names[-1]} have? The {names[-1]} has"
+    question = f"How many does the {names[-1]} have? The number is"
     return _Draft(facts, question, number, lambda: _sentence(source))
 
 

@@ -5,6 +5,7 @@ sparser on hard and unfamiliar inputs (arXiv 2603.03415), and that this is learn
 """
 
 from sparselet.studies.claim import CellPattern, Claim, than
+from sparselet.studies.sparse_regions.attention_claims import ATTENTION_CLAIMS
 
 _UPDATES, _DIFFICULTY, _PRETRAINING = "Are updates sparse?", "arXiv 2603.03415", "arXiv 2603.03415, pre-training"
 _FAST_SLOW, _STEERING, _ISOLATION = "arXiv 2605.12484", "arXiv 2507.04742", "arXiv 2508.21741"
@@ -147,4 +148,5 @@ REGION_CLAIMS: tuple[Claim, ...] = (
         + than(CellPattern("pretraining", "familiar, hoyer", "highest"), "familiar, hoyer", column="end"),
     ),
     *LOCALISED_CLAIMS,
+    *ATTENTION_CLAIMS,
 )
