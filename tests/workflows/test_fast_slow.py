@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.tiny import WORDS, make_model, make_tokenizer
 
-from sparselet import EvalSettings, FastSlowSettings, SparseAdapter, TrainSettings, evaluate, train
+from sparselet import EvalSettings, FastSlowSettings, SparseAdapter, TrainSettings, evaluate, export, inspect, train
 from sparselet.errors import ConfigError, OutputExists, TaskError
 from sparselet.evaluation.rewards import Reward, choose_reward
 from sparselet.generation.prompts import in_prompt
@@ -78,6 +78,13 @@ def test_eval_puts_the_prompt_around_inputs(run, task_dir, base_dir):
         EvalSettings(prompt="no place")
 
 
+def test_other_formats_lose_the_prompt_and_say_so(run, base_dir, tmp_path, caplog):
+    expert, _, out = run
+    export(str(out), "shira", tmp_path / "shira", base=base_dir)
+    assert "format shira holds no prompt" in caplog.text
+    assert ("prompt", expert.metadata.prompt) in inspect(out).table().rows
+
+
 def test_the_supervised_variant(task_dir, base_dir):
     how = FastSlowSettings(**{**HOW, "slow": "sft"}, prompts=("{input}", "Say: {input}"))
     expert = train(task_dir, model=base_dir, fast_slow=how, **RUN)
@@ -126,7 +133,7 @@ def test_failures_of_what_is_plugged_in_are_named():
     def broken(prompt, trials):
         raise ValueError("no idea")
 
-    with pytest.raises(ValueError, match="no idea"):
+    with pytest.raises(ConfigError, match=r"the proposer fails on '\{input\}': ValueError: no idea"):
         pool_of(lambda prompts: ["?"] * len(prompts), broken).improve(0)
     with pytest.raises(ConfigError, match=r"the proposer must keep \{input\} in a prompt once; it gave 'x'"):
         pool_of(lambda prompts: ["?"] * len(prompts), lambda prompt, trials: "x").improve(0)

@@ -1,5 +1,6 @@
 """`export` and `convert`: an expert in another format, and an expert of another format as a sparse adapter."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from sparselet.result_table import ResultTable, ShownAsTable
 from sparselet.steering import SteeringVector
 from sparselet.steering.bias import with_steering
 from sparselet.steering.vector import is_steering
+
+logger = logging.getLogger("sparselet")
 
 PATCH_LINE = "vLLM's load_checkpoint_weight_patches with sparselet.formats.weight_patch.read_patch({path!r})"
 PEFT_LINE = "peft.PeftModel.from_pretrained(base_model, {path!r})"
@@ -118,6 +121,8 @@ def export(
         raise ConfigError(f"steer goes with format checkpoint, whose biases can hold a vector; format {to} has none.")
     check_output(out)
     opened = open_experts([expert], base, without)[0]
+    if opened.metadata.prompt is not None:
+        logger.warning("format %s holds no prompt; put this one around inputs yourself: %r", to, opened.metadata.prompt)
     errors = FORMATS[to].write(opened, out, ExportSettings(base, rank, max_error, dtype, vector), progress)
     return ExportResult(Path(out), to, len(opened), opened.nnz, errors, tuple(opened.left_out))
 

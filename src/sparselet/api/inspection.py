@@ -28,6 +28,7 @@ class Inspection(ShownAsTable):
         facts: list[tuple[str, Any]] = [
             ("task", metadata.task or _merged(metadata)),
             ("base model", metadata.base_model_name_or_path),
+            ("prompt", metadata.prompt),
             ("score", metadata.score),
             ("mask", ", ".join(blocks) or "empty"),
             ("entries", f"{adapter.nnz:,} in {len(adapter)} targets"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from sparselet.adapter_format import is_prompt
-from sparselet.errors import ConfigError, MissingExtra
+from sparselet.errors import ConfigError, MissingExtra, SparseletError
 from sparselet.evaluation.rewards import Reward
 from sparselet.generation.prompts import in_prompt
 from sparselet.tasks.rows import Prompt, Row
@@ -41,7 +41,7 @@ class PromptTrials:
     reward: Reward
     rows: Mapping[RowKey, Row]
     propose: Proposer
-    failure: BaseException | None = None
+    failure: SparseletError | None = None
     _trials: dict[tuple[str, RowKey], RowTrial] = field(default_factory=dict)
 
     def trials(self, prompt: str, keys: Sequence[RowKey]) -> list[RowTrial]:
@@ -76,9 +76,12 @@ class PromptTrials:
             proposed = self.propose(candidate[_COMPONENT], [record["trial"] for record in dataset[_COMPONENT]])
             if not is_prompt(proposed):
                 raise ConfigError(f"the proposer must keep {{input}} in a prompt once; it gave {proposed!r:.80}.")
-        except Exception as error:
+        except SparseletError as error:
             self.failure = error
             raise
+        except Exception as error:  # of a function that a user wrote
+            self.failure = ConfigError(f"the proposer fails on {candidate[_COMPONENT]!r:.80}: {type(error).__name__}: {error}")
+            raise self.failure from error
         return {_COMPONENT: proposed}
 
 
