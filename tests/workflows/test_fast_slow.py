@@ -95,12 +95,20 @@ def test_the_supervised_variant(task_dir, base_dir):
     assert expert.metadata.metrics["steps"] == 3
 
 
-def test_without_calls_the_prompts_stay(task_dir, base_dir):
+def test_without_calls_the_prompts_stay(task_dir, base_dir, caplog):
     how = FastSlowSettings(**{**HOW, "fast_calls": 0}, prompts=("Say: {input}",))
     expert = train(task_dir, model=base_dir, fast_slow=how, reward=letters, **RUN)
     assert expert.metadata.prompt == "Say: {input}"
     figures = expert.metadata.metrics
     assert figures["reward_tuned_seed"] == figures["reward_tuned_evolved"]
+    assert "equal rewards" not in caplog.text
+
+
+def test_rewards_that_are_always_equal_are_said_to_teach_nothing(task_dir, base_dir, caplog):
+    how = FastSlowSettings(**{**HOW, "fast_calls": 0})
+    expert = train(task_dir, model=base_dir, fast_slow=how, reward=lambda answers, targets: 0.5, **RUN)
+    assert "all rollouts of each row had equal rewards" in caplog.text
+    assert not any(delta.values.any() for delta in expert.values())
 
 
 def test_the_pool_is_the_pareto_front():

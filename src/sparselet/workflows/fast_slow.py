@@ -165,6 +165,11 @@ def _by_reward(run: FastSlowRun) -> Iterator[tuple[SparseAdapter, int, History]]
         wrapped = trainer.accelerator.unwrap_model(trainer.model)
         try:
             trainer.train()
+            if all(log.get("frac_reward_zero_std", 1.0) == 1 for log in trainer.state.log_history):
+                logger.warning(
+                    "all rollouts of each row had equal rewards, so the weights have not moved: take a task that the base "
+                    "model answers sometimes, a reward that grades answers, or more generations."
+                )
             adapter = to_adapter(wrapped)
             try:
                 adapter.check_values()

@@ -49,12 +49,12 @@ def fast_slow_run(
     train, how: fields of `TrainSettings` and `FastSlowSettings`. second: a task that is not trained on. rows: test rows.
     """
     settings = FastSlowSettings(**how)
-    drift = Drift(base, task, second, settings.prompts[0])
+    drift = Drift(base, task, second, settings.prompts[0], settings.fast_every)
     with tempfile.TemporaryDirectory() as directory:
         place = write_task(task, Path(directory))
         chosen = TrainSettings(**train, task=str(place), method="fast-slow", chat_template=False)
         out = Path(directory, "expert")
-        expert = fast_slow(chosen, settings, out, base=base, callbacks=[AfterSteps(settings.fast_every, drift.measure)])
+        expert = fast_slow(chosen, settings, out, base=base, callbacks=[drift])
         rounds = read_object(out / RUN_FILE)["rounds"]
     figures = expert.metadata.metrics or {}
     prompts = {"first": settings.prompts[0], "final": str(expert.metadata.prompt)}
@@ -78,10 +78,14 @@ def fast_slow_run(
     return numbers | {"steps": float(step), "KL": 100 * kl, "loss": 100 * (loss - drift.steps[0][1])}
 
 
-class Drift:
-    """By step, KL(π ‖ base) over targets of a task's validation rows in `prompt`, and the loss of the second task."""
+class Drift(AfterSteps):
+    """By step, KL(π ‖ base) over targets of a task's validation rows in `prompt`, and the loss of the second task.
 
-    def __init__(self, base: Base, task: Task, second: Task, prompt: str) -> None:
+    As a callback it measures after each `interval` steps; made, it has measured the base model.
+    """
+
+    def __init__(self, base: Base, task: Task, second: Task, prompt: str, interval: int = 0) -> None:
+        super().__init__(interval, self.measure)
         model, tokenizer = base
         form = prompt_format(model, tokenizer, False)
         source = EvalSettings(DRIFT_ROWS, False, split="validation")
