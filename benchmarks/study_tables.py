@@ -9,7 +9,8 @@ def study_tables(results: dict[str, Any], cost: dict[str, Any]) -> str:
     """How it was run, every claim with its verdict, and every table with the paper's figures in italics."""
     lines = [*_heading(results, cost), *_claims(results["claims"])]
     for table in results["tables"].values():
-        lines += ["", f"**{_cell(table['title'])}** ({table['source']})", "", *_table(table)]
+        source = f" ({table['source']})" if table["source"] else ""
+        lines += ["", f"**{_cell(table['title'])}**{source}", "", *_table(table)]
         lines += ["", table["note"]] if table["note"] else []
     return "\n".join(lines) + "\n"
 
@@ -27,6 +28,7 @@ def _heading(results: dict[str, Any], cost: dict[str, Any]) -> list[str]:
     about = "; ".join(", ".join(part) for part in (ran, packages, took) if part)
     did = f"{results['settings'].get('model', 'base model')}, {held.count('in')} held-in and {held.count('out')} held-out tasks"
     did += f": {units['train']} trainings, {units['merge']} merges, {units['evaluate']} evaluations"
+    did += f", {units['analyse']} analyses" if units.get("analyse") else ""
     did += f"; {units['missing']} of them have no result." if units["missing"] else "."
     return [*([f"`{cost['command']}`", ""] if "command" in cost else []), *([f"{about}.", ""] if about else []), did, ""]
 

@@ -195,8 +195,8 @@ def short(value: float) -> str:
 
 
 def study(results: dict[str, Any]) -> str:
-    """A study's tables. Its cost.json lies beside, as study_PRESET_cost.json."""
-    cost = ROOT / f"benchmarks/results/study_{results['preset']}_cost.json"
+    """A study's tables. Its cost.json lies beside, as NAME_cost.json."""
+    cost = ROOT / f"benchmarks/results/{results['stem']}_cost.json"
     return study_tables(results, json.loads(cost.read_text()) if cost.exists() else {})
 
 
@@ -215,7 +215,7 @@ TABLES = {
     "real_tasks": scores_table,
     "learning_rate": loss_table,
     **dict.fromkeys(BENCHMARKS, aims_table),
-    **dict.fromkeys((f"study_{preset}" for preset in ("small", "medium")), study),
+    **dict.fromkeys((f"study_{name}" for name in ("small", "medium", "recipes", "ten", "twenty", "regions")), study),
 }
 
 
@@ -227,9 +227,9 @@ def file_of(name: str) -> Path:
 
 
 def load(file: Path) -> dict[str, Any]:
-    """A file of results, with `stem`, its name, if it is a benchmark's."""
+    """A file of results, with `stem`, its name, if it is a benchmark's or a study's."""
     results = json.loads(file.read_text())
-    return {**results, "stem": file.stem} if "rows" in results else results
+    return {**results, "stem": file.stem} if {"rows", "tables"} & results.keys() else results
 
 
 def fill(text: str) -> str:

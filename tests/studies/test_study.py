@@ -219,9 +219,11 @@ def test_an_arm_is_trained_by_its_own_settings_and_a_sweep_at_each_of_its_rates(
         3e-3,
     )
     assert {unit.settings.learning_rate for unit in tables["sweep"].units()} == {1e-3, 2e-3, 3e-3}
-    assert list(tables["recipes"].rows) == ["rows"]
+    assert list(tables["recipes"].rows) == ["base", "rows"]
     assert {
-        unit.subject.method for unit in tables["recipes"].units() if unit.kind == "evaluate" and unit.subject.kind == "merge"
+        unit.subject.method
+        for unit in tables["recipes"].units()
+        if unit.kind == "evaluate" and unit.subject and unit.subject.kind == "merge"
     } == {"overlap", "uniform", "ties", "regmean"}
 
 

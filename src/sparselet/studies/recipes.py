@@ -1,7 +1,7 @@
 """Tables about recipes: arms (settings of training, by name) compared at equal numbers of trained entries; and claims."""
 
 from sparselet.studies.claim import CellPattern, Claim, than
-from sparselet.studies.study import Experts, Study
+from sparselet.studies.study import BASE, Experts, Study
 from sparselet.studies.table import Cell, Chart, Table
 
 MERGES = ("overlap", "uniform", "ties", "regmean")
@@ -49,7 +49,7 @@ def sweep(study: Study) -> Table:
 
 def recipes(study: Study) -> Table:
     """The finalists, each at its best learning rate: loss, quality alone, and merged."""
-    rows: dict[str, tuple[Cell | None, ...]] = {}
+    rows: dict[str, tuple[Cell | None, ...]] = {"base": (None, study.held_in(BASE), *(None for _ in MERGES))}
     for name in study.settings.finalists:
         experts = study.arm(name)
         merged = [study.held_in(study.merge(experts, method)) for method in MERGES]
