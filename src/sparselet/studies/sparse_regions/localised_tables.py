@@ -11,7 +11,7 @@ _SEEDS = range(3)
 _TAUGHT, _SECOND = "trec", "restaurant_slots"  # trained on by reward; not trained on
 _PAIRS = ("trec", "stsb_paraphrase", "antonyms", "num_to_words")  # two tasks that choose a label, two that write a word
 _FAST_SLOW = {"batch_size": 4, "epochs": 1, "learning_rate": 1e-3}
-_HOW = {"generations": 6, "pool": 3, "fast_every": 5, "fast_calls": 60, "fast_rows": 16, "max_new_tokens": 8}
+_HOW = {"generations": 6, "pool": 3, "fast_every": 4, "fast_calls": 40, "fast_rows": 16, "max_new_tokens": 8}
 _ARMS: dict[str, dict[str, Any]] = {"both": {}, "weights": {"fast_calls": 0}, "supervised": {"slow": "sft"}}
 _GAIN = 0.1  # of the reward, at which steps, KL and loss are compared
 
@@ -28,7 +28,7 @@ def fast_slow(study: Study) -> Table:
                 f"seed {seed}",
                 (),
                 (task, second),
-                train={**_FAST_SLOW, "train_rows": _at_most(study, 80), "seed": seed},
+                train={**_FAST_SLOW, "train_rows": _at_most(study, 48), "seed": seed},
                 how={**_HOW, **changes},
                 gain=_GAIN,
                 rows=study.settings.test_rows,
