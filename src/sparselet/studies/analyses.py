@@ -26,6 +26,7 @@ from sparselet.studies.pretraining import pretrain
 from sparselet.studies.sparse_regions.fast_slow_runs import fast_slow_run
 from sparselet.studies.sparse_regions.frontier_runs import frontier
 from sparselet.studies.sparse_regions.isolation_runs import isolation_run
+from sparselet.studies.sparse_regions.scaling_runs import scaling_run
 from sparselet.studies.sparse_regions.steering_runs import steering_run
 from sparselet.tasks.task import Task
 from sparselet.workflows.graft import GraftSettings, graft_curve, measured_rows
@@ -203,5 +204,6 @@ ANALYSES: dict[str, Callable[..., Numbers]] = {
     "steering": lambda context, **settings: steering_run(
         (context.model, context.tokenizer), **settings, progress=context.progress
     ),
+    "scaling": lambda context, **settings: scaling_run(**settings, progress=context.progress),
     "pretrain": lambda context, **settings: pretrain(**settings, progress=context.progress),
 }

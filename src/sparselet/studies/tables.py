@@ -9,7 +9,7 @@ from sparselet.studies.paper.claims import PAPER_CLAIMS
 from sparselet.studies.paper.merging_tables import interference, merging, number_of_experts, second_stage
 from sparselet.studies.paper.training_tables import block_sizes, density, layer_drop, learning_rates, scores, selection, targets
 from sparselet.studies.recipes import RECIPE_CLAIMS, recipes, sweep
-from sparselet.studies.sparse_regions.attention_tables import frontier
+from sparselet.studies.sparse_regions.attention_tables import frontier, scaling
 from sparselet.studies.sparse_regions.claims import REGION_CLAIMS
 from sparselet.studies.sparse_regions.localised_tables import fast_slow, isolation, steering
 from sparselet.studies.sparse_regions.tables import activations, grafts, overlaps, pretraining, updates
@@ -40,9 +40,10 @@ TABLES: dict[str, Callable[[Study], Table]] = {
     "steering": steering,
     "isolation": isolation,
     "frontier": frontier,
+    "scaling": scaling,
 }
 OF_ARMS = ("sweep", "recipes", "many_experts")  # made by default only where the settings have arms
-OF_ATTENTION = ("frontier",)
+OF_ATTENTION = ("frontier", "scaling")
 # Made only where they are named.
 OF_REGIONS = (
     "updates",

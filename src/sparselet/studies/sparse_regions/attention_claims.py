@@ -26,4 +26,9 @@ ATTENTION_CLAIMS: tuple[Claim, ...] = (
         _SOURCE,
         than(CellPattern("frontier", "block {}, 2048 tokens", "kept"), "block {}, 512 tokens"),
     ),
+    Claim(
+        "At equal operations a token, a larger sparse model answers better than a smaller dense one.",
+        _SOURCE,
+        than(CellPattern("scaling", "4 layers, pages", "answers"), "2 layers, all keys"),
+    ),
 )

@@ -4,12 +4,15 @@ from typing import Any
 
 from sparselet.studies.engine.unit import AnalysisUnit
 from sparselet.studies.sparse_regions.frontier_runs import ALL_KEYS, NATURAL_TEXT, text_digest
+from sparselet.studies.sparse_regions.scaling_runs import HOPS
 from sparselet.studies.study import Study
 from sparselet.studies.table import Cell, Table
 
 _TASKS = ("needle", "recall", "variables", "copy", NATURAL_TEXT)
 _ROWS = {512: 5, 2048: 3}  # prompts of each task by their length in tokens
 _SHARES = (4, 16)  # one of so many keys is kept
+_SCALING_MEASURES = ("answers", *(f"{hops} hops" for hops in range(1, HOPS + 1)), "flops")
+_SCALING_SEEDS = 3
 _MEASURES = ("exact", "likelihood", "kept", "prompts", "answers", "attention", "flops")
 
 
@@ -34,6 +37,28 @@ def frontier(study: Study) -> Table:
         "mean log-probability of an answer's tokens; kept: of dense attention's mean. prompts, answers: pairs of a query and a "
         "key that are used. attention: pairs whose score is computed. flops: of all layers. 1/4, 1/16: keys that a pattern "
         "keeps, of the prompt's.",
+    )
+
+
+def scaling(study: Study) -> Table:
+    """Small models trained to recall: the smaller with all keys, the larger with as many as that costs, and with all."""
+    rows: dict[str, tuple[Cell | None, ...]] = {}
+    for layers, way, name in (
+        (2, "all", "2 layers, all keys"),
+        (4, "pages", "4 layers, pages"),
+        (4, "all", "4 layers, all keys"),
+    ):
+        runs = (tuple(study.analyse("scaling", f"seed {seed}", seed=seed, layers=layers) for seed in range(_SCALING_SEEDS)),)
+        name = f"{layers} layers, {'pages' if way == 'pages' else 'all keys'}"
+        rows[name] = tuple(Cell(runs, f"{way} {measure}") for measure in _SCALING_MEASURES)
+    return Table(
+        "A larger sparse model against a smaller dense one",
+        "",
+        _SCALING_MEASURES,
+        rows,
+        "Llamas of width 64, trained alike from scratch on texts of up to 512 facts; right answers in percent of questions "
+        "about 512 facts, which one fact answers (1 hop) or a chain of facts. Pages of 16 keys by their bounds, for questions "
+        "alone: facts are read with all keys. flops: of a question's token, in thousands.",
     )
 
 
