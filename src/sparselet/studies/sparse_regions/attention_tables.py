@@ -4,14 +4,14 @@ from typing import Any
 
 from sparselet.studies.engine.unit import AnalysisUnit
 from sparselet.studies.sparse_regions.frontier_runs import ALL_KEYS, NATURAL_TEXT, text_digest
-from sparselet.studies.sparse_regions.scaling_runs import HOPS
+from sparselet.studies.sparse_regions.scaling_runs import MOST_HOPS
 from sparselet.studies.study import Study
 from sparselet.studies.table import Cell, Table
 
 _TASKS = ("needle", "recall", "variables", "copy", NATURAL_TEXT)
 _ROWS = {512: 5, 2048: 3}  # prompts of each task by their length in tokens
 _SHARES = (4, 16)  # one of so many keys is kept
-_SCALING_MEASURES = ("answers", *(f"{hops} hops" for hops in range(1, HOPS + 1)), "flops")
+_SCALING_MEASURES = ("answers", *(f"{hops} hops" for hops in range(1, MOST_HOPS + 1)), "flops")
 _SCALING_SEEDS = 3
 _MEASURES = ("exact", "likelihood", "kept", "prompts", "answers", "attention", "flops")
 

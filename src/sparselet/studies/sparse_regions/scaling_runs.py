@@ -16,8 +16,8 @@ from sparselet.attention import sparse_attention
 from sparselet.studies.sparse_regions.frontier_runs import ALL_KEYS
 from sparselet.tuner.mask_state import seeded
 
-SMALLEST = 2  # layers of the model whose cost with all keys the others are held to
-HOPS = 4  # facts that lead to an answer, at most
+SMALLEST_LAYERS = 2  # layers of the model whose cost with all keys the others are held to
+MOST_HOPS = 4  # facts that lead to an answer, at most
 _WIDTH, _HEADS, _PAGE = 64, 2, 16
 _BATCH_TOKENS, _LEARNING_RATE = 2048, 3e-3
 _TESTED_TEXTS, _TESTED_QUESTIONS = 16, 32
@@ -27,11 +27,11 @@ _LENGTHS = ((0.6, 16), (0.8, 4), (1.0, 1))  # until this share of the steps; wha
 
 @dataclass(frozen=True)
 class Recall:
-    """names, next_names: of facts, [texts, facts]. asked, hops, answers: of questions, [texts, questions]. All integers."""
+    """names, next_names: of facts, [texts, facts]. starts, hops, answers: of questions, [texts, questions]. All integers."""
 
     names: Tensor
     next_names: Tensor
-    asked: Tensor
+    starts: Tensor
     hops: Tensor
     answers: Tensor
 
@@ -40,12 +40,12 @@ def draw_recall(texts: int, facts: int, questions: int, names: int, generator: t
     """Random texts, in each of which every name leads to another one or to itself, no two to the same."""
     own = torch.rand(texts, names, generator=generator).argsort(-1)[:, :facts]
     leads = torch.rand(texts, facts, generator=generator).argsort(-1)
-    asked = torch.randint(facts, (texts, questions), generator=generator)
-    hops = torch.randint(1, HOPS + 1, (texts, questions), generator=generator)
-    place = asked
-    for hop in range(1, HOPS + 1):
+    places = torch.randint(facts, (texts, questions), generator=generator)
+    hops = torch.randint(1, MOST_HOPS + 1, (texts, questions), generator=generator)
+    place = places
+    for hop in range(1, MOST_HOPS + 1):
         place = torch.where(hops >= hop, leads.gather(1, place), place)
-    return Recall(own, own.gather(1, leads), own.gather(1, asked), hops, own.gather(1, place))
+    return Recall(own, own.gather(1, leads), own.gather(1, places), hops, own.gather(1, place))
 
 
 class _RecallModel(nn.Module):
@@ -64,14 +64,14 @@ class _RecallModel(nn.Module):
             eos_token_id=None,
         )
         self.decoder = LlamaModel(config)
-        self.name, self.hops = nn.Embedding(names, _WIDTH // 2), nn.Embedding(HOPS + 1, _WIDTH // 2)
+        self.name, self.hops = nn.Embedding(names, _WIDTH // 2), nn.Embedding(MOST_HOPS + 1, _WIDTH // 2)
         self.answer = nn.Linear(_WIDTH, _WIDTH // 2, bias=False)
 
     def facts(self, recall: Recall) -> Tensor:
         return torch.cat([self.name(recall.names), self.name(recall.next_names)], dim=-1)
 
     def questions(self, recall: Recall) -> Tensor:
-        return torch.cat([self.name(recall.asked), self.hops(recall.hops)], dim=-1)
+        return torch.cat([self.name(recall.starts), self.hops(recall.hops)], dim=-1)
 
     def logits(self, states: Tensor) -> Tensor:
         return self.answer(states) @ self.name.weight.T
@@ -88,8 +88,8 @@ def scaling_run(
 ) -> dict[str, float]:
     """Train a model of `layers` layers, and ask it with all keys (`all`) and with pages of keys (`pages`).
 
-    Pages are as many as keep the operations of a question's token at those of the model of SMALLEST layers with all keys: 2 ·
-    weights of the layers, and 4 · width for each key in each layer; choosing pages is not counted. At least one is kept.
+    Pages are as many as keep the operations of a question's token at those of SMALLEST_LAYERS layers with all keys: 2 · weights
+    of the layers, and 4 · width for each key in each layer; choosing pages is not counted. At least one is kept.
     Returns the right answers in percent, `all answers`, `all 1 hops`, `pages 2 hops`, …, and `all flops` and `pages flops`, the
     operations of a question's token in thousands, as counted.
     """
@@ -118,9 +118,9 @@ def scaling_run(
 
 
 def affordable_keys(decoder: nn.Module, layers: int, keys: int) -> int:
-    """How many of `keys` keys a question's token may see in each layer at the cost of SMALLEST layers with all of them."""
+    """How many of `keys` keys a question's token may see in each layer, at the cost of SMALLEST_LAYERS layers with all."""
     weights = _weights(decoder) // layers
-    allowed = SMALLEST * (2 * weights + 4 * _WIDTH * keys) - layers * 2 * weights
+    allowed = SMALLEST_LAYERS * (2 * weights + 4 * _WIDTH * keys) - layers * 2 * weights
     return min(keys, max(0, allowed // (4 * _WIDTH * layers)))
 
 
@@ -138,6 +138,6 @@ def _answers(model: _RecallModel, recall: Recall, attention: str) -> dict[str, f
             states = model.decoder(inputs_embeds=questions[:, i : i + 1], past_key_values=cache).last_hidden_state
             logits.append(model.logits(states))
     right = torch.cat(logits, dim=1).argmax(-1) == recall.answers
-    numbers = {f"{hop} hops": 100 * float(right[recall.hops == hop].float().mean()) for hop in range(1, HOPS + 1)}
-    flops = 2 * _weights(model.decoder) + counted.decode.flops / recall.asked.numel()
+    numbers = {f"{hop} hops": 100 * float(right[recall.hops == hop].float().mean()) for hop in range(1, MOST_HOPS + 1)}
+    flops = 2 * _weights(model.decoder) + counted.decode.flops / recall.starts.numel()
     return {"answers": 100 * float(right.float().mean()), **numbers, "flops": flops / 1000}
