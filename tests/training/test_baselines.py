@@ -309,7 +309,11 @@ def test_lora_is_float32_over_a_bfloat16_base(settings_of, tmp_path):
         ("multitask", {"task": ("a",)}, "method multitask needs several tasks"),
         ("full", {"dtype": "float16"}, "dtype float16 does not go with method full"),
         ("full-qkv", {"dtype": "float16"}, "dtype float16 does not go with method full-qkv"),
-        ("dense", {}, "method must be one of sparse, lora, shira, super-tuning, full, full-qkv, multitask, got 'dense'"),
+        (
+            "dense",
+            {},
+            "method must be one of sparse, lora, shira, super-tuning, full, full-qkv, fast-slow, multitask, got 'dense'",
+        ),
         ("sparse", {"task": ()}, "task is missing"),
         ("sparse", {"task": ("a", "")}, "task is missing"),
     ],

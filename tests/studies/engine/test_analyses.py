@@ -79,7 +79,8 @@ def store(sources, analyses, tmp_path_factory):
 
 
 def test_every_analysis_is_tried_here(analyses):
-    assert analyses.keys() | {"routed"} == ANALYSES.keys()  # that one in tests/training/test_routed.py
+    elsewhere = {"routed", "frontier", "scaling"}  # in test_routed.py, test_frontier.py and test_scaling.py
+    assert analyses.keys() | elsewhere == ANALYSES.keys()
 
 
 def test_units_survive_json_and_differ_in_each_part(sources, analyses, experts):
