@@ -23,6 +23,7 @@ PEERS = [
 ]
 TILES = [f"tiles of {side}, 0.1" for side in (16, 64, 128)]
 MASKS = ["element 0.1", *TILES, "rows, 0.1", "columns, 0.1", "element 0.01"]
+LONG = pytest.mark.skipif(os.environ.get("SPARSELET_SLOW") != "1", reason="half a minute of processes; set SPARSELET_SLOW=1")
 COMPARED = ["element 0.1", "tiles of 16, 0.1", "rows, 0.1"]
 
 
@@ -179,6 +180,7 @@ def test_sparse_attention_is_attention_under_a_mask(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@LONG
 def test_the_whole_job_runs_by_both_ways_and_with_the_frozen_model(tmp_path: Path) -> None:
     results = quick("end_to_end", tmp_path, "--part", "job")
     assert [(row["group"], row["library"]) for row in results["rows"]] == [
@@ -238,6 +240,7 @@ def test_the_merging_benchmark_writes_nothing_into_the_repository() -> None:
     assert "--work must not lie in" in done.stderr
 
 
+@LONG
 def test_servers_of_many_experts_are_asked_in_turn(tmp_path: Path) -> None:
     results = quick("serve", tmp_path)
     names = ["base model", "one expert", "8 experts, uniformly mixed", "9 experts, Zipf"]
