@@ -19,6 +19,7 @@ ROOT = "sparselet"
 GROUND = {"errors", "setting_checks", "io", "kernels"}
 CORE = GROUND | {"adapter_format", "adapter_metadata", "delta", "fingerprint", "masks", "names", "scores", "selection_settings"}
 CORE |= {"result_table", "adapter", "adapter_stream", "apply", "expert", "intervals", "model_config", "training_recipes"}
+CORE |= {"evaluation_mode"}
 CORE |= {"profiles"}
 INPUTS = CORE | {"hub", "models", "tasks"}
 APART = ("tuner", "formats", "analysis", "activations", "attention")

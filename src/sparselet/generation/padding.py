@@ -1,8 +1,7 @@
 """Padding of batches, and the side on which a model's rows may be padded: tried on the model itself, once per model."""
 
-import contextlib
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparselet.errors import ModelError
+from sparselet.evaluation_mode import evaluation_mode
 from sparselet.models import attends_to_all, prefill, vocabulary_size
 
 Side = Literal["left", "right"]
@@ -33,7 +33,7 @@ def padding_side(model: PreTrainedModel) -> Side | None:
     """
     if model not in _SIDES:
         row, longer = _probe_rows(model)
-        with _evaluation(model):
+        with evaluation_mode(model), torch.no_grad():
             if model.config.is_encoder_decoder:
                 alone, batched = _seq2seq_logits(model, [row]), _seq2seq_logits(model, [row, longer])
                 _SIDES[model] = "right" if _relative_error(batched, alone) <= _tolerance(model) else None
@@ -54,7 +54,7 @@ def supports_prefix_cache(model: PreTrainedModel) -> bool:
     if model not in _PREFIX_CACHES:
         row, continuation = _probe_rows(model)
         forward: Any = model
-        with _evaluation(model):
+        with evaluation_mode(model), torch.no_grad():
             expected = _causal_logits(model, [[*row, *continuation]], "right")[:, len(row) :]
             if not expected.isfinite().all():
                 return True
@@ -173,15 +173,3 @@ def _relative_error(logits: Tensor, expected: Tensor) -> float:
     """The median over positions of the largest error, relative to the spread: rounding may choose other experts at a few."""
     logits, expected = logits.double(), expected.double()
     return float((logits - expected).abs().amax(-1).median() / expected.std().clamp_min(1e-30))
-
-
-@contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in evaluation mode, and nothing is recorded for gradients."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

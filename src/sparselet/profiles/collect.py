@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselet.errors import ArgumentError, TaskError
+from sparselet.evaluation_mode import evaluation_mode
 from sparselet.io.memory import require_memory
 from sparselet.names import Names
 from sparselet.profiles.profile import RANK, PromptStates, SecondMoment, low_rank_plus_diagonal
@@ -52,7 +53,7 @@ def collect_moments(
     sums: dict[str, Tensor] = {}  # by the first target of an input
     counts: dict[str, int] = {}
     first_of: dict[str, str] = {}
-    with _evaluation(model), _hooks(model, targets, sums, counts, first_of):
+    with evaluation_mode(model), _hooks(model, targets, sums, counts, first_of):
         for row in rows:
             forward: Any = model
             forward(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in row.items()})
@@ -75,7 +76,7 @@ def prompt_states(model: Any, prompts: Iterable[Sequence[int]]) -> Tensor:
     """
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
     states = []
-    with _evaluation(model):
+    with evaluation_mode(model):
         for prompt in prompts:
             ids = torch.tensor([list(prompt)], device=model.device)
             output = body(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -129,14 +130,3 @@ def _hooks(
             yield
         finally:
             last[:] = [None, ""]
-
-
-@contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from sparselet.adapter import SparseAdapter
 from sparselet.apply import apply_temporarily
 from sparselet.errors import ConfigError, NonFiniteValue, TrainingDiverged
 from sparselet.evaluation.metrics import Metric
 from sparselet.evaluation.rewards import choose_reward
+from sparselet.evaluation_mode import evaluation_mode
 from sparselet.generation.generate import generate
 from sparselet.generation.prompts import in_prompt, prompt_format
 from sparselet.io.atomic import atomic_directory
@@ -207,7 +208,7 @@ def _answerer(base: LoadedModel, settings: TrainSettings, how: FastSlowSettings)
     model, tokenizer = base
 
     def answer(prompts: Sequence[Prompt]) -> list[str]:
-        with _evaluating(model):
+        with evaluation_mode(model):
             return generate(
                 model,
                 tokenizer,
@@ -218,16 +219,6 @@ def _answerer(base: LoadedModel, settings: TrainSettings, how: FastSlowSettings)
             )
 
     return answer
-
-
-@contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _check(settings: TrainSettings, how: FastSlowSettings) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparselet.apply import apply_temporarily
 from sparselet.evaluation import EvalSettings, evaluate
+from sparselet.evaluation_mode import evaluation_mode
 from sparselet.expert import Expert
 from sparselet.generation.prompts import in_prompt, prompt_format
 from sparselet.io.json_files import read_object
@@ -98,15 +99,13 @@ class Drift(AfterSteps):
 
     def measure(self, step: int) -> None:
         """Measure the model as it is now."""
-        training = self.model.training
-        self.model.eval()
         sums, count = 0.0, 0
-        for row, before in zip(self.rows, self.before, strict=True):
-            now = self._distributions(*row)
-            sums, count = sums + float((now.exp() * (now - before)).sum()), count + len(now)
-        (loss,) = self.loss.by_task().values()
+        with evaluation_mode(self.model):
+            for row, before in zip(self.rows, self.before, strict=True):
+                now = self._distributions(*row)
+                sums, count = sums + float((now.exp() * (now - before)).sum()), count + len(now)
+            (loss,) = self.loss.by_task().values()
         self.steps[step] = (sums / count, loss)
-        self.model.train(training)
 
     @torch.no_grad()
     def _distributions(self, prompt: list[int], target: list[int]) -> Tensor:
