@@ -4,10 +4,11 @@
     python benchmarks/bench_serve.py --quick --out OUT                     a tiny model: does it run?
     python benchmarks/bench_serve.py --url http://host:8000 --models base --models one,two    any server, to the terminal
 
-Experts are random changes of a tenth of query, key and value, LoRA adapters of rank 21 as many numbers. The servers stand side
-by side, and each row is measured in turn, in `--rounds` rounds, so that a change of the machine's speed meets all rows; the
-floor is the base model alone through our server. PEFT's server is contestants/peft_server.py. Clients wait for an answer before
-they ask again; prompts are those of a task.
+Experts are random changes of a tenth of query, key and value, LoRA adapters of rank 21 as many numbers; both are so small
+that answers are the base model's, and all rows have answers of equal length. The servers stand side by side, and each row is
+measured in turn, in `--rounds` rounds, so that a change of the machine's speed meets all rows; the floor is the base model
+alone through our server. PEFT's server is contestants/peft_server.py; transformers' own, `transformers serve`, knows the base
+model alone, and answers a third of the requests. Clients wait for an answer before they ask again; prompts are those of a task.
 """
 
 import argparse
@@ -23,12 +24,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 from contestants.models import save_model
 from peft import LoraConfig, get_peft_model
@@ -36,13 +38,17 @@ from racing.options import FLOOR, parser_of, read, result_name
 from racing.process import BENCHMARKS, environment, progress
 from racing.race import OURS, Race
 from racing.record import aim, run_benchmark
+from safetensors.torch import load_file, save_file
 from soak_serve import make_experts
 
-from sparselet.models import load_model
+from sparselet.models import load_model, local_path
 from sparselet.tasks.task import load_task
 
 DENSITY, RANK = 0.1, 21
+SCALE = 1e-5  # of an expert's values, relative to the weights' spread
 FEW = 8
+TRANSFORMERS = "transformers"
+MERGES = 5  # sets of three experts that nobody has asked for
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Row:
     name: str
     models: tuple[str, ...]
     zipf: bool = False
+    share: float = 1.0  # of the requests
 
 
 @dataclass
@@ -101,7 +108,7 @@ async def measure(url: str, row: Row, asked: argparse.Namespace, prompts: list[s
     """`asked.requests` requests from `asked.clients` clients, each waiting for its answer before the next."""
     source, load = random.Random(seed), Load()
     weights = [1 / (rank + 1) if row.zipf else 1.0 for rank in range(len(row.models))]
-    queue = [(source.choices(row.models, weights)[0], source.choice(prompts)) for _ in range(asked.requests)]
+    queue = [(source.choices(row.models, weights)[0], source.choice(prompts)) for _ in range(round(row.share * asked.requests))]
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=asked.key, max_retries=0, timeout=600)
 
     async def work() -> None:
@@ -145,7 +152,9 @@ def summary(row: Row, loads: list[Load], floors: list[float]) -> dict[str, Any]:
 def make_adapters(asked: argparse.Namespace, work: Path) -> None:
     """Random experts below WORK/experts, e00 and so on, and random LoRA adapters below WORK/adapters."""
     model = load_model(asked.served, "float32")
-    make_experts(model, work / "experts", asked.experts, DENSITY)
+    make_experts(model, work / "experts", asked.experts, DENSITY, SCALE)
+    (work / "one").mkdir()
+    (work / "one/e00").symlink_to(work / "experts/e00")
     wrapped = None
     for number in range(asked.experts):
         name = f"e{number:02}"
@@ -157,17 +166,28 @@ def make_adapters(asked: argparse.Namespace, work: Path) -> None:
         wrapped.save_pretrained(str(work / "saved"), selected_adapters=[name])
         (work / "adapters").mkdir(exist_ok=True)
         (work / "saved" / name).rename(work / "adapters" / name)
+    scale_adapters(work / "adapters")
+
+
+def scale_adapters(directory: Path) -> None:
+    """Make the changes of all adapters as small as the experts'."""
+    for path in directory.glob("*/adapter_model.safetensors"):
+        tensors = load_file(path)
+        save_file({n: SCALE * x if "lora_B" in n else x for n, x in tensors.items()}, path, {"format": "pt"})
 
 
 @contextlib.contextmanager
-def server_of(library: str, asked: argparse.Namespace, work: Path) -> Iterator[tuple[str, int]]:
-    """A library's server, its address and its process."""
+def server_of(library: str, asked: argparse.Namespace, work: Path, experts: str = "experts") -> Iterator[tuple[str, int]]:
+    """A library's server, its address and its process. experts: a directory below `work`, of ours."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     if library == OURS:
-        command = [sys.executable, "-m", "sparselet.cli", "serve", "--model", asked.served, "--experts", str(work / "experts")]
-        command += ["--state", str(work / "state"), "--json"]
+        command = [sys.executable, "-m", "sparselet.cli", "serve", "--model", asked.served, "--experts", str(work / experts)]
+        command += ["--state", str(work / f"state-{experts}"), "--json"]
+    elif library == TRANSFORMERS:
+        command = [str(Path(sys.executable).parent / "transformers"), "serve", str(local_path(asked.served))]
+        command += ["--device", "cpu", "--dtype", "float32"]
     else:
         script = str(BENCHMARKS / "contestants/peft_server.py")
         command = [sys.executable, script, "--model", asked.served, "--adapters", str(work / "adapters")]
@@ -190,9 +210,40 @@ def _answers(port: int) -> bool:
         return tried.connect_ex(("127.0.0.1", port)) == 0
 
 
-def peak_of(process: int) -> int:
-    """The highest memory of a process, in bytes."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1])  # pyright: ignore[reportOptionalSubscript]
+def memory_of(process: int, kind: str = "VmHWM") -> int:
+    """The highest memory of a process, or with VmRSS that of now, in bytes."""
+    return 1024 * int(re.search(rf"{kind}:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1])  # pyright: ignore[reportOptionalSubscript]
+
+
+def memory_of_an_expert(asked: argparse.Namespace, work: Path) -> float:
+    """What a server of ours has more for each further expert when it has read all, in bytes of an expert's file."""
+    resident = []
+    for experts in ("one", "experts"):
+        with server_of(OURS, asked, work, experts) as (_, process):
+            resident.append(memory_of(process, "VmRSS"))
+    file = sum(path.stat().st_size for path in (work / "experts/e00").iterdir())
+    return (resident[1] - resident[0]) / (asked.experts - 1) / file
+
+
+def merge_seconds(url: str, asked: argparse.Namespace) -> float:
+    """What a first answer by three experts takes more than the next one by the same: their merge, and a swap; the median."""
+    source, client = random.Random(0), openai.OpenAI(base_url=f"{url}/v1", api_key=asked.key, max_retries=0)
+    found = []
+    for _ in range(MERGES):
+        members = [{"name": f"e{number:02}"} for number in source.sample(range(asked.experts), 3)]
+        times = []
+        for _ in range(2):
+            began = time.monotonic()
+            client.completions.create(model="base", prompt="One", max_tokens=1, extra_body={"experts": members})
+            times.append(time.monotonic() - began)
+        found.append(times[0] - times[1])
+    return statistics.median(found)
+
+
+def swap_seconds(url: str) -> float:
+    """The mean time of a swap, so far."""
+    metrics = dict(re.findall(r"^sparselet_(swaps|swap_seconds)_total (\S+)$", httpx2.get(f"{url}/metrics").text, re.MULTILINE))
+    return float(metrics["swap_seconds"]) / float(metrics["swaps"])
 
 
 def rows_of(asked: argparse.Namespace) -> list[Row]:
@@ -204,18 +255,22 @@ def rows_of(asked: argparse.Namespace) -> list[Row]:
         Row("PEFT", "base model", ("base",)),
         Row("PEFT", "one expert", names[:1]),
     ]
-    return [*rows, Row("PEFT", few, names[:FEW]), Row("PEFT", all_of_them, names, zipf=True)]
+    rows += [Row("PEFT", few, names[:FEW]), Row("PEFT", all_of_them, names, zipf=True)]
+    return [*rows, Row(TRANSFORMERS, "base model", (str(local_path(asked.served)),), share=1 / 3)]
 
 
-def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def targets(rows: list[dict[str, Any]], ours: Mapping[str, float]) -> list[dict[str, Any]]:
     share = {(row["library"], row["name"]): row["value"]["times_floor"] for row in rows}
-    ours = [name for library, name in share if library == OURS]
+    names = [name for library, name in share if library == OURS]
     aims = [
         aim(f"{name}: times the base model", share[OURS, name], "at least", limit)
-        for name, limit in zip(ours[1:], (0.97, 0.7, 0.5), strict=True)
+        for name, limit in zip(names[1:], (0.97, 0.7, 0.5), strict=True)
     ]
-    for name, limit in zip(ours[2:], (1.5, None), strict=True):
+    for name, limit in zip(names[2:], (1.5, None), strict=True):
         aims.append(aim(f"{name}: times PEFT's", share[OURS, name] / share["PEFT", name], "at least", limit))
+    aims.append(aim("memory of a further expert: times its file", ours["expert_files"], "at most", 1.1))
+    aims.append(aim("three experts merged for a request: seconds", ours["merge_seconds"], "at most", 0.3))
+    aims.append(aim("a swap: seconds", ours["swap_seconds"]))
     return aims
 
 
@@ -243,15 +298,19 @@ def main() -> None:
             if asked.quick:
                 asked.served, asked.experts, asked.requests, asked.clients = save_tiny(work / "model"), 9, 6, 3
             make_adapters(asked, work)
-            servers = {library: stack.enter_context(server_of(library, asked, work)) for library in (OURS, "PEFT")}
+            ours = {"expert_files": memory_of_an_expert(asked, work)}
+            servers = {name: stack.enter_context(server_of(name, asked, work)) for name in (OURS, "PEFT", TRANSFORMERS)}
             rows = race_rows(rows_of(asked), {library: url for library, (url, _) in servers.items()}, asked)
             for row in rows:
-                row["value"]["server_peak_bytes"] = peak_of(servers[row["library"]][1])
+                row["value"]["server_peak_bytes"] = memory_of(servers[row["library"]][1])
+            ours["swap_seconds"] = swap_seconds(servers[OURS][0])
+            ours["merge_seconds"] = merge_seconds(servers[OURS][0], asked)
         versions = {package: version(package) for package in ("sparselet", "torch", "transformers", "peft")}
         wrong = [f"{row['library']}, {row['name']}: requests failed" for row in rows if row["value"]["failed"]]
         return {
             "rows": rows,
-            "targets": targets(rows),
+            "targets": targets(rows, ours),
+            "ours": ours,
             "wrong": wrong,
             "versions": {"python": platform.python_version(), **versions},
         }
@@ -260,8 +319,9 @@ def main() -> None:
 
 
 def save_tiny(directory: Path) -> str:
-    """A tiny model with random weights."""
+    """A tiny model with random weights, with a chat template, which transformers' server needs."""
     save_model("random:tiny", directory)
+    (directory / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     return str(directory)
 
 

@@ -47,8 +47,10 @@ BAD = (
 )
 
 
-def make_experts(model: torch.nn.Module, directory: Path, count: int, density: float) -> list[SparseAdapter]:
-    """Random changes of the attention's projections, as large as the weights' own spread, so that answers differ."""
+def make_experts(
+    model: torch.nn.Module, directory: Path, count: int, density: float, scale: float = 1.0
+) -> list[SparseAdapter]:
+    """Random changes of the attention's projections, `scale` times the weights' own spread: at 1, answers differ."""
     layers = {n: x.parameter.detach() for n, x in Names(model).layers.items() if n.endswith(("q_proj", "k_proj", "v_proj"))}
     prints = {name: fingerprint_weight(weight) for name, weight in layers.items()}
     adapters = []
@@ -57,7 +59,7 @@ def make_experts(model: torch.nn.Module, directory: Path, count: int, density: f
         for name, weight in layers.items():
             indices = (torch.rand(weight.numel(), generator=generator) < density).nonzero().squeeze(1)
             deltas[name] = SparseDelta(
-                tuple(weight.shape), indices, torch.randn(len(indices), generator=generator) * weight.std()
+                tuple(weight.shape), indices, torch.randn(len(indices), generator=generator) * scale * weight.std()
             )
         adapters.append(SparseAdapter(deltas, {"task": f"task {seed}"}, prints))
         adapters[-1].save(directory / f"e{seed:02}")

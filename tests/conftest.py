@@ -8,6 +8,8 @@ import warnings
 # Read when the libraries are imported: no test may reach the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Processes that tests start compute as the tests do, by one thread: two workers fill two cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ from sparselet.adapter import SparseAdapter
 from sparselet.apply import apply_temporarily
 from sparselet.delta import SparseDelta
 from sparselet.errors import ModelError
-from sparselet.serving.mixed_products import MixedProducts, compressed_rows
+from sparselet.serving.mixed_products import MixedProducts, compressed_rows, layers_by_input
 from sparselet.serving.row_batch import RowBatch
 from sparselet.serving.served_expert import ServedExpert, serve_expert
 from sparselet.serving.step_costs import StepCosts
@@ -30,12 +30,30 @@ def choose_way(monkeypatch):
 @pytest.mark.parametrize("block", [1, 4, "row", "column"])
 def test_compressed_rows_are_the_dense_change(block):
     for delta in make_adapter(tiny(), block, seed=3).values():
-        assert torch.equal(compressed_rows(delta).to_dense(), delta.to_dense())
-    assert compressed_rows(SparseDelta.empty((3, 4))).to_dense().abs().sum() == 0
+        assert torch.equal(compressed_rows([delta]).to_dense(), delta.to_dense())
+        above = SparseDelta.empty((3, delta.shape[1]))
+        expected = torch.cat([delta.to_dense(), above.to_dense(), delta.to_dense()])
+        assert torch.equal(compressed_rows([delta, above, delta]).to_dense(), expected)
 
 
+def test_layers_that_read_one_input_are_found():
+    model = tiny()
+    groups = [{name.rsplit(".")[-1] for name in group} for group in MixedProducts(model)._groups]
+    for expected in ({"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}):
+        assert groups.count(expected) == 2  # of two layers
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def by_width(model, linear):
+    """Layers that do not read one input, only as wide ones."""
+    widths = {module.in_features for module in linear.values()}
+    return [tuple(name for name in linear if linear[name].in_features == width) for width in widths]
+
+
+@pytest.mark.parametrize("groups", [layers_by_input, by_width])
 @pytest.mark.parametrize("length", [1, 7])
-def test_each_row_gets_its_own_experts_product(length):
+def test_each_row_gets_its_own_experts_product(monkeypatch, length, groups):
+    monkeypatch.setattr("sparselet.serving.mixed_products.layers_by_input", groups)
     model = tiny()
     adapters = [make_adapter(model, block, seed=i) for i, block in enumerate((1, 4, "row", "column"))]
     served = [serve_expert(adapter, lambda expert: None) for adapter in adapters]

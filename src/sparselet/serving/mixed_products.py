@@ -14,7 +14,8 @@ from sparselet.errors import ModelError
 from sparselet.names import Names
 from sparselet.serving.served_expert import ServedExpert
 
-KEPT_EXPERTS = 32  # whose matrices are kept: four bytes an entry beside the expert itself
+KEPT_EXPERTS = 32  # whose matrices are kept: eight bytes an entry beside the expert itself
+FEW_ROWS = 2  # that are faster one by one, each by a product of the matrix with a vector
 MOST_DENSE = 0.5  # of an expert: beyond, its matrices are no smaller than the weights, and their product no faster
 
 
@@ -39,7 +40,9 @@ class MixedProducts:
             and len(names.shared[name]) == 1
             and layer.parameter.dtype == torch.float32
         }
-        self._matrices: WeakKeyDictionary[ServedExpert, dict[str, Tensor]] = WeakKeyDictionary()  # the least recent first
+        self._device = next(model.parameters()).device
+        self._groups = layers_by_input(model, self._linear)
+        self._matrices: WeakKeyDictionary[ServedExpert, dict[int, Tensor]] = WeakKeyDictionary()  # the least recent first
 
     def can_mix(self, expert: ServedExpert) -> bool:
         """Whether rows of this expert can be in a mixed pass."""
@@ -57,57 +60,112 @@ class MixedProducts:
 
         The pass raises ModelError for a layer whose inputs are not [rows, length, width].
         """
-        rows: dict[str, list[int]] = {}
+        rows: dict[ServedExpert, list[int]] = {}
         for row, expert in enumerate(experts):
-            rows.setdefault(expert.digest, []).append(row)
-        parts: dict[str, list[tuple[Tensor, Tensor]]] = {}  # by target: the matrices, and the rows of each
-        for expert in {expert.digest: expert for expert in experts}.values():
-            for name, matrix in self.prepare(expert).items():
-                index = torch.tensor(rows[expert.digest], device=matrix.device)
-                parts.setdefault(name, []).append((matrix, index))
+            rows.setdefault(expert, []).append(row)
+        parts: dict[int, list[_Part]] = {}  # by group
+        changed: set[str] = set()
+        for expert, own in rows.items():
+            index = torch.tensor(own, device=self._device)
+            for group, matrix in self.prepare(expert).items():
+                parts.setdefault(group, []).append((matrix, own, index))
+            changed.update(expert.adapter or ())
         with contextlib.ExitStack() as stack:
-            for name, products in parts.items():
-                handle = self._linear[name].register_forward_hook(_adder(len(experts), products))
-                stack.callback(handle.remove)
+            for group, products in parts.items():
+                product = _Product(len(experts), products)
+                end = 0
+                for name in self._groups[group]:
+                    start, end = end, end + self._linear[name].out_features
+                    if name in changed:
+                        stack.callback(self._linear[name].register_forward_hook(product.adder(start, end)).remove)
             yield
 
-    def prepare(self, expert: ServedExpert) -> Mapping[str, Tensor]:
-        """The matrices of an expert by target."""
+    def prepare(self, expert: ServedExpert) -> Mapping[int, Tensor]:
+        """The matrices of an expert by group of layers."""
         matrices = self._matrices.pop(expert, None)
         if matrices is None:
-            matrices = {
-                name: compressed_rows(delta).to(self._linear[name].weight.device)
-                for name, delta in (expert.adapter or {}).items()
-                if delta.nnz
-            }
+            deltas, matrices = expert.adapter or {}, {}
+            for group, names in enumerate(self._groups):
+                if any(name in deltas and deltas[name].nnz for name in names):
+                    own = [deltas[n] if n in deltas else unchanged(self._linear[n]) for n in names]
+                    matrices[group] = compressed_rows(own).to(self._device)
         self._matrices[expert] = matrices
         while len(self._matrices) > KEPT_EXPERTS:
             del self._matrices[next(iter(self._matrices))]
         return matrices
 
 
-def compressed_rows(delta: SparseDelta) -> Tensor:
-    """A delta as a matrix of compressed rows, float32 [rows, columns], which shares values of that dtype with it."""
-    entries = delta.expand()
-    rows, columns = delta.shape
-    firsts = (torch.arange(rows + 1) * columns).to(entries.indices.dtype)
-    starts = torch.searchsorted(entries.indices, firsts, out_int32=True)
+@torch.inference_mode()
+def layers_by_input(model: nn.Module, linear: Mapping[str, nn.Linear]) -> list[tuple[str, ...]]:
+    """The layers that read one input, as queries, keys and values of one attention do: found in a pass of one token. A layer
+    that this does not call is by itself."""
+    inputs: dict[str, Tensor] = {}  # kept, so that no two have one identity
+    with contextlib.ExitStack() as stack:
+        for name, module in linear.items():
+
+            def remember(module: nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:
+                inputs[name] = arguments[0]
+
+            stack.callback(module.register_forward_pre_hook(remember).remove)
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device), use_cache=False)
+    groups: dict[Any, list[str]] = {}
+    for name in linear:
+        groups.setdefault(id(inputs[name]) if name in inputs else name, []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+def unchanged(layer: nn.Linear) -> SparseDelta:
+    """A change of no entry."""
+    return SparseDelta.empty((layer.out_features, layer.in_features))
+
+
+def compressed_rows(deltas: Sequence[SparseDelta]) -> Tensor:
+    """Deltas of one width, one below the other, as a matrix of compressed rows, float32 [rows, columns]."""
+    starts, columns, values = [torch.zeros(1, dtype=torch.int32)], [], []
+    for delta in deltas:
+        entries = delta.expand()
+        lasts = (torch.arange(1, delta.shape[0] + 1) * delta.shape[1]).to(entries.indices.dtype)
+        starts.append(torch.searchsorted(entries.indices, lasts, out_int32=True) + starts[-1][-1])
+        columns.append((entries.indices % delta.shape[1]).int())
+        values.append(entries.values.float())
+    shape = (sum(delta.shape[0] for delta in deltas), deltas[0].shape[1])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support")
-        return torch.sparse_csr_tensor(
-            starts, (entries.indices % columns).int(), entries.values.float(), delta.shape, check_invariants=False
-        )
+        return torch.sparse_csr_tensor(torch.cat(starts), torch.cat(columns), torch.cat(values), shape, check_invariants=False)
 
 
-def _adder(rows: int, products: Sequence[tuple[Tensor, Tensor]]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-    """A hook that adds matrix·x to the output in the rows of each matrix."""
+_Part = tuple[Tensor, list[int], Tensor]  # a matrix, and its rows of a batch, also as an index
 
-    def add(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        x: Tensor = arguments[0]
-        if x.ndim != 3 or len(x) != rows:
-            raise ModelError(f"a layer takes inputs of shape {list(x.shape)}, in which the {rows} rows of a batch are lost.")
-        for matrix, index in products:
-            own = x.index_select(0, index).flatten(0, 1)
-            output.index_add_(0, index, (matrix @ own.T).T.unflatten(0, (len(index), -1)))
 
-    return add
+class _Product:
+    """matrix·x in the rows of each matrix, for layers that read one x: computed for the first, and kept for the others."""
+
+    def __init__(self, rows: int, parts: Sequence[_Part]) -> None:
+        self.rows, self.parts = rows, parts
+        self.x: Tensor | None = None
+        self.product = torch.empty(0)
+
+    def adder(self, start: int, end: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        """A hook that adds these columns of the product to a layer's output."""
+
+        def add(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            if arguments[0] is not self.x:
+                self.x, self.product = arguments[0], self.of(arguments[0])
+            output += self.product[..., start:end]
+
+        return add
+
+    def of(self, x: Tensor) -> Tensor:
+        """The product, [rows, length, columns]; of rows without a matrix it is 0."""
+        if x.ndim != 3 or len(x) != self.rows:
+            shape = list(x.shape)
+            raise ModelError(f"a layer takes inputs of shape {shape}, in which the {self.rows} rows of a batch are lost.")
+        product = x.new_zeros(*x.shape[:2], self.parts[0][0].shape[0])
+        for matrix, rows, index in self.parts:
+            if x.shape[1] == 1 and len(rows) <= FEW_ROWS:
+                for row in rows:
+                    product[row, 0] = matrix @ x[row, 0]
+            else:
+                own = x.index_select(0, index).flatten(0, 1)
+                product.index_copy_(0, index, (matrix @ own.T).T.unflatten(0, (len(rows), -1)))
+        return product
