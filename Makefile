@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 	$(BIN)/sparselet demo --out sparselet-demo
 
 test: $(INSTALLED)
-	$(BIN)/pytest --numprocesses 2
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
