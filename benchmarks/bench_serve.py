@@ -2,13 +2,15 @@
 
     OMP_NUM_THREADS=2 python benchmarks/bench_serve.py                     SmolLM2-135M
     python benchmarks/bench_serve.py --quick --out OUT                     a tiny model: does it run?
+    python benchmarks/bench_serve.py --vllm-python PYTHON                  beside vLLM (tests/formats/test_vllm.py tells how)
     python benchmarks/bench_serve.py --url http://host:8000 --models base --models one,two    any server, to the terminal
 
 Experts are random changes of a tenth of query, key and value, LoRA adapters of rank 21 as many numbers; both are so small
 that answers are the base model's, and all rows have answers of equal length. The servers stand side by side, and each row is
 measured in turn, in `--rounds` rounds, so that a change of the machine's speed meets all rows; the floor is the base model
 alone through our server. PEFT's server is contestants/peft_server.py; transformers' own, `transformers serve`, knows the base
-model alone, and answers a third of the requests. Clients wait for an answer before they ask again; prompts are those of a task.
+model alone, and answers a third of the requests; vLLM's has PEFT's adapters. Clients wait for an answer before they ask again;
+prompts are those of a task.
 """
 
 import argparse
@@ -25,13 +27,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
+import psutil
 from contestants.models import save_model
 from peft import LoraConfig, get_peft_model
 from racing.options import FLOOR, parser_of, read, result_name
@@ -47,7 +50,7 @@ from sparselet.tasks.task import load_task
 DENSITY, RANK = 0.1, 21
 SCALE = 1e-5  # of an expert's values, relative to the weights' spread
 FEW = 8
-TRANSFORMERS = "transformers"
+TRANSFORMERS, VLLM = "transformers", "vLLM"
 MERGES = 5  # sets of three experts that nobody has asked for
 
 
@@ -188,6 +191,11 @@ def server_of(library: str, asked: argparse.Namespace, work: Path, experts: str 
     elif library == TRANSFORMERS:
         command = [str(Path(sys.executable).parent / "transformers"), "serve", str(local_path(asked.served))]
         command += ["--device", "cpu", "--dtype", "float32"]
+    elif library == VLLM:
+        command = [str(asked.vllm_python.parent / "vllm"), "serve", str(local_path(asked.served)), "--dtype", "float32"]
+        command += ["--served-model-name", "base", "--max-model-len", "1024", "--max-num-seqs", str(asked.clients)]
+        command += ["--enable-lora", "--max-lora-rank", "32", "--max-loras", str(FEW), "--max-cpu-loras", str(asked.experts)]
+        command += ["--lora-modules", *(f"{path.name}={path}" for path in sorted((work / "adapters").iterdir()))]
     else:
         script = str(BENCHMARKS / "contestants/peft_server.py")
         command = [sys.executable, script, "--model", asked.served, "--adapters", str(work / "adapters")]
@@ -195,7 +203,7 @@ def server_of(library: str, asked: argparse.Namespace, work: Path, experts: str 
     with log.open("w") as file:
         process = subprocess.Popen([*command, "--port", str(port)], stdout=file, stderr=file, env=environment())
     try:
-        while not _answers(port):
+        while not _answers(f"http://127.0.0.1:{port}"):
             if process.poll() is not None:
                 sys.exit(f"{library}'s server ended:\n{log.read_text()[-3000:]}")
             time.sleep(0.3)
@@ -205,14 +213,17 @@ def server_of(library: str, asked: argparse.Namespace, work: Path, experts: str 
         process.wait(90)
 
 
-def _answers(port: int) -> bool:
-    with socket.socket() as tried:
-        return tried.connect_ex(("127.0.0.1", port)) == 0
+def _answers(url: str) -> bool:
+    with contextlib.suppress(httpx2.TransportError):
+        return httpx2.get(f"{url}/health").status_code in (200, 404)  # PEFT's has no such address
+    return False
 
 
 def memory_of(process: int, kind: str = "VmHWM") -> int:
-    """The highest memory of a process, or with VmRSS that of now, in bytes."""
-    return 1024 * int(re.search(rf"{kind}:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1])  # pyright: ignore[reportOptionalSubscript]
+    """The highest memory of a process and those that it has started, or with VmRSS that of now, in bytes."""
+    processes = [process, *(child.pid for child in psutil.Process(process).children(recursive=True))]
+    found = [re.search(rf"{kind}:\s+(\d+)", Path(f"/proc/{each}/status").read_text()) for each in processes]
+    return sum(1024 * int(match[1]) for match in found if match)
 
 
 def memory_of_an_expert(asked: argparse.Namespace, work: Path) -> float:
@@ -256,6 +267,8 @@ def rows_of(asked: argparse.Namespace) -> list[Row]:
         Row("PEFT", "one expert", names[:1]),
     ]
     rows += [Row("PEFT", few, names[:FEW]), Row("PEFT", all_of_them, names, zipf=True)]
+    if asked.vllm_python:
+        rows += [replace(row, library=VLLM) for row in rows if row.library == "PEFT"]
     return [*rows, Row(TRANSFORMERS, "base model", (str(local_path(asked.served)),), share=1 / 3)]
 
 
@@ -279,6 +292,7 @@ def main() -> None:
     parser.set_defaults(rounds=3)
     parser.add_argument("--url", help="measure this server alone")
     parser.add_argument("--key", default="none")
+    parser.add_argument("--vllm-python", type=Path, metavar="PYTHON", help="of an environment with vLLM; else without it")
     parser.add_argument("--models", action="append", default=[], help="with --url: names joined by commas, a row each")
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--clients", type=int, default=16)
@@ -299,8 +313,10 @@ def main() -> None:
                 asked.served, asked.experts, asked.requests, asked.clients = save_tiny(work / "model"), 9, 6, 3
             make_adapters(asked, work)
             ours = {"expert_files": memory_of_an_expert(asked, work)}
-            servers = {name: stack.enter_context(server_of(name, asked, work)) for name in (OURS, "PEFT", TRANSFORMERS)}
-            rows = race_rows(rows_of(asked), {library: url for library, (url, _) in servers.items()}, asked)
+            rows_asked = rows_of(asked)
+            names = dict.fromkeys(row.library for row in rows_asked)
+            servers = {name: stack.enter_context(server_of(name, asked, work)) for name in names}
+            rows = race_rows(rows_asked, {library: url for library, (url, _) in servers.items()}, asked)
             for row in rows:
                 row["value"]["server_peak_bytes"] = memory_of(servers[row["library"]][1])
             ours["swap_seconds"] = swap_seconds(servers[OURS][0])
@@ -315,7 +331,7 @@ def main() -> None:
             "versions": {"python": platform.python_version(), **versions},
         }
 
-    run_benchmark("bench_serve.py", asked, result_name(asked, "serve"), measure_all)
+    run_benchmark("bench_serve.py", asked, result_name(asked, "serve"), measure_all, {str(asked.vllm_python): "PYTHON"})
 
 
 def save_tiny(directory: Path) -> str:
