@@ -51,6 +51,7 @@ DENSITY, RANK = 0.1, 21
 SCALE = 1e-5  # of an expert's values, relative to the weights' spread
 FEW = 8
 TRANSFORMERS, VLLM = "transformers", "vLLM"
+VLLM_SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # a GiB of keys and values; all cores
 MERGES = 5  # sets of three experts that nobody has asked for
 
 
@@ -192,8 +193,17 @@ def server_of(library: str, asked: argparse.Namespace, work: Path, experts: str 
         command = [str(Path(sys.executable).parent / "transformers"), "serve", str(local_path(asked.served))]
         command += ["--device", "cpu", "--dtype", "float32"]
     elif library == VLLM:
-        command = [str(asked.vllm_python.parent / "vllm"), "serve", str(local_path(asked.served)), "--dtype", "float32"]
-        command += ["--served-model-name", "base", "--max-model-len", "1024", "--max-num-seqs", str(asked.clients)]
+        command = [str(asked.vllm_python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(local_path(asked.served))]
+        command += [
+            "--dtype",
+            "float32",
+            "--served-model-name",
+            "base",
+            "--max-model-len",
+            "1024",
+            "--max-num-seqs",
+            str(asked.clients),
+        ]
         command += ["--enable-lora", "--max-lora-rank", "32", "--max-loras", str(FEW), "--max-cpu-loras", str(asked.experts)]
         command += ["--lora-modules", *(f"{path.name}={path}" for path in sorted((work / "adapters").iterdir()))]
     else:
@@ -201,7 +211,9 @@ def server_of(library: str, asked: argparse.Namespace, work: Path, experts: str 
         command = [sys.executable, script, "--model", asked.served, "--adapters", str(work / "adapters")]
     log = work / f"{library}.log"
     with log.open("w") as file:
-        process = subprocess.Popen([*command, "--port", str(port)], stdout=file, stderr=file, env=environment())
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], stdout=file, stderr=file, env={**environment(), **VLLM_SETTINGS}
+        )
     try:
         while not _answers(f"http://127.0.0.1:{port}"):
             if process.poll() is not None:
