@@ -32,7 +32,7 @@ def test_every_arm_number_and_merge_has_its_row(preset):
             own, seen = table.rows[f"{arm}, {count}: own expert"], table.rows[f"{arm}, {count}: regmean"]
             assert len(seen[0].draws[0]) == len(own[0].draws[0]) == count
             assert (seen[3] is None) == (count < largest)
-    assert ("LoRA, QKV, 20: overlap" in table.rows, "default, 2: uniform" in table.rows) == (False, False)
+    assert ("LoRA, QKV, 20: overlap" in table.rows, "default, 2: dare" in table.rows) == (False, False)
     routed = table.rows[f"default, {largest}: routed, 4 merges"]
     assert {unit.subject for unit in routed[3].draws[0]} == set(settings.held_out)
     assert all(unit.splits == ("test",) and len(unit.experts) == largest for unit in routed[0].draws[0])
@@ -70,10 +70,10 @@ def test_every_claim_names_its_cells():
         ("[study.merges.a]\nmethod = 'regmeen'", "merges.a: no merge method is called 'regmeen'"),
         ("[study.merges.a]\nmethod = 'overlap'\narms = ['b']", "merges.a: arms names 'b'"),
         ("[study.merges.a]\nmethod = 'regmean'\nsize = 3", "merges.a: .*size"),
-        ("[preset.few]\ngroups = [20]", "groups must be above 1 and below the 20 experts"),
+        ("[preset.wide]\ngroups = [20]", "groups must be above 1 and below the 20 experts"),
     ],
 )
 def test_wrong_merges_and_groups_are_refused_by_name(changes, message, tmp_path):
     (tmp_path / "study.toml").write_text(f"{FILE.read_text()}\n{changes}\n")
     with pytest.raises(SparseletError, match=message):
-        read_study(tmp_path / "study.toml", "few" if "few" in changes else "")
+        read_study(tmp_path / "study.toml", "wide" if "wide" in changes else "")
