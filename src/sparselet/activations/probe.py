@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparselet.errors import ArgumentError
+from sparselet.evaluation_mode import evaluation_mode
 
 PROBE_TOKENS = 2048  # of a batch, padded
 
@@ -51,13 +52,11 @@ def probe(
     for number, row in enumerate(rows, 1):
         if len(row.tokens) <= row.scored:
             raise ArgumentError(f"row {number} has {len(row.tokens)} tokens; expected more than the {row.scored} scored ones.")
-    was_training = model.training
-    model.eval()
     keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
     states: list[Tensor] = [torch.empty(0)] * len(rows)
     losses = torch.full((len(rows),), torch.nan, dtype=torch.float64)
     chosen: tuple[int, ...] = ()
-    try:
+    with evaluation_mode(model):
         for batch in _batches(rows):
             ids, mask = (tensor.to(model.device) for tensor in _padded([rows[i].tokens for i in batch]))
             first = min(len(rows[i].tokens) - max(1, rows[i].scored) - 1 for i in batch)
@@ -77,8 +76,6 @@ def probe(
                     losses[i] = -predicted.gather(1, expected[:, None]).mean().cpu()
             if progress is not None:
                 progress(len(batch))
-    finally:
-        model.train(was_training)
     return Probe(chosen, torch.stack(states, dim=1) if rows else torch.empty(0, 0, 0, 0), losses)
 
 

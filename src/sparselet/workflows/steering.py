@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparselet.errors import ArgumentError, ConfigError, TaskError, prefix_errors
 from sparselet.evaluation import EvalResult, EvalSettings, evaluate
 from sparselet.evaluation.metrics import DEFAULT_METRICS, Metric
+from sparselet.evaluation_mode import evaluation_mode
 from sparselet.fingerprint import fingerprint_weight
 from sparselet.generation.prompts import PromptFormat, longest_prompt, prompt_format, prompt_tokens, target_tokens
 from sparselet.setting_checks import check_at_least, check_settings
@@ -112,9 +113,7 @@ def fit_vector(
     for number, pair in enumerate(pairs, 1):
         with prefix_errors(f"pair {number}"):
             encoded.append([_encode(form, pair.prompt, answer, settings.max_length) for answer in (pair.concise, pair.verbose)])
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         stacked = _differences(model, encoded, progress)
         favour = None if isinstance(settings.layer, int) else favours(model, encoded, stacked, form.end, progress)
         layer = int(settings.layer if favour is None else favour.argmax())
@@ -127,8 +126,6 @@ def fit_vector(
         logger.info("layer %d: measuring the strength.", layer)
         rows = [verbose for _, verbose in encoded[:CALIBRATION_ROWS]]
         strength = calibrate(Divergence(model, vector, rows), settings.kl)
-    finally:
-        model.train(was_training)
     record = {
         "pairs": len(pairs),
         "kl_bound": settings.kl,
