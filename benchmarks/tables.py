@@ -207,6 +207,8 @@ BENCHMARKS = (
     *(f"{name}_cuda_smollm2" for name in ("select", "end_to_end", "evaluate")),
 )
 
+STUDIES = ("small", "medium", "recipes", "few", "ten", "twenty", "regions", "attention", "training")
+
 TABLES = {
     "learning_rate_baselines": kinds_table,
     "merge_methods": merge_methods_table,
@@ -215,7 +217,7 @@ TABLES = {
     "real_tasks": scores_table,
     "learning_rate": loss_table,
     **dict.fromkeys(BENCHMARKS, aims_table),
-    **dict.fromkeys((f"study_{name}" for name in ("small", "medium", "recipes", "ten", "twenty", "regions")), study),
+    **dict.fromkeys((f"study_{name}" for name in STUDIES), study),
 }
 
 
