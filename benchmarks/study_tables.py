@@ -1,5 +1,7 @@
 """A study's tables and claims as Markdown, from its results.json and cost.json."""
 
+import re
+from collections.abc import Collection
 from typing import Any
 
 from sparselet.report.quantities import format_bytes, format_duration, format_number
@@ -7,7 +9,7 @@ from sparselet.report.quantities import format_bytes, format_duration, format_nu
 
 def study_tables(results: dict[str, Any], cost: dict[str, Any]) -> str:
     """How it was run, every claim with its verdict, and every table with the paper's figures in italics."""
-    lines = [*_heading(results, cost), *_claims(results["claims"])]
+    lines = [*_heading(results, cost), *_claims(results["claims"], results["tables"])]
     for table in results["tables"].values():
         source = f" ({table['source']})" if table["source"] else ""
         lines += ["", f"**{_cell(table['title'])}**{source}", "", *_table(table)]
@@ -33,11 +35,14 @@ def _heading(results: dict[str, Any], cost: dict[str, Any]) -> list[str]:
     return [*([f"`{cost['command']}`", ""] if "command" in cost else []), *([f"{about}.", ""] if about else []), did, ""]
 
 
-def _claims(claims: list[dict[str, Any]]) -> list[str]:
-    if not claims:
+def _claims(claims: list[dict[str, Any]], tables: Collection[str]) -> list[str]:
+    """Claims and verdicts; of a part of a study those about its tables, and the number of the others."""
+    absent = [re.match(r"the study has no (\w+):", claim["why"]) for claim in claims]
+    others = [match is not None and match[1] not in tables for match in absent]
+    if all(others):
         return []
     lines = ["| claim | source | verdict | difference (95 % interval) | decided by |", "| --- | --- | --- | ---: | --- |"]
-    for claim in claims:
+    for claim in [claim for claim, other in zip(claims, others, strict=True) if not other]:
         found = ""
         if claim["difference"] is not None:
             difference, low, high = (format_number(claim[key], sign=True) for key in ("difference", "low", "high"))
@@ -50,7 +55,7 @@ def _claims(claims: list[dict[str, Any]]) -> list[str]:
             claim["where"],
         )
         lines.append(f"| {' | '.join(map(_cell, texts))} |")
-    return lines
+    return [*lines, "", f"{sum(others)} more claims are about other parts of the study."] if any(others) else lines
 
 
 def _table(table: dict[str, Any]) -> list[str]:

@@ -88,6 +88,15 @@ def test_claims_and_what_was_run(fill):
     assert "| not tested |  |" in page
 
 
+def test_a_part_of_a_study_has_its_own_claims_alone(fill):
+    given = results()
+    whole = fill(given, cost()).count("| not tested |")
+    given["claims"] += [{**given["claims"][0], "verdict": "not tested", "why": "the study has no elsewhere: row / column."}] * 2
+    page = fill(given, cost())
+    assert page.count("| not tested |") == whole
+    assert "\n\n2 more claims are about other parts of the study.\n" in page
+
+
 def test_without_its_cost_the_tables_stand_alone(fill):
     page = fill(results())
     assert page.startswith("before\n<!-- study_small -->\npackaged:smollm2-135m, 6 held-in and 3 held-out tasks: 84")
