@@ -15,7 +15,7 @@ from sparselet.names import Names
 from sparselet.serving.served_expert import ServedExpert
 
 KEPT_EXPERTS = 32  # whose matrices are kept: eight bytes an entry beside the expert itself
-FEW_ROWS = 2  # that are faster one by one, each by a product of the matrix with a vector
+VECTOR_ROWS = 2  # that are faster one by one, each by a product of the matrix with a vector
 MOST_DENSE = 0.5  # of an expert: beyond, its matrices are no smaller than the weights, and their product no faster
 
 
@@ -162,7 +162,7 @@ class _Product:
             raise ModelError(f"a layer takes inputs of shape {shape}, in which the {self.rows} rows of a batch are lost.")
         product = x.new_zeros(*x.shape[:2], self.parts[0][0].shape[0])
         for matrix, rows, index in self.parts:
-            if x.shape[1] == 1 and len(rows) <= FEW_ROWS:
+            if x.shape[1] == 1 and len(rows) <= VECTOR_ROWS:
                 for row in rows:
                     product[row, 0] = matrix @ x[row, 0]
             else:
