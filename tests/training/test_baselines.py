@@ -312,7 +312,7 @@ def test_lora_is_float32_over_a_bfloat16_base(settings_of, tmp_path):
         (
             "dense",
             {},
-            r"method must be one of sparse, lora, .*, multitask, got 'dense'",
+            "method must be one of sparse, lora, shira, super-tuning, full, full-qkv, fast-slow, multitask, got 'dense'",
         ),
         ("sparse", {"task": ()}, "task is missing"),
         ("sparse", {"task": ("a", "")}, "task is missing"),
