@@ -1,6 +1,7 @@
 """`MixedProducts`: several experts in one forward pass of the base model, each in rows of its own."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -40,9 +41,13 @@ class MixedProducts:
             and len(names.shared[name]) == 1
             and layer.parameter.dtype == torch.float32
         }
-        self._device = next(model.parameters()).device
-        self._groups = layers_by_input(model, self._linear)
+        self._model, self._device = model, next(model.parameters()).device
         self._matrices: WeakKeyDictionary[ServedExpert, dict[int, Tensor]] = WeakKeyDictionary()  # the least recent first
+
+    @functools.cached_property
+    def _groups(self) -> list[tuple[str, ...]]:
+        """Found when experts are first mixed: a server that never mixes need not know them."""
+        return layers_by_input(self._model, self._linear)
 
     def can_mix(self, expert: ServedExpert) -> bool:
         """Whether rows of this expert can be in a mixed pass."""
