@@ -34,11 +34,10 @@ from typing import Any
 
 import httpx2
 import openai
-import psutil
 from contestants.models import save_model
 from peft import LoraConfig, get_peft_model
 from racing.options import FLOOR, parser_of, read, result_name
-from racing.process import BENCHMARKS, environment, progress
+from racing.process import BENCHMARKS, environment, memory_of, progress
 from racing.race import OURS, Race
 from racing.record import aim, run_benchmark
 from safetensors.torch import load_file, save_file
@@ -194,16 +193,8 @@ def server_of(library: str, asked: argparse.Namespace, work: Path, experts: str 
         command += ["--device", "cpu", "--dtype", "float32"]
     elif library == VLLM:
         command = [str(asked.vllm_python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(local_path(asked.served))]
-        command += [
-            "--dtype",
-            "float32",
-            "--served-model-name",
-            "base",
-            "--max-model-len",
-            "1024",
-            "--max-num-seqs",
-            str(asked.clients),
-        ]
+        command += ["--served-model-name", "base", "--dtype", "float32"]
+        command += ["--max-model-len", "1024", "--max-num-seqs", str(asked.clients)]
         command += ["--enable-lora", "--max-lora-rank", "32", "--max-loras", str(FEW), "--max-cpu-loras", str(asked.experts)]
         command += ["--lora-modules", *(f"{path.name}={path}" for path in sorted((work / "adapters").iterdir()))]
     else:
@@ -229,13 +220,6 @@ def _answers(url: str) -> bool:
     with contextlib.suppress(httpx2.TransportError):
         return httpx2.get(f"{url}/health").status_code in (200, 404)  # PEFT's has no such address
     return False
-
-
-def memory_of(process: int, kind: str = "VmHWM") -> int:
-    """The highest memory of a process and those that it has started, or with VmRSS that of now, in bytes."""
-    processes = [process, *(child.pid for child in psutil.Process(process).children(recursive=True))]
-    found = [re.search(rf"{kind}:\s+(\d+)", Path(f"/proc/{each}/status").read_text()) for each in processes]
-    return sum(1024 * int(match[1]) for match in found if match)
 
 
 def memory_of_an_expert(asked: argparse.Namespace, work: Path) -> float:
@@ -325,10 +309,10 @@ def main() -> None:
                 asked.served, asked.experts, asked.requests, asked.clients = save_tiny(work / "model"), 9, 6, 3
             make_adapters(asked, work)
             ours = {"expert_files": memory_of_an_expert(asked, work)}
-            rows_asked = rows_of(asked)
-            names = dict.fromkeys(row.library for row in rows_asked)
-            servers = {name: stack.enter_context(server_of(name, asked, work)) for name in names}
-            rows = race_rows(rows_asked, {library: url for library, (url, _) in servers.items()}, asked)
+            contestants = rows_of(asked)
+            libraries = dict.fromkeys(row.library for row in contestants)
+            servers = {library: stack.enter_context(server_of(library, asked, work)) for library in libraries}
+            rows = race_rows(contestants, {library: url for library, (url, _) in servers.items()}, asked)
             for row in rows:
                 row["value"]["server_peak_bytes"] = memory_of(servers[row["library"]][1])
             ours["swap_seconds"] = swap_seconds(servers[OURS][0])

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import httpx2
 import torch
+from racing.process import memory_of
 from tqdm import tqdm
 
 from sparselet.adapter import SparseAdapter
@@ -94,7 +95,7 @@ class Soak:
         while self.left > 0:
             self.left -= 1
             if self.left % max(1, self.options.requests // 5) == 0:
-                self.memory.append(resident(self.process))
+                self.memory.append(memory_of(self.process, "VmRSS"))
             kind = source.choices((self.answer, self.merge, self.disconnect, self.nonsense), (70, 8, 12, 10))[0]
             try:
                 await kind(client, source)
@@ -182,11 +183,6 @@ class Soak:
                 if response.status_code not in statuses:
                     self.wrong.append(f"{path} {body}: {response.status_code} {response.text[:200]}")
                 await asyncio.sleep(0.2)
-
-
-def resident(process: int) -> int:
-    """Bytes of a process in memory."""
-    return 1024 * int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1])
 
 
 def leftovers(url: str) -> dict[str, float]:

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 BENCHMARKS = Path(__file__).parent.parent
 
@@ -64,3 +67,10 @@ def environment() -> dict[str, str]:
 
 def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def memory_of(process: int, kind: str = "VmHWM") -> int:
+    """The highest memory of a process and those that it has started, or with VmRSS that of now, in bytes."""
+    processes = [process, *(child.pid for child in psutil.Process(process).children(recursive=True))]
+    found = [re.search(rf"{kind}:\s+(\d+)", Path(f"/proc/{each}/status").read_text()) for each in processes]
+    return sum(1024 * int(match[1]) for match in found if match)
