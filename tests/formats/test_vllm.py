@@ -11,15 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny import make_adapter
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparselet
-from sparselet import SparseAdapter, SparseDelta
 from sparselet.api.exporting import export
 from sparselet.apply import apply_temporarily
-from sparselet.fingerprint import fingerprint_weight
-from sparselet.names import Names
 
 PYTHON = os.environ.get("SPARSELET_VLLM_PYTHON")
 PROMPTS = [[1, 7, 30], [90, 4, 4, 51, 8], [63]]
@@ -82,16 +80,8 @@ def model(tmp_path_factory):
 
 
 def expert_of_rows(model):
-    """Eight rows of each query, key, value and down projection."""
-    generator, deltas, prints = torch.Generator().manual_seed(1), {}, {}
-    for name, layer in Names(model).layers.items():
-        if name.endswith(("q_proj", "k_proj", "v_proj", "down_proj")):
-            weight = layer.parameter.detach()
-            rows = torch.randperm(len(weight), generator=generator)[:RANK]
-            dense = torch.zeros_like(weight)
-            dense[rows] = weight.std() * torch.randn(RANK, weight.shape[1], generator=generator)
-            deltas[name], prints[name] = SparseDelta.from_dense(dense, block_size="row"), fingerprint_weight(weight)
-    return SparseAdapter(deltas, {"task": "rows"}, prints)
+    """An eighth of the rows, at most eight, of each query, key, value and down projection."""
+    return make_adapter(model, "row", 1 / 8, projections=("q_proj", "k_proj", "v_proj", "down_proj"), task="rows")
 
 
 @torch.no_grad()

@@ -96,13 +96,18 @@ def save_task(directory: Path, train: int = 12, validation: int = 4, test: int =
 
 
 def make_adapter(
-    model: torch.nn.Module, block_size: BlockSize = 1, density: float = 0.25, seed: int = 1, **metadata
+    model: torch.nn.Module,
+    block_size: BlockSize = 1,
+    density: float = 0.25,
+    seed: int = 1,
+    projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"),
+    **metadata,
 ) -> SparseAdapter:
-    """Random changes of the model's query, key and value projections, large enough to change its answers."""
+    """Random changes of the model's query, key and value projections, or others, large enough to change its answers."""
     generator = torch.Generator().manual_seed(seed)
     deltas, fingerprints = {}, {}
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] not in ("q_proj", "k_proj", "v_proj"):
+        if name.rpartition(".")[2] not in projections:
             continue
         rows, columns = module.weight.shape
         block = block_for(block_size, (rows, columns))
