@@ -20,7 +20,7 @@ from racing.record import BUSY
 from study_tables import study_tables
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/results.md", "docs/performance.md", "docs/sparse-attention.md", "docs/serving.md")
+PAGES = ("README.md", *(f"docs/{page}.md" for page in ("results", "performance", "profiles", "sparse-attention", "serving")))
 
 
 def heading(
@@ -101,6 +101,14 @@ def merge_methods_table(results: dict[str, Any]) -> str:
         scores = {label: {task: found[task]["rougeL"] for task in tasks} for label, found in rows.items()}
         lines += [f"**{kind}**, learning rate {results['rates'][kind]}", "", markdown(tasks, scores)]
     return "\n".join(lines)
+
+
+def profile_sizes_table(results: dict[str, Any]) -> str:
+    """Rouge-L of the merge, and how much of the experts' gain it keeps, by the rank of profiles."""
+    lines = ["| rank | MB of a profile | Rouge-L | kept, % |", "| --- | ---: | ---: | ---: |"]
+    for rank, found in sorted(results.items(), key=lambda entry: entry[1]["bytes"]):
+        lines.append(f"| {rank} | {short(found['bytes'] / 1e6)} | {found['rougeL']:.1f} | {found['kept']:.1f} |")
+    return "\n".join(lines) + "\n"
 
 
 def kinds_table(results: dict[str, Any]) -> str:
@@ -202,7 +210,7 @@ def study(results: dict[str, Any]) -> str:
 
 TRAINING = ("train", "memory", "switch")  # also measured on a GPU, by model
 BENCHMARKS = (
-    *("merge", "merge_phi3", "train_steps", "select", "end_to_end", "evaluate", "attention", "serve", *TRAINING),
+    *("merge", "merge_phi3", "train_steps", "select", "end_to_end", "evaluate", "attention", "serve", "library", *TRAINING),
     *(f"{name}_cuda_{model}" for name in TRAINING for model in ("smollm2", "phi3")),
     *(f"{name}_cuda_smollm2" for name in ("select", "end_to_end", "evaluate")),
 )
@@ -213,6 +221,7 @@ TABLES = {
     "learning_rate_baselines": kinds_table,
     "merge_methods": merge_methods_table,
     "compare_scores": rows_table,
+    "profile_sizes": profile_sizes_table,
     "demo": demo_table,
     "real_tasks": scores_table,
     "learning_rate": loss_table,

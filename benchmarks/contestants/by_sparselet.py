@@ -15,6 +15,7 @@ from torch import Tensor
 
 from contestants.attending import same_attention, sparse_attention
 from contestants.inputs import gradient_inputs, random_scores
+from contestants.library import profile, route
 from contestants.models import make_model, random_entries, targets
 from contestants.steps import Training, kept, model_and_batch, several, step_job, swap_merged, trained
 from sparselet import SparseAdapter, SparseDelta, SparseletConfig, freeze_masks, kernels, merging, reselect
@@ -347,6 +348,8 @@ JOBS = {
     "same gradient": same_gradient,
     "sparse attention": sparse_attention,
     "same attention": same_attention,
+    "profile": profile,
+    "route": route,
 }
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from contestants.attending import dense_attention
 from contestants.inputs import gradient_inputs, random_scores, switch_inputs
+from contestants.library import forward
 from contestants.models import targets
 from contestants.steps import Training, model_and_batch, step_job, trained
 
@@ -142,6 +143,7 @@ JOBS: Mapping[str, Callable[[dict[str, Any]], Callable[[], Any]]] = {
     "dense product": dense_product,
     "topk": topk,
     "dense attention": dense_attention,
+    "forward": forward,
 }
 
 if __name__ == "__main__":

@@ -179,6 +179,18 @@ def test_sparse_attention_is_attention_under_a_mask(tmp_path: Path) -> None:
     assert found(results, "a prompt of 128, block:block=64,top=4: the same over its density")["aim"] == "at most 2"
 
 
+def test_profiles_merges_and_routes_have_their_floors(tmp_path: Path) -> None:
+    results = quick("library", tmp_path)
+    groups = {row["group"]: row["library"] for row in reversed(results["rows"])}
+    assert groups == dict.fromkeys(("profile", "merge of 2", "route", "memory"), "floor")
+    for row in results["rows"]:
+        assert row["group"] == "memory" or row["library"] == "floor" or row["times_floor"]["cpu"][1] > 0
+    told = {target["what"]: target["found"] for target in results["targets"]}
+    for what in ("profile, rank 32: seconds", "merge of 2, regmean: times the floor, CPU", "merge, tsv: MB over the import"):
+        assert told[what] > 0
+    assert told["route, among 2: times the floor, CPU"] > 0
+
+
 @pytest.mark.slow
 @LONG
 def test_the_whole_job_runs_by_both_ways_and_with_the_frozen_model(tmp_path: Path) -> None:

@@ -79,16 +79,16 @@ def test_the_result_the_recipe_and_what_is_said(cli, tmp_path, experts):
     assert f"Next: sparselet eval --task TASK --adapter {tmp_path / 'x'}" in out
 
 
-def test_without_a_profile_of_each_expert_or_with_a_negative_weight_the_default_is_overlap(cli, tmp_path, experts):
+def test_without_a_profile_of_each_expert_or_with_a_negative_weight_the_default_is_tsv(cli, tmp_path, experts):
     bare = shutil.copytree(experts[1], tmp_path / "bare")
     (bare / PROFILE_FILE).unlink()
     for name, paths, weights in (("x", [experts[0], str(bare)], None), ("y", experts, [1.0, -0.5])):
         flags = ["--weights", *weights] if weights else []
         code, out, err = cli("merge", *paths, *flags, "--out", tmp_path / name)
         assert code == 0, err
-        assert "Merged by overlap" in out
-        same_change(SparseAdapter.load(tmp_path / name), merge(paths, "overlap", weights))
-        same_change(merge(paths, weights=weights), merge(paths, "overlap", weights))
+        assert "Merged by tsv" in out
+        same_change(SparseAdapter.load(tmp_path / name), merge(paths, "tsv", weights))
+        same_change(merge(paths, weights=weights), merge(paths, "tsv", weights))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -410,7 +410,7 @@ def test_help_lists_the_methods(cli):
     for verb, text in (
         (
             "merge",
-            f"How to merge; by default regmean if all experts have profiles, else overlap: {', '.join(METHODS)}.",
+            f"How to merge; by default regmean if all experts have profiles, else tsv: {', '.join(METHODS)}.",
         ),
         ("split", f"How to merge: {' or '.join(per_expert_methods())}."),
     ):

@@ -75,7 +75,8 @@ def test_a_study_measures_routing_among_experts_and_among_merges_of_groups(libra
         return found["rougeL"], found["right"]
 
     assert numbers(experts) == (100.0, 100.0)
-    assert numbers([*experts, experts[1]], groups=2) == (100.0, 100.0)  # two equal experts are a group, whose merge is either
+    for by in ("prompts", "change"):  # two equal experts are a group, whose merge is either
+        assert numbers([*experts, experts[1]], groups=2, by=by) == (100.0, 100.0)
     score, right = numbers([experts[0], experts[0]])
     assert score < 100
     assert right == 0

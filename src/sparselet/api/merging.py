@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sparselet.adapter import AdapterFile, SparseAdapter, as_expert, expert_profile
+from sparselet.adapter import AdapterFile, SparseAdapter, as_expert
 from sparselet.api.opening import open_experts
 from sparselet.api.progress import ProgressCallback, StepCounter
 from sparselet.errors import ArgumentError, ConfigError
@@ -24,14 +24,14 @@ from sparselet.merging import (
     update_merge,
 )
 from sparselet.merging import merge as merge_in_memory
+from sparselet.merging.default_method import default_method
 from sparselet.merging.engine.plan import ExpertSource, Weight
 from sparselet.merging.layer_scaling import LayerScaling
 from sparselet.merging.methods import complete_parameters
-from sparselet.merging.methods.regmean import REGMEAN
 from sparselet.result_table import ResultTable, ShownAsTable
 
 RECIPE_FILE = "recipe.toml"
-FALLBACK = "overlap"  # where no method is named and an expert has no profile
+FALLBACK = "overlap"  # the method of parameters or counts that come without one
 SHOWN_PATTERNS = 4  # of a weight, in a table
 
 
@@ -80,8 +80,9 @@ def merge(
 
     experts: adapters in memory, directories and hub names, mixed: sparse adapters, PEFT adapters, full checkpoints. Their
         masks, densities, block sizes and targets may differ; an expert without a target does not change it.
-    method: a name in `sl.METHODS`; by default regmean or overlap, as `default_method` says. weights: one an expert, 1 each by
-        default: a number, or `{pattern of target names: number}`, of which the longest pattern that matches counts.
+    method: a name in `sl.METHODS`; by default regmean if all experts have profiles, else tsv; overlap where parameters or
+        counts are asked for. weights: one an expert, 1 each by default: a number, or `{pattern of target names: number}`, of
+        which the longest pattern that matches counts.
     parameters, values: parameters of the method, as a mapping or as keywords.
     layer_scaling: (α, β): layer l of L of the merged change is multiplied by α + β·l/(L − 1) (LiNeS).
     base: the base model, which full checkpoints need.
@@ -116,17 +117,6 @@ def merge(
     with _output(out, opened, progress) as (directory, counter):
         _merge_into(directory, recipe, opened, workers, counter)
     return AdapterFile(out)
-
-
-def default_method(experts: Sequence[Expert], weights: Sequence[Weight] | None = None) -> str:
-    """The method of a merge that names none: regmean if every expert has a profile and no weight is below 0, else overlap.
-
-    Of three experts with random masks regmean kept 97 % of the mean Rouge-L, overlap 71 % (docs/methods.md).
-    Raises what reading profiles raises.
-    """
-    numbers = [number for weight in weights or () for number in (weight.values() if isinstance(weight, Mapping) else [weight])]
-    profiled = all(expert_profile(expert) is not None for expert in experts if len(expert))
-    return REGMEAN.name if profiled and not any(number < 0 for number in numbers) else FALLBACK
 
 
 def merge_recipe(

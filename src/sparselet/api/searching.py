@@ -15,6 +15,7 @@ from sparselet.evaluation import EvalSettings
 from sparselet.expert import Expert
 from sparselet.io.paths import check_output
 from sparselet.merging import METHODS, MergeRecipe
+from sparselet.merging.default_method import default_method
 from sparselet.models import load_model, load_tokenizer
 from sparselet.result_table import ResultTable, ShownAsTable
 from sparselet.tasks.task import Task, load_task
@@ -139,7 +140,8 @@ def auto_merge(
 
         print(sl.auto_merge(["expert-a", "their/lora"], ["task-a", "task-b"], out="merged"))
 
-    recipe: experts, or the merge that is tried first; methods and scales are tried with its weights.
+    recipe: experts, or the merge that is tried first, by default the one of `merge`; methods and scales are tried with its
+        weights.
     validation, base, progress: as in `search`. settings: the number of trials, the time, and what is compared.
     eval_settings: by default 32 rows a task.
     out: write the best merge to this directory, with its recipe, which runs again, and all trials in `auto.json`.
@@ -147,6 +149,8 @@ def auto_merge(
     """
     settings = settings or AutoSettings()
     setup = _prepare(recipe, validation, base, eval_settings, out)
+    if not isinstance(recipe, MergeRecipe):
+        setup = replace(setup, recipe=replace(setup.recipe, method=default_method(setup.experts)))
     result = setup.run(try_merges, settings, settings.trials, progress)
     if out is None:
         return AutoReport(result, None)

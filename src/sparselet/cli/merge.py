@@ -43,9 +43,10 @@ def merge_(
 
     Experts are sparse adapters, PEFT adapters (LoRA, SHiRA, Super-Tuning) and full checkpoints, on the disk or on the hub,
     mixed freely; they may differ in masks, densities, block sizes and targets. Where all have profiles, as `train` writes
-    them, `regmean` finds the change whose outputs are closest to each expert's on its own inputs. Else `overlap` divides the
-    sum of the changes of an entry by the number of experts that selected it (Eq. 4 of the sparse-adapters paper).
-    docs/methods.md describes all methods. The recipe is written beside the output and runs again with --recipe.
+    them, `regmean` finds the change whose outputs are closest to each expert's on its own inputs. Else `tsv` puts the largest
+    singular vectors of their changes side by side, at right angles. `overlap` (Eq. 4 of the sparse-adapters paper) takes a
+    hundredth of the time of these. docs/methods.md describes all methods. The recipe is written beside the output and runs
+    again with --recipe.
 
     With --auto the methods that suit the experts are tried, the merge that the flags describe first, and the best on a few
     validation rows is written, with all trials in auto.json. Its validation score is too high: measure it on test rows.
@@ -104,7 +105,7 @@ def merge_(
         {"--validation": validation, "--validation-rows and how rows are answered": answers},
     )
     shared: dict[str, Any] = {"out": out, "workers": workers}
-    if not auto and not tune:
+    if not tune:  # which needs a method that is linear in its weights
         recipe = flags.with_default_method(recipe)
     if groups is not None:
         with progress("merging") as callback:

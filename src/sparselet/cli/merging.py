@@ -7,14 +7,15 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from sparselet.api.merging import FALLBACK, default_method
+from sparselet.api.merging import FALLBACK
 from sparselet.api.opening import open_experts
 from sparselet.errors import ConfigError
 from sparselet.evaluation import EvalSettings
 from sparselet.merging import METHODS, MergeRecipe, read_recipe
+from sparselet.merging.default_method import default_method
 
 Many = Parameter(consume_multiple=True, negative="")
-MERGE_METHOD_HELP = f"How to merge; by default regmean if all experts have profiles, else overlap: {', '.join(METHODS)}."
+MERGE_METHOD_HELP = f"How to merge; by default regmean if all experts have profiles, else tsv: {', '.join(METHODS)}."
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,7 +19,8 @@ from sparselet.evaluation import EvalSettings
 from sparselet.evaluation.metrics import rouge_l_of_each
 from sparselet.expert import Expert
 from sparselet.merging import merge
-from sparselet.merging.grouping import greedy_groups
+from sparselet.merging.engine.plan import MergePlan
+from sparselet.merging.grouping import change_cosines, greedy_groups
 from sparselet.profiles.pool import pool_profiles
 from sparselet.profiles.router import Router, prompt_similarity
 from sparselet.studies.pretraining import pretrain
@@ -153,18 +154,23 @@ def routed(
     max_input_length: int,
     max_new_tokens: int,
     groups: int = 0,
+    by: Literal["prompts", "change"] = "prompts",
     method: str = "regmean",
     fallback: str = "nearest",
 ) -> Numbers:
     """Rouge-L × 100 of a task's rows, each answered by the expert that it is routed to; `right` and `unsure` in percent.
 
-    groups: into how many merges by `method` the experts are grouped, by their prompts; 0 leaves them apart. right: of the
-    rows, those routed to the task's own expert or its group; 0 where no expert is of the task. fallback: as of RouteSettings.
+    groups: into how many merges by `method` the experts are grouped; 0 leaves them apart. by: what makes experts alike, as in
+    `merge_groups`. right: of the rows, those routed to the task's own expert or its group; 0 where no expert is of the task.
+    fallback: as of RouteSettings.
     """
     (task,) = context.tasks
     experts, chosen = context.experts, task.rows("test", rows)
     profiles = [require_profile(expert, str(i), "experts are routed by profiles") for i, expert in enumerate(experts)]
-    members = greedy_groups(prompt_similarity(profiles), groups) if groups else [[i] for i in range(len(experts))]
+    members = [[i] for i in range(len(experts))]
+    if groups:
+        alike = change_cosines(MergePlan(experts, method, None, None)) if by == "change" else prompt_similarity(profiles)
+        members = greedy_groups(alike, groups)
     by_name = {str(number): group for number, group in enumerate(members)}
     router = Router({name: pool_profiles([profiles[i] for i in group]) for name, group in by_name.items()})
     prompts = [row.input for row in chosen]

@@ -33,14 +33,16 @@ def many_experts(study: Study) -> Table:
                     return study.held_in(study.merge(chosen, *how), tasks=tasks).draws
 
                 rows[f"{arm}, {count}: {name}"] = _row_of_sets(sets, merged, own, base, unseen)
-            for groups in (0, *(g for g in settings.groups if g < count)) if arm == settings.finalists[0] else ():
+            grouped = [(g, by) for g in settings.groups if g < count for by in ("prompts", "change")]
+            for groups, by in ((0, ""), *grouped) if arm == settings.finalists[0] else ():
 
-                def routed(chosen: Experts, tasks: Sequence[str], groups: int = groups) -> _Draws:
-                    fallback = "base" if set(tasks) & set(settings.held_out) else "nearest"
-                    draws = ([_routed(study, by_task, task, groups, fallback) for task in tasks] for by_task in chosen)
+                def routed(chosen: Experts, tasks: Sequence[str], groups: int = groups, by: str = by) -> _Draws:
+                    how = {"groups": groups, "fallback": "base" if set(tasks) & set(settings.held_out) else "nearest"}
+                    how |= {"by": by} if by == "change" else {}
+                    draws = ([_routed(study, by_task, task, **how) for task in tasks] for by_task in chosen)
                     return tuple(map(tuple, draws))
 
-                name = f"routed, {groups} merges" if groups else "routed"
+                name = f"routed, {groups} merges{' by change' if by == 'change' else ''}" if groups else "routed"
                 rows[f"{arm}, {count}: {name}"] = _row_of_sets(sets, routed, own, base, unseen, right=True)
     return Table(
         "Many experts in one model",
@@ -48,7 +50,8 @@ def many_experts(study: Study) -> Table:
         _COLUMNS,
         rows,
         "kept: (merged − base) / (own expert − base), of the means. routed: each prompt is answered by the expert, or the "
-        "merge of a group of experts, whose prompts it is nearest to; right: share of the prompts routed to the task's own. "
+        "merge of a group of experts, whose prompts it is nearest to; groups are of similar prompts or, by change, of changes "
+        "at small angles. right: share of the prompts routed to the task's own. "
         "unsure: share of held-out prompts without a clear nearest, which the base model answers.",
     )
 
@@ -86,7 +89,7 @@ def _merges_of(study: Study, arm: str, count: int) -> Iterator[tuple[str, str, d
             yield name, merge["method"], {key: value for key, value in merge.items() if key not in MERGE_KEYS}
 
 
-def _routed(study: Study, experts: Mapping[str, TrainUnit], task: str, groups: int, fallback: str) -> Measured:
+def _routed(study: Study, experts: Mapping[str, TrainUnit], task: str, **how: Any) -> Measured:
     settings = study.settings
     return study.analyse(
         "routed",
@@ -97,8 +100,7 @@ def _routed(study: Study, experts: Mapping[str, TrainUnit], task: str, groups: i
         rows=settings.test_rows,
         max_input_length=settings.max_input_length,
         max_new_tokens=settings.max_new_tokens,
-        groups=groups,
-        fallback=fallback,
+        **how,
     )
 
 
@@ -113,6 +115,7 @@ def _keeps(what: str, row: str, margin: float) -> Claim:
 
 
 _MERGED = CellPattern("many_experts", "default, 20: regmean", "held-in")
+_OTHERS = ("overlap", "uniform", "ties", "localize", "actmat", "tsv")
 
 MANY_CLAIMS: tuple[Claim, ...] = (
     _keeps("Routing", "routed", 3.0),
@@ -121,7 +124,7 @@ MANY_CLAIMS: tuple[Claim, ...] = (
     Claim(
         "Of merges into one model RegMean is the best.",
         "20 tasks",
-        sum((than(_MERGED, f"default, 20: {other}") for other in ("overlap", "uniform", "ties", "localize", "actmat")), ()),
+        sum((than(_MERGED, f"default, 20: {other}") for other in _OTHERS), ()),
     ),
     Claim(
         "One merged model is not worse than the base model on held-out tasks.",

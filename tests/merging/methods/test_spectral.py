@@ -117,6 +117,17 @@ def test_vectors_of_singular_values_that_are_zero_are_left_out():
     torch.testing.assert_close(twice, torch.cat([left, left], dim=1) / 2**0.5)
 
 
+@pytest.mark.parametrize("shape", [(260, 300), (300, 260)])
+@pytest.mark.parametrize("rank", [0, 3, 64, 100])
+def test_a_matrix_of_low_rank_has_the_singular_vectors_of_numpy(shape, rank):
+    matrix = (torch.randn(shape[0], rank) @ torch.randn(rank, shape[1])).double()  # rounded to float32, as a LoRA's change is
+    left, values, right = svd(matrix)
+    assert len(values) == rank
+    np.testing.assert_allclose(values, np.linalg.svd(matrix.numpy(), compute_uv=False)[:rank], rtol=1e-6)
+    torch.testing.assert_close(left.T @ left, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close((left * values) @ right.T, matrix, rtol=1e-5, atol=1e-4)
+
+
 def test_bad_parameters_are_refused_by_name():
     with pytest.raises(ArgumentError, match=r"common must be in \(0, 1\], got 2"):
         iso_cts(full_deltas(2), [1.0, 1.0], common=2)

@@ -12,6 +12,9 @@ from sparselet.delta import SparseDelta
 from sparselet.kernels import selected
 from sparselet.merging.algebra.entries import common_blocks
 
+_SKETCHES = 64, 256  # columns that a matrix of low rank is looked for with
+_SKETCH_SHARE = 4  # a matrix has at least so many times as many singular values
+
 Factors = tuple[Tensor, Tensor, Tensor]  # U [m, k], S [k] descending, V [n, k]
 
 
@@ -21,11 +24,38 @@ def task_vector(delta: SparseDelta, weight: float = 1.0) -> Tensor:
 
 
 def svd(matrix: Tensor) -> Factors:
-    """U, S and V of a matrix = U·diag(S)·Vᵀ, without the singular values that are 0."""
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    limit = values.max() * max(matrix.shape) * torch.finfo(torch.float32).eps
-    kept = int((values > limit).sum())
-    return left[:, :kept], values[:kept], right[:kept].T
+    """U, S and V of a matrix = U·diag(S)·Vᵀ, without the singular values that are 0.
+
+    Of a matrix of low rank, such as a LoRA's change, that of its part in the space of its columns.
+    """
+    basis = _column_space(matrix)
+    left, values, right = torch.linalg.svd(matrix if basis is None else basis.T @ matrix, full_matrices=False)
+    kept = int((values > _rounding(matrix, values.max())).sum())
+    left = left[:, :kept]
+    return left if basis is None else basis @ left, values[:kept], right[:kept].T
+
+
+def _column_space(matrix: Tensor) -> Tensor | None:
+    """An orthonormal basis of a matrix's columns, up to a fraction of what counts as 0; None where it takes many columns.
+
+    That of matrix·Ω, Ω random (Halko et al. 2011), is one if as good as nothing is left outside it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for columns in _SKETCHES:
+        if min(matrix.shape) < _SKETCH_SHARE * columns:
+            return None
+        sketch = torch.randn(matrix.shape[1], columns, dtype=matrix.dtype, generator=generator)
+        basis = torch.linalg.qr(matrix @ sketch).Q
+        inside = basis.T @ matrix
+        largest = inside.norm() / columns**0.5  # at most the largest singular value
+        if (matrix - basis @ inside).norm() < _rounding(matrix, largest) / 16:
+            return basis
+    return None
+
+
+def _rounding(matrix: Tensor, largest: Tensor) -> Tensor:
+    """What is left of 0 by the rounding of float32, where the largest singular value is that."""
+    return largest * max(matrix.shape) * torch.finfo(torch.float32).eps
 
 
 def nearest_orthonormal(matrix: Tensor) -> Tensor:

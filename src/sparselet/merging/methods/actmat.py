@@ -52,5 +52,4 @@ ACTMAT = MergeMethod(
     "ACTMat 2026",
     dense=True,
     tried=({}, {"scale": 0.5}),
-    for_dense=True,
 )

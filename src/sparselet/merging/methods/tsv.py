@@ -39,5 +39,4 @@ TSV = MergeMethod(
     "Gargiulo et al. 2025",
     dense=True,
     tried=({},),
-    for_dense=True,
 )
