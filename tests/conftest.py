@@ -1,5 +1,6 @@
 """Tiny base models, tasks and experts as directories, made once, which tests only read; and the command line."""
 
+import gc
 import logging
 import os
 import subprocess
@@ -15,6 +16,12 @@ import pytest
 import torch
 
 pytest_plugins = ("helpers.training_fixtures", "helpers.study_fixtures")
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: collecting garbage, as each Trainer does, need not look through it every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

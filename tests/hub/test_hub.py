@@ -295,13 +295,13 @@ def test_a_merged_adapter_is_pushed_with_its_recipe(hub, tmp_path):
     push(merge([merge(experts), experts[1]], weights=[1.0, 0.5]).save(tmp_path / "merged"), NAME)
     text = hub.repositories[NAME].head()["README.md"].decode()
     assert ModelCard(text).data.tags == ["sparselet", "sparse-adapter", "merge", "peft"]
-    assert "| method | overlap |" in text
+    assert "| method | tsv |" in text
     rows = [line[2:-2].split(" | ") for line in text.splitlines() if re.match(r"\| (expert|\d+) \|", line)]
     columns = dict(zip(rows[0], zip(*rows[1:], strict=True), strict=True))
     assert columns["expert"] == ("1", "2")
     assert columns["weight"] == ("1", "0.5")
     assert columns["task"] == ("", "task2")
-    assert columns["merge"] == ("overlap of 2", "")
+    assert columns["merge"] == ("tsv of 2", "")
     assert columns["base model"] == ("llama, a local directory",) * 2
     assert "/home/me" not in text
 
