@@ -26,6 +26,7 @@ from racing.record import aim, found, middle, run_benchmark
 from sparselet.profiles.profile import RANK
 
 LAYERS, EXPERTS = 30, 20
+QUICK_SHAPES = {name: (rows // 8, columns // 8) for name, (rows, columns) in SHAPES["smollm2"].items()}
 MERGES: dict[str, tuple[str, dict[str, Any]]] = {
     "overlap": ("overlap", {}),
     "tsv": ("tsv", {}),
@@ -76,9 +77,9 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def measure(asked: argparse.Namespace, race: Race) -> dict[str, Any]:
-    layers, count = (2, 2) if asked.quick else (LAYERS, EXPERTS)
-    experts = write_experts(asked.work / "experts", SHAPES["smollm2"], layers, count)
-    write_profiles(experts, layers, RANK, config_of(asked.model).hidden_size)
+    shapes, layers, count = (QUICK_SHAPES, 2, 2) if asked.quick else (SHAPES["smollm2"], LAYERS, EXPERTS)
+    experts = write_experts(asked.work / "experts", shapes, layers, count)
+    write_profiles(experts, layers, shapes["q_proj"][1], RANK, config_of(asked.model).hidden_size)
     rows: list[dict[str, Any]] = []
     try:
         groups = groups_of(asked, experts)

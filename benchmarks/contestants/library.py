@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from merge_inputs import SHAPES
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -64,16 +63,15 @@ def _router(adapters: tuple[str, ...]) -> Router:
     return Router({adapter: read_profile(Path(adapter) / PROFILE_FILE) for adapter in adapters})
 
 
-def write_profiles(adapters: Sequence[str], layers: int, rank: int, hidden: int) -> None:
+def write_profiles(adapters: Sequence[str], layers: int, width: int, rank: int, hidden: int) -> None:
     """Beside each synthetic expert the profile of normal inputs with a decaying spectrum, and of normal prompt states.
 
-    hidden: the width of prompt states.
+    width: of the inputs of query, key and value layers. hidden: of prompt states.
     """
     for seed, adapter in enumerate(adapters):
         if (Path(adapter) / PROFILE_FILE).exists():
             continue
         generator = torch.Generator().manual_seed(seed)
-        width = SHAPES["smollm2"]["q_proj"][1]
         moments, inputs = {}, {}
         for layer in range(layers):
             names = [f"model.layers.{layer}.self_attn.{name}_proj" for name in "qkv"]
