@@ -23,16 +23,23 @@ def task_vector(delta: SparseDelta, weight: float = 1.0) -> Tensor:
     return delta.to_dense(torch.float32).double() * weight
 
 
-def svd(matrix: Tensor) -> Factors:
-    """U, S and V of a matrix = U·diag(S)·Vᵀ, without the singular values that are 0.
+def svd(matrix: Tensor, count: int | None = None) -> Factors:
+    """U, S and V of a matrix = U·diag(S)·Vᵀ, without the singular values that are 0; the largest `count` of them.
 
-    Of a matrix of low rank, such as a LoRA's change, that of its part in the space of its columns.
+    S² and the vectors of the shorter side are the eigenpairs of its Gram matrix, whose rounding, 1e-8 of the largest singular
+    value, is far below what counts as 0. Of a matrix of low rank, such as a LoRA's change, they are those of its part in the
+    space of its columns.
     """
     basis = _column_space(matrix)
-    left, values, right = torch.linalg.svd(matrix if basis is None else basis.T @ matrix, full_matrices=False)
-    kept = int((values > _rounding(matrix, values.max())).sum())
-    left = left[:, :kept]
-    return left if basis is None else basis @ left, values[:kept], right[:kept].T
+    inside = matrix if basis is None else basis.T @ matrix
+    wide = inside if inside.shape[0] <= inside.shape[1] else inside.T
+    squares, vectors = torch.linalg.eigh(wide @ wide.T)
+    values = squares.flip(0).clamp_min(0).sqrt()
+    kept = min(int((values > _rounding(matrix, values[0])).sum()), len(values) if count is None else count)
+    values, own = values[:kept], vectors.flip(1)[:, :kept]
+    other = wide.T @ own / values
+    left, right = (own, other) if wide is inside else (other, own)
+    return left if basis is None else basis @ left, values, right
 
 
 def _column_space(matrix: Tensor) -> Tensor | None:

@@ -43,14 +43,11 @@ def iso_cts(deltas: Sequence[SparseDelta], weights: Sequence[float], *, common: 
     total = _total(deltas, weights)
     size, count = min(total.shape), len(deltas)
     per_expert = round((size - int(common * size)) / count)
-    left, values, right = svd(total)
-    kept = size - count * per_expert
-    parts = [(left[:, :kept], values[:kept], right[:, :kept])]
+    parts = [svd(total, size - count * per_expert)]
     basis = parts[0][0]
     for delta, weight in zip(deltas, weights, strict=True) if per_expert else ():
         own = task_vector(delta, weight)
-        u, s, v = svd(own - basis @ (basis.T @ own))
-        parts.append((u[:, :per_expert], s[:per_expert], v[:, :per_expert]))
+        parts.append(svd(own - basis @ (basis.T @ own), per_expert))
     lefts, spectrum, rights = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
     level = spectrum.mean() if len(spectrum) else 0.0
     return on_union(scale * level * nearest_orthonormal(lefts) @ nearest_orthonormal(rights).T, deltas)

@@ -26,8 +26,7 @@ def tsv(deltas: Sequence[SparseDelta], weights: Sequence[float], *, scale: float
     kept = max(1, min(shape) // len(deltas))
     parts = []
     for delta, weight in zip(deltas, weights, strict=True):
-        left, values, right = svd(task_vector(delta, weight))
-        parts.append((left[:, :kept], values[:kept], right[:, :kept]))
+        parts.append(svd(task_vector(delta, weight), kept))
     lefts, values, rights = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
     return on_union(scale * (nearest_orthonormal(lefts) * values) @ nearest_orthonormal(rights).T, deltas)
 
