@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from contestants.library import write_profiles
 from contestants.models import config_of
-from merge_inputs import SHAPES, write_experts
+from merge_inputs import SHAPES, write_experts, write_profiles
 from racing.options import FLOOR, job_of, parser_of, read, result_name
 from racing.race import OURS, Contestant, Race
 from racing.record import aim, found, middle, run_benchmark
@@ -34,6 +33,7 @@ MERGES: dict[str, tuple[str, dict[str, Any]]] = {
     "regmean": ("regmean", {}),
     "regmean, mask full": ("regmean", {"mask": "full"}),
 }
+MERGED = "merge of {}"
 PROFILES = {f"rank {RANK}": RANK, "full": None}
 
 
@@ -53,7 +53,7 @@ def groups_of(asked: argparse.Namespace, experts: Sequence[str]) -> dict[str, li
     return {
         "profile": [floor("forward", "forward", rows)]
         + [own(name, "profile", {**rows, "rank": rank}) for name, rank in PROFILES.items()],
-        f"merge of {len(experts)}": [floor("load_file and sum", "read", merge)]
+        MERGED.format(len(experts)): [floor("load_file and sum", "read", merge)]
         + [
             own(name, "merge to a file", {**merge, "method": method, "parameters": parameters})
             for name, (method, parameters) in MERGES.items()
@@ -85,8 +85,7 @@ def measure(asked: argparse.Namespace, race: Race) -> dict[str, Any]:
         groups = groups_of(asked, experts)
         for name, contestants in groups.items():
             rows += race.group(name, contestants, asked.rounds)
-        merges = next(group for name, group in groups.items() if name.startswith("merge"))
-        rows += race.peaks([Contestant(**{**vars(one), "process": None}) for one in merges], 1)
+        rows += race.peaks([one.alone() for one in groups[MERGED.format(count)]], 1)
     finally:
         shutil.rmtree(asked.work / "merged", ignore_errors=True)
     return {"rows": rows, "targets": targets(rows)}

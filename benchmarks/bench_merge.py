@@ -158,7 +158,7 @@ def measure(asked: argparse.Namespace, race: Race) -> dict[str, Any]:
     try:
         rows = race.group("merge", entrants, asked.rounds)
         compare(race, entrants, rows)
-        rows += race.peaks([Contestant(**{**vars(one), "process": None}) for one in entrants], 1)
+        rows += race.peaks([one.alone() for one in entrants], 1)
     finally:
         shutil.rmtree(asked.work / "merged", ignore_errors=True)
     return {"rows": rows, "targets": targets(asked.shapes, rows)}

@@ -1,10 +1,12 @@
-"""Synthetic experts with the shapes of a model's query, key and value projections, and checkpoints with the same deltas.
+"""Synthetic experts with the shapes of a model's query, key and value projections, their profiles, and checkpoints with the
+same deltas.
 
 Files that exist are kept.
 """
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -13,6 +15,9 @@ import torch
 from sparselet import SparseAdapter, SparseDelta
 from sparselet.adapter import WEIGHTS_FILE
 from sparselet.io.atomic import atomic_directory
+from sparselet.profiles.collect import PROMPTS, describe_prompts
+from sparselet.profiles.file import PROFILE_FILE, write_profile
+from sparselet.profiles.profile import Profile, low_rank_plus_diagonal
 
 # (rows, columns) of each target of one layer, by its module's name.
 SHAPES = {
@@ -39,6 +44,26 @@ def write_experts(directory: Path, shapes: dict[str, tuple[int, int]], layers: i
                     deltas[f"model.layers.{layer}.self_attn.{target}"] = SparseDelta((rows, columns), indices, values)
             SparseAdapter(deltas, {"task": f"synthetic-{seed}"}).save(path)
     return [str(path) for path in paths]
+
+
+def write_profiles(adapters: Sequence[str], layers: int, width: int, rank: int, hidden: int) -> None:
+    """Beside each synthetic expert the profile of normal inputs with a decaying spectrum, and of normal prompt states.
+
+    width: of the inputs of query, key and value layers. hidden: of prompt states.
+    """
+    for seed, adapter in enumerate(adapters):
+        if (Path(adapter) / PROFILE_FILE).exists():
+            continue
+        generator = torch.Generator().manual_seed(seed)
+        moments, inputs = {}, {}
+        for layer in range(layers):
+            names = [f"model.layers.{layer}.self_attn.{name}_proj" for name in "qkv"]
+            states = torch.randn(2 * width, width, generator=generator) @ torch.diag(torch.arange(1, width + 1) ** -0.5)
+            moments[names[0]] = low_rank_plus_diagonal(states.T @ states / len(states), rank)
+            inputs |= dict.fromkeys(names, names[0])
+        prompts = describe_prompts(torch.randn(PROMPTS, hidden, generator=generator) + torch.randn(hidden, generator=generator))
+        made = Profile(moments, inputs, frozenset(), prompts, dict.fromkeys(inputs), 2 * width, PROMPTS, f"synthetic-{seed}")
+        write_profile(made, Path(adapter) / PROFILE_FILE)
 
 
 def write_checkpoints(directory: Path, model: Path, experts: list[str]) -> list[str]:

@@ -91,12 +91,14 @@ def merge(out: Path, kind: str, method: str, experts: list[Path]) -> Path:
     return path
 
 
-def measure(tasks: Path, out: Path, label: str, names: tuple[str, ...], adapters: list[Path]) -> dict[str, Any]:
+def measure(
+    tasks: Path, out: Path, label: str, names: tuple[str, ...], adapters: list[Path], asking: list[str] = ASKING
+) -> dict[str, Any]:
     """Scores of adapters on tasks, or of the base model; taken from the disk where they were measured before."""
     file = out / f"scores-{label}.json"
     if not file.is_file():
         option = ["--adapter", *adapters] if adapters else []
-        file.write_text(sparselet("eval", "--task", *(tasks / name for name in names), *option, *ASKING))
+        file.write_text(sparselet("eval", "--task", *(tasks / name for name in names), *option, *asking))
     return json.loads(file.read_text())
 
 

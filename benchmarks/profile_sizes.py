@@ -6,14 +6,12 @@ TASKS holds a directory for each task, with train, validation and test as .jsonl
 as an expert OUT/experts/TASK. Takes about an hour on two cores. Writes benchmarks/results/profile_sizes.json.
 """
 
-import json
 import shutil
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
-from merge_methods import save, sparselet
+from merge_methods import measure, save, sparselet
 
 from sparselet.profiles.file import PROFILE_FILE
 
@@ -37,15 +35,15 @@ PROFILES = {
 def main() -> None:
     tasks, out = Path(sys.argv[1]), Path(sys.argv[2])
     experts = {name: train(tasks, out, name) for name in NAMES}
-    base = mean(measure(tasks, out, "base", NAMES, []))
-    own = statistics.mean(mean(measure(tasks, out, name, (name,), ["--adapter", experts[name]])) for name in NAMES)
+    base = score(tasks, out, "base", NAMES, [])
+    own = statistics.mean(score(tasks, out, name, (name,), [experts[name]]) for name in NAMES)
     results: dict[str, dict[str, float]] = {}
     for rank, flags in PROFILES.items():
         place = out / f"rank {rank}"
         profiled = {name: profile(tasks, place, name, experts[name], flags) for name in NAMES}
         if not (place / "merged").is_dir():
             sparselet("merge", *profiled.values(), "--method", "regmean", "--out", place / "merged")
-        merged = mean(measure(tasks, out, place.name, NAMES, ["--adapter", place / "merged"]))
+        merged = score(tasks, out, place.name, NAMES, [place / "merged"])
         size = statistics.mean((path / PROFILE_FILE).stat().st_size for path in profiled.values())
         results[rank] = {"bytes": size, "rougeL": merged, "kept": 100 * (merged - base) / (own - base)}
         save("profile_sizes", results)
@@ -68,17 +66,9 @@ def profile(tasks: Path, place: Path, name: str, expert: Path, flags: list[str])
     return path
 
 
-def measure(tasks: Path, out: Path, label: str, names: tuple[str, ...], adapter: list[Any]) -> dict[str, Any]:
-    """Scores of an adapter on tasks, or of the base model; taken from the disk where they were measured before."""
-    file = out / f"scores {label}.json"
-    if not file.is_file():
-        file.write_text(sparselet("eval", "--task", *(tasks / name for name in names), *adapter, *ASKING))
-    (scores,) = json.loads(file.read_text()).values()
-    return scores
-
-
-def mean(scores: dict[str, Any]) -> float:
-    """The mean Rouge-L over the tasks."""
+def score(tasks: Path, out: Path, label: str, names: tuple[str, ...], adapters: list[Path]) -> float:
+    """Mean Rouge-L over the tasks, of one adapter or of the base model."""
+    (scores,) = measure(tasks, out, label, names, adapters, ASKING).values()
     return statistics.mean(found["rougeL"] for found in scores.values())
 
 

@@ -1,7 +1,7 @@
 """A library of experts: the profile of one, and the experts that a prompt is routed among."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from contestants.models import make_model, targets
-from sparselet.profiles.collect import collect_moments, describe_prompts, prompt_states
-from sparselet.profiles.file import PROFILE_FILE, read_profile, write_profile
-from sparselet.profiles.profile import Profile, low_rank_plus_diagonal
+from sparselet.profiles.collect import collect_moments, prompt_states
+from sparselet.profiles.file import PROFILE_FILE, read_profile
 from sparselet.profiles.router import Router
-
-PROMPTS = 64  # whose states a synthetic profile describes
 
 
 @functools.cache
@@ -61,23 +58,3 @@ def route(job: dict[str, Any]) -> Callable[[], Any]:
 @functools.cache
 def _router(adapters: tuple[str, ...]) -> Router:
     return Router({adapter: read_profile(Path(adapter) / PROFILE_FILE) for adapter in adapters})
-
-
-def write_profiles(adapters: Sequence[str], layers: int, width: int, rank: int, hidden: int) -> None:
-    """Beside each synthetic expert the profile of normal inputs with a decaying spectrum, and of normal prompt states.
-
-    width: of the inputs of query, key and value layers. hidden: of prompt states.
-    """
-    for seed, adapter in enumerate(adapters):
-        if (Path(adapter) / PROFILE_FILE).exists():
-            continue
-        generator = torch.Generator().manual_seed(seed)
-        moments, inputs = {}, {}
-        for layer in range(layers):
-            names = [f"model.layers.{layer}.self_attn.{name}_proj" for name in "qkv"]
-            states = torch.randn(2 * width, width, generator=generator) @ torch.diag(torch.arange(1, width + 1) ** -0.5)
-            moments[names[0]] = low_rank_plus_diagonal(states.T @ states / len(states), rank)
-            inputs |= dict.fromkeys(names, names[0])
-        prompts = describe_prompts(torch.randn(PROMPTS, hidden, generator=generator) + torch.randn(hidden, generator=generator))
-        made = Profile(moments, inputs, frozenset(), prompts, dict.fromkeys(inputs), 2 * width, PROMPTS, f"synthetic-{seed}")
-        write_profile(made, Path(adapter) / PROFILE_FILE)

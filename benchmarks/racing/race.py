@@ -33,6 +33,10 @@ class Contestant:
     def __str__(self) -> str:
         return f"{self.library}: {self.name}"
 
+    def alone(self) -> "Contestant":
+        """The same in a new process for each run, as peaks of memory need it."""
+        return dataclasses.replace(self, process=None)
+
 
 class Race:
     """Holds the processes that stay, and asks them.

@@ -33,16 +33,11 @@ def many_experts(study: Study) -> Table:
                     return study.held_in(study.merge(chosen, *how), tasks=tasks).draws
 
                 rows[f"{arm}, {count}: {name}"] = _row_of_sets(sets, merged, own, base, unseen)
-            grouped = [(g, by) for g in settings.groups if g < count for by in ("prompts", "change")]
-            for groups, by in ((0, ""), *grouped) if arm == settings.finalists[0] else ():
+            for name, how in _routes_of(study, count) if arm == settings.finalists[0] else ():
 
-                def routed(chosen: Experts, tasks: Sequence[str], groups: int = groups, by: str = by) -> _Draws:
-                    how = {"groups": groups, "fallback": "base" if set(tasks) & set(settings.held_out) else "nearest"}
-                    how |= {"by": by} if by == "change" else {}
-                    draws = ([_routed(study, by_task, task, **how) for task in tasks] for by_task in chosen)
-                    return tuple(map(tuple, draws))
+                def routed(chosen: Experts, tasks: Sequence[str], how: Mapping[str, Any] = how) -> _Draws:
+                    return tuple(tuple(_routed(study, by_task, task, how) for task in tasks) for by_task in chosen)
 
-                name = f"routed, {groups} merges{' by change' if by == 'change' else ''}" if groups else "routed"
                 rows[f"{arm}, {count}: {name}"] = _row_of_sets(sets, routed, own, base, unseen, right=True)
     return Table(
         "Many experts in one model",
@@ -89,7 +84,16 @@ def _merges_of(study: Study, arm: str, count: int) -> Iterator[tuple[str, str, d
             yield name, merge["method"], {key: value for key, value in merge.items() if key not in MERGE_KEYS}
 
 
-def _routed(study: Study, experts: Mapping[str, TrainUnit], task: str, **how: Any) -> Measured:
+def _routes_of(study: Study, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and settings of the ways in which so many experts are routed, apart and in groups."""
+    yield "routed", {"groups": 0}
+    for groups in study.settings.groups:
+        if groups < count:
+            yield f"routed, {groups} merges", {"groups": groups}
+            yield f"routed, {groups} merges by change", {"groups": groups, "by": "change"}
+
+
+def _routed(study: Study, experts: Mapping[str, TrainUnit], task: str, how: Mapping[str, Any]) -> Measured:
     settings = study.settings
     return study.analyse(
         "routed",
@@ -100,6 +104,7 @@ def _routed(study: Study, experts: Mapping[str, TrainUnit], task: str, **how: An
         rows=settings.test_rows,
         max_input_length=settings.max_input_length,
         max_new_tokens=settings.max_new_tokens,
+        fallback="base" if task in settings.held_out else "nearest",
         **how,
     )
 

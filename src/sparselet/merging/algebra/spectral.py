@@ -30,8 +30,7 @@ def svd(matrix: Tensor, count: int | None = None) -> Factors:
     value, is far below what counts as 0. Of a matrix of low rank, such as a LoRA's change, they are those of its part in the
     space of its columns.
     """
-    basis = _column_space(matrix)
-    inside = matrix if basis is None else basis.T @ matrix
+    basis, inside = _column_space(matrix)
     wide = inside if inside.shape[0] <= inside.shape[1] else inside.T
     squares, vectors = torch.linalg.eigh(wide @ wide.T)
     values = squares.flip(0).clamp_min(0).sqrt()
@@ -42,22 +41,23 @@ def svd(matrix: Tensor, count: int | None = None) -> Factors:
     return left if basis is None else basis @ left, values, right
 
 
-def _column_space(matrix: Tensor) -> Tensor | None:
-    """An orthonormal basis of a matrix's columns, up to a fraction of what counts as 0; None where it takes many columns.
+def _column_space(matrix: Tensor) -> tuple[Tensor | None, Tensor]:
+    """An orthonormal basis Q of a matrix's columns, up to a fraction of what counts as 0, and Qᵀ·matrix.
 
-    That of matrix·Ω, Ω random (Halko et al. 2011), is one if as good as nothing is left outside it.
+    None and the matrix itself where it takes many columns. The basis of matrix·Ω, Ω random (Halko et al. 2011), is one if as
+    good as nothing is left outside it.
     """
     generator = torch.Generator().manual_seed(0)
     for columns in _SKETCHES:
         if min(matrix.shape) < _SKETCH_SHARE * columns:
-            return None
+            break
         sketch = torch.randn(matrix.shape[1], columns, dtype=matrix.dtype, generator=generator)
         basis = torch.linalg.qr(matrix @ sketch).Q
         inside = basis.T @ matrix
         largest = inside.norm() / columns**0.5  # at most the largest singular value
         if (matrix - basis @ inside).norm() < _rounding(matrix, largest) / 16:
-            return basis
-    return None
+            return basis, inside
+    return None, matrix
 
 
 def _rounding(matrix: Tensor, largest: Tensor) -> Tensor:
