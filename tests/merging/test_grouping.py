@@ -91,7 +91,7 @@ def paths(library):
 
 @pytest.mark.parametrize("method", ["overlap", "regmean"])
 def test_each_group_is_its_own_merge_with_a_profile(library, tmp_path, method):
-    grouped = sl.merge_groups(MergeRecipe(tuple(paths(library)), method, (1.0, 2.0, 3.0)), 2, tmp_path / "out")
+    grouped = sl.merge_groups(MergeRecipe(tuple(paths(library)), method, (1.0, 2.0, 3.0)), 2, tmp_path / "out", by="change")
     first, second = grouped.merges
     assert first.recipe.experts == (paths(library)[0], paths(library)[2])
     assert first.recipe.weights == (1.0, 3.0)
@@ -109,7 +109,7 @@ def test_each_group_is_its_own_merge_with_a_profile(library, tmp_path, method):
 
 
 def test_groups_are_routed_and_know_their_tasks(cli, library, tmp_path):
-    code, out, err = cli("merge", *paths(library), "--groups", 2, "--out", tmp_path / "out")
+    code, out, err = cli("merge", *paths(library), "--groups", 2, "--by", "change", "--out", tmp_path / "out")
     assert code == 0, err
     assert "least similarity" in out
     groups = [str(tmp_path / "out" / f"group-{i}") for i in (1, 2)]
@@ -124,7 +124,7 @@ def test_groups_are_routed_and_know_their_tasks(cli, library, tmp_path):
 
 
 def test_by_prompts_those_that_a_router_confuses_are_together(cli, library, tmp_path):
-    code, out, err = cli("merge", *paths(library), "--groups", 2, "--by", "prompts", "--out", tmp_path / "x", "--json")
+    code, out, err = cli("merge", *paths(library), "--groups", 2, "--out", tmp_path / "x", "--json")
     assert code == 0, err
     profiles = [sl.load(path).profile.prompts for path in paths(library)]
     scale = torch.stack([p.covariance.full_diagonal() for p in profiles]).mean(0).sqrt()
@@ -135,7 +135,7 @@ def test_by_prompts_those_that_a_router_confuses_are_together(cli, library, tmp_
     assert first["experts"] == [paths(library)[i] for i in nearest]
     assert first["least_similarity"] == pytest.approx(-float(apart[nearest]), rel=1e-4)
     assert second["least_similarity"] == pytest.approx(0.0)
-    with pytest.raises(ArgumentError, match="by must be one of change, prompts, got 'name'"):
+    with pytest.raises(ArgumentError, match="by must be one of prompts, change, got 'name'"):
         sl.merge_groups(paths(library), 2, tmp_path / "y", by="name")
 
 
@@ -149,7 +149,7 @@ def test_as_many_groups_as_experts_are_the_experts(library, tmp_path):
 
 def test_bad_input_is_refused_before_any_work(cli, refused, library, tmp_path, monkeypatch):
     experts = paths(library)
-    monkeypatch.setattr("sparselet.api.grouping.change_cosines", None)
+    monkeypatch.setattr("sparselet.api.grouping.greedy_groups", None)
     for count in (0, 4, -1):
         message = f"--groups must be from 1 to 3, the number of experts, got {count}"
         assert message in refused("merge", *experts, "--groups", count, "--out", tmp_path / "out")

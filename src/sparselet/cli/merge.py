@@ -31,7 +31,7 @@ def merge_(
     auto: Annotated[bool, Parameter(negative="", group=_AUTO)] = False,
     tune: Annotated[bool, Parameter(negative="", group=_TUNE)] = False,
     groups: Annotated[int | None, Parameter(group=_GROUPS)] = None,
-    by: Annotated[Literal["change", "prompts"] | None, Parameter(group=_GROUPS)] = None,
+    by: Annotated[Literal["prompts", "change"] | None, Parameter(group=_GROUPS)] = None,
     validation: Annotated[list[str] | None, Many, Parameter(group=_ROWS)] = None,
     auto_settings: Annotated[AutoSettings | None, Parameter(name="*", group=_AUTO)] = None,
     tune_settings: Annotated[TuneSettings | None, Parameter(name="*", group=_TUNE)] = None,
@@ -83,7 +83,7 @@ def merge_(
     groups
         Keep this many merged adapters; every expert needs a profile.
     by
-        What makes experts alike, with --groups: their changes (the default), or their prompts as a router sees them.
+        What makes experts alike, with --groups: their prompts as a router sees them (the default), or their changes.
     validation
         Tasks whose validation split --auto and --tune use: directories, builtin:NAME, or hub data sets.
     workers
@@ -109,7 +109,7 @@ def merge_(
         recipe = flags.with_default_method(recipe)
     if groups is not None:
         with progress("merging") as callback:
-            grouped = merge_groups(recipe, groups, by=by or "change", **shared, progress=callback)
+            grouped = merge_groups(recipe, groups, by=by or "prompts", **shared, progress=callback)
         _show_groups(grouped, out, json)
     elif auto or tune:
         shared["eval_settings"] = (answers or ValidationFlags()).settings(FEW_ROWS)
