@@ -56,9 +56,9 @@ def merge_groups(
         sl.evaluate_routed(["library/group-1", "library/group-2"], ["task-a", "task-b", "task-c"])
 
     recipe: experts, which regmean merges, or how each group is merged. groups: how many (`merging.grouping.greedy_groups`).
-    by: what makes two experts alike: "prompts", minus the distance of their prompts' mean states, as a router measures it, so that
-        those which a router would confuse are in one group; "change", the cosine of their changes, which says little where masks
-        were drawn at random.
+    by: what makes two experts alike: "prompts", minus the distance of their prompts' mean states, as a router measures it, so
+        that those which a router would confuse are in one group; "change", the cosine of their changes, which says little
+        where masks were drawn at random.
     out: the directory of `group-1`, `group-2`, …, each an adapter with its profile and its recipe, largest group first.
     Raises, before any expert is read, ArgumentError (`groups`, `by`), MissingProfile, WrongBase, and what `merge` raises.
     """
