@@ -9,7 +9,7 @@ from helpers.tiny import make_adapter, make_model, make_tokenizer, save_task, wr
 from sparselet import EvalSettings, SteeringVector, SteerSettings, evaluate, evaluate_steering, fit_steering, steered
 from sparselet.apply import apply_temporarily
 from sparselet.errors import ArgumentError, ConfigError, OutputExists, ShapeMismatch, TaskError
-from sparselet.steering.strength import Divergence
+from sparselet.steering.strength import Divergence, calibrate
 from sparselet.steering.switch import block_outputs
 from sparselet.workflows.steering import Pair, favours, read_pairs
 
@@ -45,6 +45,29 @@ def test_the_vector_is_the_mean_difference_at_the_last_token_of_concise_less_ver
     assert loaded.strength > 0
 
 
+def test_of_prompts_that_ask_for_the_sides_it_is_the_mean_difference_at_their_ends(pairs, base_dir, tmp_path):
+    prompts = [{"concise_prompt": f"short: {pair['prompt']}", "verbose_prompt": f"long: {pair['prompt']}"} for pair in PAIRS]
+    asking = [pair | own for pair, own in zip(PAIRS, prompts, strict=True)]
+    write_rows(tmp_path / "pairs.jsonl", asking)
+    vector = fit_steering(tmp_path / "pairs.jsonl", base_dir, settings=SteerSettings(kl=0.1))
+    model, tokenizer = make_model(), make_tokenizer()
+    ends = [
+        [block_outputs(model, tokenizer(pair[side])["input_ids"]) for side in ("concise_prompt", "verbose_prompt")]
+        for pair in asking
+    ]
+    differences = torch.stack([concise - verbose for concise, verbose in ends])
+    torch.testing.assert_close(vector.values, differences[:, vector.layer].mean(0), rtol=1e-5, atol=1e-6)
+
+    def answered(pair, side):
+        return tokenizer(f"{pair['prompt']} {pair[side]}")["input_ids"], len(tokenizer(pair["prompt"])["input_ids"]) - 1
+
+    answers = [[answered(pair, side) for side in ("concise", "verbose")] for pair in PAIRS]
+    expected = favours(model, answers, differences, tokenizer.eos_token_id, 0.1)
+    torch.testing.assert_close(torch.tensor(vector.record["favour"]), expected.float())
+    divergence = Divergence(model, vector, [verbose for _, verbose in answers])
+    assert divergence(vector.strength) == pytest.approx(0.1, rel=0.02)
+
+
 def test_it_is_fitted_to_the_model_with_an_expert(pairs, base_dir):
     model = make_model()
     expert = make_adapter(model, task="arithmetic")
@@ -56,8 +79,8 @@ def test_it_is_fitted_to_the_model_with_an_expert(pairs, base_dir):
         pass
 
 
-def test_auto_takes_the_layer_that_favours_concise_answers_most_at_equal_kl(pairs, base_dir):
-    model, step = make_model(), 1e-2
+def test_auto_takes_the_layer_that_favours_concise_answers_most_at_the_bound(pairs, base_dir):
+    model, bound = make_model(), 0.02
     encoded = [(([5, 9, 20, 31], 1), ([5, 9, 40, 41, 42], 1)), (([8, 7, 60], 1), ([8, 7, 33], 1)), (([4, 3], 0), ([4, 6], 0))]
     differences = torch.stack([block_outputs(model, c[0]) - block_outputs(model, v[0]) for c, v in encoded])
 
@@ -68,15 +91,15 @@ def test_auto_takes_the_layer_that_favours_concise_answers_most_at_equal_kl(pair
             logits = model(input_ids=torch.tensor([tokens])).logits.double().log_softmax(-1)
         return sum(float(logits[0, i, tokens[i + 1]]) for i in range(start, len(tokens) - 1)) / (len(tokens) - 1 - start)
 
-    for layer, favour in enumerate(favours(model, encoded, differences, 1).tolist()):
-        slope = 0.0
+    for layer, favour in enumerate(favours(model, encoded, differences, 1, bound).tolist()):
+        mean = SteeringVector(differences[:, layer].mean(0), layer, 1.0)
+        strength = calibrate(Divergence(model, mean, [verbose for _, verbose in encoded]), bound, tolerance=0.1).strength
+        rise = 0.0
         for i, sides in enumerate(encoded):
             other = SteeringVector(differences[[k for k in range(3) if k != i], layer].mean(0), layer, 1.0)
-            up, down = ([log_p(*side, other, sign * step) for side in sides] for sign in (1, -1))
-            slope += ((up[0] - up[1]) - (down[0] - down[1])) / (2 * step) / 3
-        mean = SteeringVector(differences[:, layer].mean(0), layer, 1.0)
-        curvature = 2 * Divergence(model, mean, [verbose for _, verbose in encoded])(step) / step**2
-        assert favour == pytest.approx(slope / curvature**0.5, rel=0.02)
+            after, before = ([log_p(*side, other, gamma) for side in sides] for gamma in (strength, 0.0))
+            rise += ((after[0] - after[1]) - (before[0] - before[1])) / 3
+        assert favour == pytest.approx(rise, rel=1e-3)
     vector = fit_steering(pairs, base_dir)
     assert vector.layer == int(torch.tensor(vector.record["favour"]).argmax())
 
@@ -133,6 +156,9 @@ def test_the_verb(cli, refused, pairs, base_dir, experts, tmp_path, task_dir):
         ({"concise": "a"}, "verbose must be a text that is not empty, got None"),
         ({"concise": "a", "verbose": 3}, "verbose must be a text"),
         ({"concise": "a", "verbose": "b", "prompt": 3}, "prompt must be a text"),
+        ({"concise": "a", "verbose": "b", "prompt": "p", "concise_prompt": 3}, "concise_prompt must be a text"),
+        ({"concise": "a", "verbose": "b", "prompt": "p", "concise_prompt": "q"}, "concise_prompt and verbose_prompt go"),
+        ({"concise": "a", "verbose": "b", "concise_prompt": "q", "verbose_prompt": "r"}, "go together, and with prompt"),
         ([1], "expected an object"),
     ],
 )

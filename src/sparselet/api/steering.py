@@ -71,7 +71,7 @@ def fit_steering(
         vector = sl.fit_steering("pairs.jsonl", "org/model", "concise")
         with sl.steered(model, vector): ...
 
-    pairs: a file of rows with `concise`, `verbose` and perhaps `prompt`, or `Pair`s. model: the base model. expert: applied to
+    pairs: a file of rows with the fields of `Pair` (docs/steering.md), or `Pair`s. model: the base model. expert: applied to
     the model meanwhile, for a vector that steers it. out: a directory to write to. settings: the layer and the KL bound.
     chat_template: of prompts, by default as the expert was trained, or else yes. progress: reports steps.
     Raises TaskError (a bad row), ArgumentError (a layer that there is not), ConfigError, ModelError, and what opening and

@@ -50,7 +50,8 @@ def steer_(
     vector
         The steering vector to measure.
     pairs
-        Pairs to fit: JSON lines, a JSON array or Parquet, with the fields concise and verbose, and perhaps prompt.
+        Pairs to fit: JSON lines, a JSON array or Parquet, with the fields concise and verbose, and perhaps prompt,
+        concise_prompt and verbose_prompt (docs/steering.md).
     out
         Directory to write the vector to; it must not exist.
     model

@@ -13,7 +13,6 @@ from sparselet.steering.switch import POSITIONS, steered
 from sparselet.steering.vector import SteeringVector
 
 _STEPS = 40  # of a search
-_TOLERANCE = 0.01  # of the bound
 _SMALL = 16  # part of the bound within which the divergence is taken for quadratic
 
 
@@ -27,8 +26,8 @@ class Strength:
     closed: float
 
 
-def calibrate(kl: Callable[[float], float], bound: float) -> Strength:
-    """The strength whose measured divergence is `bound`, within 1 %.
+def calibrate(kl: Callable[[float], float], bound: float, *, tolerance: float = 0.01) -> Strength:
+    """The strength whose measured divergence is `bound`, within a part of it, by default 1 %.
 
     KL of a small step is quadratic, KL ≈ ½γ²c; c is measured at the largest γ = 2⁻ᵏ within a 16th of the bound. The search
     begins at γ = √(bound / c), which predicts half of the bound, doubles until it is reached, and bisects on measured KL.
@@ -54,7 +53,7 @@ def calibrate(kl: Callable[[float], float], bound: float) -> Strength:
         raise ConfigError(f"kl must be what the vector can reach; at strength {high:.3g} it is {measured:.3g}, not {bound:g}.")
     middle = high
     for _ in range(_STEPS):
-        if abs(measured - bound) <= _TOLERANCE * bound:
+        if abs(measured - bound) <= tolerance * bound:
             break
         middle = (low + high) / 2
         measured = kl(middle)
@@ -72,20 +71,28 @@ class Divergence:
     def __init__(self, model: PreTrainedModel, vector: SteeringVector, rows: Sequence[tuple[list[int], int]]) -> None:
         self.model, self.vector = model, vector
         self.rows = [(tokens[: start + POSITIONS], start) for tokens, start in rows]
-        self.before = [self._distributions(tokens, start) for tokens, start in self.rows]
+        self.before = [_distributions(model, tokens, start) for tokens, start in self.rows]
 
     def __call__(self, strength: float) -> float:
         total, positions = 0.0, 0
         with steered(self.model, self.vector, strength) as steering:
             for (tokens, start), before in zip(self.rows, self.before, strict=True):
                 steering.start = start
-                after = self._distributions(tokens, start)
+                after = _distributions(self.model, tokens, start)
                 total += float((before.double().exp() * (before.double() - after.double())).sum())
                 positions += len(before)
         return total / max(1, positions)
 
-    @torch.inference_mode()
-    def _distributions(self, tokens: list[int], start: int) -> Tensor:
-        """log p of the next token, float32 [positions, vocabulary]."""
-        output = self.model(input_ids=torch.tensor([tokens], device=self.model.device), use_cache=False)
-        return output.logits[0, start:].float().log_softmax(-1).cpu()
+
+def log_probability(model: PreTrainedModel, tokens: list[int], start: int) -> float:
+    """The mean log p of the tokens after `start`, of the first `POSITIONS` of them."""
+    tokens = tokens[: start + 1 + POSITIONS]
+    following = torch.tensor(tokens[start + 1 :])
+    return float(_distributions(model, tokens[:-1], start).gather(1, following[:, None]).double().mean())
+
+
+@torch.inference_mode()
+def _distributions(model: PreTrainedModel, tokens: list[int], start: int) -> Tensor:
+    """log p of the next token from `start` on, float32 [positions, vocabulary]."""
+    output = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
+    return output.logits[0, start:].float().log_softmax(-1).cpu()

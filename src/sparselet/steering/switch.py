@@ -116,25 +116,6 @@ def block_outputs(model: PreTrainedModel, tokens: list[int]) -> Tensor:
     return torch.stack([states[0, -1].float().cpu() for states in written])
 
 
-@torch.enable_grad()
-def block_gradients(model: PreTrainedModel, tokens: list[int], start: int) -> Tensor:
-    """d/dv of the mean log p of the tokens after `start`, v added to a block's output from `start` on, float32 [blocks, width].
-
-    At most `POSITIONS` tokens after `start` are read.
-    """
-    tokens = tokens[: start + 1 + POSITIONS]
-    embedding = model.get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
-    try:
-        with _written(model) as written:
-            logits = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits
-    finally:
-        handle.remove()
-    following = torch.tensor(tokens[start + 1 :], device=logits.device)
-    loss = logits[0, start:-1].float().log_softmax(-1).gather(1, following[:, None]).mean()
-    return torch.stack([g[0, start:].float().sum(0).cpu() for g in torch.autograd.grad(loss, written)])
-
-
 @contextlib.contextmanager
 def _written(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """The outputs [rows, tokens, width] of all blocks in a pass within the block."""

@@ -1,5 +1,6 @@
 """From pairs of texts to a steering vector, and what it does to answers."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +19,8 @@ from sparselet.fingerprint import fingerprint_weight
 from sparselet.generation.prompts import PromptFormat, longest_prompt, prompt_format, prompt_tokens, target_tokens
 from sparselet.setting_checks import check_at_least, check_settings
 from sparselet.steering import SteeringVector, steered
-from sparselet.steering.strength import Divergence, calibrate
-from sparselet.steering.switch import block_gradients, block_outputs, blocks_of, embedding_of
+from sparselet.steering.strength import Divergence, calibrate, log_probability
+from sparselet.steering.switch import block_outputs, blocks_of, embedding_of
 from sparselet.tasks.row_files import read_file
 from sparselet.tasks.task import Task
 from sparselet.tuner.mask_state import seeded
@@ -27,19 +28,28 @@ from sparselet.tuner.mask_state import seeded
 logger = logging.getLogger("sparselet")
 
 SIDES = ("concise", "verbose")
+PROMPTS = ("prompt", "concise_prompt", "verbose_prompt")
 CALIBRATION_ROWS = 16  # verbose answers that the strength is measured on
-CURVATURE_ROWS, SMALL_STEP = 4, 0.01  # those that layers are compared on, and at which strength
+COMPARED_ROWS, COMPARED_PAIRS = 4, 8  # verbose answers and pairs that layers are compared on
 
 Encoding = tuple[list[int], int]  # tokens, and the position from which the answer is predicted
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, or two texts where it is None."""
+    """Two answers to one prompt, or two texts where it is None. Raises TaskError for one of the last two without the other."""
 
     concise: str
     verbose: str
     prompt: str | None = None
+    concise_prompt: str | None = None
+    """The prompt that asks for the concise answer, as `verbose_prompt` for the verbose one: both, or neither."""
+    verbose_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        asked = [bool(self.concise_prompt), bool(self.verbose_prompt)]
+        if any(asked) and not (all(asked) and self.prompt):
+            raise TaskError("concise_prompt and verbose_prompt go together, and with prompt.")
 
 
 @dataclass(frozen=True)
@@ -47,8 +57,8 @@ class SteerSettings:
     """How a vector is fitted. Raises ConfigError."""
 
     layer: int | Literal["auto"] = "auto"
-    """Number of the block whose output is moved, from 0; auto takes the one that favours concise answers most at equal KL."""
-    kl: float = 0.1
+    """Number of the block whose output is moved, from 0; auto takes the one that favours concise answers most at the bound."""
+    kl: float = 0.01
     """Bound of the KL divergence from the unsteered model, in nats a token, which sets the strength."""
     max_length: int = 1024
     """Tokens of a prompt and an answer; longer ones are cut from the left."""
@@ -61,21 +71,22 @@ class SteerSettings:
 
 
 def read_pairs(file: str | Path) -> list[Pair]:
-    """Pairs from JSON lines, a JSON array or Parquet: fields concise and verbose, and prompt, which may be left out.
+    """Pairs from JSON lines, a JSON array or Parquet: fields concise and verbose, and those of `Pair` that may be left out.
 
-    Raises TaskError, with file and line, for a row without one side, an empty side, and a file without rows.
+    Raises TaskError, with file and line, for a row without one side, an empty side, one of two prompts, and no rows.
     """
     pairs = []
-    for where, row in read_file(Path(file), lambda columns, _: tuple(n for n in (*SIDES, "prompt") if n in columns)):
+    for where, row in read_file(Path(file), lambda columns, _: tuple(n for n in (*SIDES, *PROMPTS) if n in columns)):
         with prefix_errors(where):
             if not isinstance(row, dict):
                 raise TaskError(f"expected an object with {' and '.join(SIDES)}, got {row!r:.60}.")
             for side in SIDES:
                 if not isinstance(row.get(side), str) or not row[side].strip():
                     raise TaskError(f"{side} must be a text that is not empty, got {row.get(side)!r:.60}.")
-            if not isinstance(row.get("prompt"), str | None):
-                raise TaskError(f"prompt must be a text, or left out, got {row['prompt']!r:.60}.")
-            pairs.append(Pair(row["concise"], row["verbose"], row.get("prompt") or None))
+            for field in PROMPTS:
+                if not isinstance(row.get(field), str | None):
+                    raise TaskError(f"{field} must be a text, or left out, got {row[field]!r:.60}.")
+            pairs.append(Pair(row["concise"], row["verbose"], *(row.get(field) or None for field in PROMPTS)))
     if not pairs:
         raise TaskError(f"{file} has no pairs.")
     return pairs
@@ -93,9 +104,12 @@ def fit_vector(
 ) -> SteeringVector:
     """v = mean over pairs of h(concise) − h(verbose), h the block's output at the last token; added, it makes answers concise.
 
-    Both sides hold the prompt once. ASC (Azizi et al. 2025) takes the same mean; its code subtracts what was extracted as
-    short − long, adds it one block from where it was read, and repeats the prompt in the long side. Its strengths are
-    chosen by hand; here the strength is that of a KL bound (`calibrate`), over the first tokens of verbose answers.
+    The sides are the prompt, once, with each answer, as in ASC (Azizi et al. 2025); its code subtracts what was extracted as
+    short − long, adds it one block from where it was read, and repeats the prompt in the long side. Of pairs with
+    `concise_prompt` and `verbose_prompt` the sides are these, without answers: what being asked for the one or the other
+    changes (Stolfo et al. 2025, arXiv 2410.12877, compare prompts with an instruction and without). ASC's strengths are
+    chosen by hand; here the strength is that of a KL bound (`calibrate`), over the first tokens of verbose answers to
+    `prompt`.
 
     `layer` auto: the block with the largest number of `favours`. base: recorded. progress: called with 1 after each of
     `fit_steps` steps.
@@ -109,13 +123,17 @@ def fit_vector(
     if settings.layer == "auto" and len(pairs) < 2:
         raise ConfigError("layer auto compares pairs with one another; give two pairs or more, or a number.")
     form = prompt_format(model, tokenizer, chat_template)
-    encoded = []
+    encoded, read = [], []
     for number, pair in enumerate(pairs, 1):
         with prefix_errors(f"pair {number}"):
-            encoded.append([_encode(form, pair.prompt, answer, settings.max_length) for answer in (pair.concise, pair.verbose)])
+            answers = [_encode(form, pair.prompt, answer, settings.max_length) for answer in (pair.concise, pair.verbose)]
+        encoded.append(answers)
+        asked = [prompt for prompt in (pair.concise_prompt, pair.verbose_prompt) if prompt]
+        room = longest_prompt(form, settings.max_length, 0)
+        read.append([prompt_tokens(form, prompt)[-room:] for prompt in asked] or [tokens for tokens, _ in answers])
     with evaluation_mode(model):
-        stacked = _differences(model, encoded, progress)
-        favour = None if isinstance(settings.layer, int) else favours(model, encoded, stacked, form.end, progress)
+        stacked = _differences(model, read, progress)
+        favour = None if isinstance(settings.layer, int) else favours(model, encoded, stacked, form.end, settings.kl, progress)
         layer = int(settings.layer if favour is None else favour.argmax())
         values = stacked[:, layer].double().mean(0).float()
         if not values.any():
@@ -139,16 +157,16 @@ def fit_vector(
 
 def fit_steps(model: PreTrainedModel, pairs: int, settings: SteerSettings) -> int:
     """The number of steps that `fit_vector` reports: pairs, and with layer auto pairs and blocks."""
-    return pairs if isinstance(settings.layer, int) else 2 * pairs + len(blocks_of(model))
+    return pairs if isinstance(settings.layer, int) else pairs + len(blocks_of(model))
 
 
 def _differences(
-    model: PreTrainedModel, encoded: Sequence[Sequence[Encoding]], progress: Callable[[float], None] | None
+    model: PreTrainedModel, read: Sequence[Sequence[list[int]]], progress: Callable[[float], None] | None
 ) -> Tensor:
     """h(concise) − h(verbose) of each pair, float32 [pairs, blocks, width]."""
     differences = []
-    for sides in encoded:
-        concise, verbose = (block_outputs(model, tokens) for tokens, _ in sides)
+    for sides in read:
+        concise, verbose = (block_outputs(model, tokens) for tokens in sides)
         differences.append(concise - verbose)
         if progress is not None:
             progress(1)
@@ -160,33 +178,40 @@ def favours(
     encoded: Sequence[Sequence[Encoding]],
     differences: Tensor,
     end: int | None,
+    bound: float,
     progress: Callable[[float], None] | None = None,
 ) -> Tensor:
-    """How much each block's vector favours concise answers at equal KL, to first order: s/√c, float64 [blocks].
+    """How much more likely each block's vector makes concise answers than verbose ones at the bound, float64 [blocks].
 
-    s: the mean over pairs of d/dγ of log p(concise) − log p(verbose), each a mean over its first tokens and the end token,
-    along the mean of the other pairs' differences. c: of KL ≈ ½γ²c at γ = 0.01 over some verbose answers.
+    The mean over some pairs of log p(concise) − log p(verbose), in nats, each a mean over its first tokens and the end token,
+    less the same unsteered; a pair is steered by the mean of the other pairs' differences, at the strength that moves some
+    verbose answers by the bound. 0 where that is out of reach.
     differences: [pairs, blocks, width]. end: the token that ends answers, so that ending soon counts.
     """
     ending = [] if end is None else [end]
-    wide = differences.double()
-    others = (wide.sum(0, keepdim=True) - wide) / (len(wide) - 1)
-    slopes = torch.zeros(wide.shape[1], dtype=torch.float64)
-    for other, (concise, verbose) in zip(others, encoded, strict=True):
-        towards, away = (block_gradients(model, [*tokens, *ending], start) for tokens, start in (concise, verbose))
-        slopes += ((towards - away).double() * other).sum(-1) / len(wide)
+    compared = [[([*tokens, *ending], start) for tokens, start in sides] for sides in encoded[:COMPARED_PAIRS]]
+    rows = [verbose for _, verbose in encoded[:COMPARED_ROWS]]
+
+    def preference(sides: Sequence[Encoding], vector: SteeringVector, strength: float) -> float:
+        with steered(model, vector, strength) as steering:
+            logs = []
+            for tokens, start in sides:
+                steering.start = start
+                logs.append(log_probability(model, tokens, start))
+        return logs[0] - logs[1]
+
+    unsteered = [preference(sides, SteeringVector(differences[0, 0].float(), 0, 1.0), 0.0) for sides in compared]
+    found = torch.zeros(differences.shape[1], dtype=torch.float64)
+    for layer, own in enumerate(differences.double().unbind(1)):
+        with contextlib.suppress(ConfigError):  # of a vector that does not move the answers so far
+            divergence = Divergence(model, SteeringVector(own.mean(0).float(), layer, 1.0), rows)
+            strength = calibrate(divergence, bound, tolerance=0.1).strength
+            for sides, before, difference in zip(compared, unsteered, own, strict=False):
+                vector = SteeringVector(((own.sum(0) - difference) / (len(own) - 1)).float(), layer, 1.0)
+                found[layer] += preference(sides, vector, strength) - before
         if progress is not None:
             progress(1)
-    mean, rows = wide.mean(0).float(), [verbose for _, verbose in encoded[:CURVATURE_ROWS]]
-    divergence = Divergence(model, SteeringVector(mean[0], 0, 1.0), rows)
-    curvatures = []
-    for layer, values in enumerate(mean):
-        divergence.vector = SteeringVector(values, layer, 1.0)
-        curvatures.append(2 * divergence(SMALL_STEP) / SMALL_STEP**2)
-        if progress is not None:
-            progress(1)
-    curvature = torch.tensor(curvatures, dtype=torch.float64)
-    return torch.where(curvature > 0, slopes / curvature.abs().sqrt(), torch.zeros_like(slopes))
+    return found / len(compared)
 
 
 def _encode(form: PromptFormat, prompt: str | None, answer: str, max_length: int) -> Encoding:

@@ -57,7 +57,11 @@ LOCALISED_CLAIMS: tuple[Claim, ...] = (
         than(CellPattern("steering", "steered", "accuracy"), "none"),
         margin=2.0,
     ),
-    Claim("Its opposite lengthens answers.", _STEERING, than(CellPattern("steering", "none", "fewer"), "reversed")),
+    Claim(
+        "Its opposite lengthens answers that are asked for briefly.",
+        _STEERING,
+        than(CellPattern("steering", "asked briefly", "fewer"), "asked briefly, reversed"),
+    ),
     Claim("A random vector of its norm shortens less.", _STEERING, than(_STEERED, "random")),
     Claim(
         "A vector from sums shortens differences too.",

@@ -8,18 +8,19 @@ from sparselet.studies.study import Study
 from sparselet.studies.table import Cell, Table
 
 _SEEDS = range(3)
-_TAUGHT, _SECOND = "trec", "restaurant_slots"  # trained on by reward; not trained on
+_TAUGHT, _SECOND = "copa", "restaurant_slots"  # trained on by reward; not trained on
 _PAIRS = ("trec", "stsb_paraphrase", "antonyms", "num_to_words")  # two tasks that choose a label, two that write a word
 _FAST_SLOW = {"batch_size": 4, "epochs": 1, "learning_rate": 1e-3}
-_HOW = {"generations": 6, "pool": 3, "fast_every": 4, "fast_calls": 40, "fast_rows": 16, "max_new_tokens": 8}
+_HOW = {"generations": 6, "pool": 3, "fast_every": 4, "fast_calls": 100, "fast_rows": 24, "max_new_tokens": 16}
 _ARMS: dict[str, dict[str, Any]] = {"both": {}, "weights": {"fast_calls": 0}, "supervised": {"slow": "sft"}}
-_GAIN = 0.1  # of the reward, at which steps, KL and loss are compared
+_BOUND = 0.01  # of the KL divergence of steering, in nats a token
+_GAIN = 0.4  # of the reward, at which steps, KL and loss are compared
 
 
 def fast_slow(study: Study) -> Table:
     """Prompt and weights apart and together, and what reaching a reward costs."""
     held_in = study.settings.held_in
-    task = _TAUGHT if _TAUGHT in held_in else held_in[0]
+    task = _TAUGHT if _TAUGHT in (*held_in, *study.settings.held_out) else held_in[0]
     second = next(name for name in (_SECOND, *held_in) if name in held_in and name != task)
     units = {
         arm: tuple(
@@ -28,10 +29,10 @@ def fast_slow(study: Study) -> Table:
                 f"seed {seed}",
                 (),
                 (task, second),
-                train={**_FAST_SLOW, "train_rows": _at_most(study, 48), "seed": seed},
+                train={**_FAST_SLOW, "train_rows": _at_most(study, 64), "seed": seed},
                 how={**_HOW, **changes},
                 gain=_GAIN,
-                rows=study.settings.test_rows,
+                rows=study.settings.test_rows and 2 * study.settings.test_rows,
             )
             for seed in _SEEDS
         )
@@ -72,29 +73,32 @@ def steering(study: Study) -> Table:
             train_settings={"epochs": 3, "batch_size": 16},
             train_rows=_at_most(study, 192, 3),
             pairs=50,
-            kl=0.1,
+            kl=_BOUND,
             rows=40,
             max_new_tokens=64,
         )
         for seed in _SEEDS
     )
     columns = [f"{task}{name}" for task in ("", "second ") for name in ("tokens", "fewer", "accuracy")]
-    rows: dict[str, tuple[Cell | None, ...]] = {
-        arm: tuple(
-            Cell((units,), f"second {arm} {name.removeprefix('second ')}" if "second" in name else f"{arm} {name}")
-            for name in columns
-        )
-        for arm in ("none", "steered", "reversed", "random")
-    }
+
+    def row(arm: str, prefix: str = "") -> tuple[Cell | None, ...]:
+        second = (None,) * 3 if prefix else tuple(Cell((units,), f"second {arm} {name}") for name in columns[:3])
+        return *(Cell((units,), f"{prefix}{arm} {name}") for name in columns[:3]), *second
+
+    rows = {arm: row(arm) for arm in ("none", "steered", "reversed", "random")}
+    rows |= {"steered, ends of answers": row("steered", "ends ")}
+    rows |= {"asked briefly": row("none", "brief "), "asked briefly, reversed": row("reversed", "brief ")}
     rows["goal"] = (None, Cell((units,), "goal fewer"), *(None for _ in columns[2:]))
     return Table(
         "Steering vectors",
         "",
         tuple(columns),
         rows,
-        "A sparse expert taught sums and differences, three quarters with worked steps; the vector is fitted on pairs of sums. "
-        "tokens: of an answer. fewer: than without a vector, in percent. accuracy: of the last number. second: differences. "
-        "random: of the same norm.",
+        "A sparse expert taught sums and differences: with worked steps where a prompt asks for them, without where it asks to "
+        "be brief, and mostly with them where it asks for nothing, as here. The vector, at "
+        f"{_BOUND:g} nats a token, is the difference between asking for the one and for the other in 50 sums; ends of answers: "
+        "that between the last tokens of both answers. tokens: of an answer. fewer: than without a vector, in percent. "
+        "accuracy: of the last number. second: differences. random: of the same norm.",
     )
 
 

@@ -4,6 +4,7 @@ import random
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,8 @@ from sparselet.tasks.task import Task, write_task
 from sparselet.training import TrainSettings, train
 from sparselet.workflows.steering import Pair, SteerSettings, fit_vector, steered_scores
 
-VERBOSE = 0.75  # share of the training rows with a verbose target, so that the model is verbose by itself
+BRIEFLY, IN_STEPS = "Briefly: ", "In steps: "  # in front of a quarter of the training prompts each
+VERBOSE = 0.9  # share of the other rows with a verbose target, so that the model is verbose by itself
 GOAL = 20.0  # percent fewer tokens
 HELD_BACK = 16  # validation rows of each task
 
@@ -34,12 +36,14 @@ def steering_run(
     max_new_tokens: int,
     progress: Callable[[float], None],
 ) -> dict[str, float]:
-    """By arm (none, steered, reversed, random), of sums and, with `second` in front, of differences; the vector is of sums.
+    """By arm (none, steered, reversed, random), of sums, and of other prompts and vectors with their name in front.
 
     tokens: the mean length of answers. fewer: how much shorter they are than unsteered ones, in percent. accuracy: of their
-    last number, in percent. goal fewer: 20.
+    last number, in percent. goal fewer: 20. second: differences. brief: sums that are asked for briefly. ends: sums, by a
+    vector of the last tokens of answers, as ASC has it; the others' is of prompts that ask for the one or the other.
 
-    A sparse expert learns both tasks. train_settings: fields of `TrainSettings`. train_rows, rows: of each task.
+    A sparse expert learns both tasks; vectors are of sums. train_settings: fields of `TrainSettings`. train_rows, rows: of
+    each task.
     """
     source = random.Random(seed)
     sums, differences = (worked(name, source, train_rows + HELD_BACK + rows + pairs) for name in ("sums", "differences"))
@@ -51,13 +55,18 @@ def steering_run(
         expert = cast(SparseAdapter, train(settings, Path(directory, "expert"), base=base))
     progress(0.6)
     numbers = {"goal fewer": GOAL}
+    fitted = [Pair(terse, verbose, prompt, BRIEFLY + prompt, IN_STEPS + prompt) for prompt, verbose, terse in sums[-pairs:]]
+    briefly = Task("sums", {"test": tuple(replace(row, input=f"{BRIEFLY}{row.input}") for row in tasks[0].rows("test"))})
+    how = EvalSettings(rows, False, max_new_tokens=max_new_tokens)
     with apply_temporarily(model, expert):
-        fitted = [Pair(terse, verbose, prompt) for prompt, verbose, terse in sums[-pairs:]]
-        vector = fit_vector(model, tokenizer, fitted, SteerSettings(kl=kl), chat_template=False)
+        asked, ends = (
+            fit_vector(model, tokenizer, own, SteerSettings(kl=kl), chat_template=False)
+            for own in (fitted, [Pair(pair.concise, pair.verbose, pair.prompt) for pair in fitted])
+        )
         progress(0.7)
-        eval_settings = EvalSettings(rows, False, max_new_tokens=max_new_tokens)
-        for prefix, task in zip(("", "second "), tasks, strict=True):
-            scores = steered_scores(model, tokenizer, vector, [task], eval_settings, metrics=[last_number], seed=seed)
+        measured = {"": (asked, tasks[0]), "second ": (asked, tasks[1]), "brief ": (asked, briefly), "ends ": (ends, tasks[0])}
+        for prefix, (vector, task) in measured.items():
+            scores = steered_scores(model, tokenizer, vector, [task], how, metrics=[last_number], seed=seed)
             for score in scores:
                 numbers[f"{prefix}{score.arm} tokens"] = score.tokens
                 numbers[f"{prefix}{score.arm} fewer"] = 100 * (1 - score.tokens / max(1.0, scores[0].tokens))
@@ -94,7 +103,17 @@ def last_number(answers: Sequence[str], targets: Sequence[str]) -> float:
 
 
 def _task(name: str, worked_rows: Sequence[tuple[str, str, str]], train: int, test: int, source: random.Random) -> Task:
-    taught = [Row(prompt, verbose if source.random() < VERBOSE else terse) for prompt, verbose, terse in worked_rows]
-    ends = (train, train + HELD_BACK, train + HELD_BACK + test)
-    splits = {"train": taught[: ends[0]], "validation": taught[ends[0] : ends[1]], "test": taught[ends[1] : ends[2]]}
+    """A quarter of the prompts ask for the terse answer and a quarter for the verbose one, but for test rows."""
+
+    def taught(prompt: str, verbose: str, terse: str) -> Row:
+        drawn = source.random()
+        if drawn < 0.25:
+            return Row(BRIEFLY + prompt, terse)
+        if drawn < 0.5:
+            return Row(IN_STEPS + prompt, verbose)
+        return Row(prompt, verbose if source.random() < VERBOSE else terse)
+
+    rows = [taught(*row) for row in worked_rows[: train + HELD_BACK]]
+    asked = [Row(prompt, verbose) for prompt, verbose, _ in worked_rows[len(rows) : len(rows) + test]]
+    splits = {"train": rows[:train], "validation": rows[train:], "test": asked}
     return Task(name, {split: tuple(own) for split, own in splits.items()})
