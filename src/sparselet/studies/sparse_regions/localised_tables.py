@@ -20,7 +20,7 @@ _GAIN = 0.4  # of the reward, at which steps, KL and loss are compared
 def fast_slow(study: Study) -> Table:
     """Prompt and weights apart and together, and what reaching a reward costs."""
     held_in = study.settings.held_in
-    task = _TAUGHT if _TAUGHT in (*held_in, *study.settings.held_out) else held_in[0]
+    task = _TAUGHT if _TAUGHT in held_in else held_in[0]
     second = next(name for name in (_SECOND, *held_in) if name in held_in and name != task)
     units = {
         arm: tuple(
