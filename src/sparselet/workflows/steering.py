@@ -28,7 +28,7 @@ from sparselet.tuner.mask_state import seeded
 logger = logging.getLogger("sparselet")
 
 SIDES = ("concise", "verbose")
-PROMPTS = ("prompt", "concise_prompt", "verbose_prompt")
+OPTIONAL = ("prompt", "concise_prompt", "verbose_prompt")
 CALIBRATION_ROWS = 16  # verbose answers that the strength is measured on
 COMPARED_ROWS, COMPARED_PAIRS = 4, 8  # verbose answers and pairs that layers are compared on
 
@@ -47,8 +47,8 @@ class Pair:
     verbose_prompt: str | None = None
 
     def __post_init__(self) -> None:
-        asked = [bool(self.concise_prompt), bool(self.verbose_prompt)]
-        if any(asked) and not (all(asked) and self.prompt):
+        asking = [bool(self.concise_prompt), bool(self.verbose_prompt)]
+        if any(asking) and not (all(asking) and self.prompt):
             raise TaskError("concise_prompt and verbose_prompt go together, and with prompt.")
 
 
@@ -76,17 +76,17 @@ def read_pairs(file: str | Path) -> list[Pair]:
     Raises TaskError, with file and line, for a row without one side, an empty side, one of two prompts, and no rows.
     """
     pairs = []
-    for where, row in read_file(Path(file), lambda columns, _: tuple(n for n in (*SIDES, *PROMPTS) if n in columns)):
+    for where, row in read_file(Path(file), lambda columns, _: tuple(n for n in (*SIDES, *OPTIONAL) if n in columns)):
         with prefix_errors(where):
             if not isinstance(row, dict):
                 raise TaskError(f"expected an object with {' and '.join(SIDES)}, got {row!r:.60}.")
             for side in SIDES:
                 if not isinstance(row.get(side), str) or not row[side].strip():
                     raise TaskError(f"{side} must be a text that is not empty, got {row.get(side)!r:.60}.")
-            for field in PROMPTS:
+            for field in OPTIONAL:
                 if not isinstance(row.get(field), str | None):
                     raise TaskError(f"{field} must be a text, or left out, got {row[field]!r:.60}.")
-            pairs.append(Pair(row["concise"], row["verbose"], *(row.get(field) or None for field in PROMPTS)))
+            pairs.append(Pair(row["concise"], row["verbose"], *(row.get(field) or None for field in OPTIONAL)))
     if not pairs:
         raise TaskError(f"{file} has no pairs.")
     return pairs
@@ -123,14 +123,11 @@ def fit_vector(
     if settings.layer == "auto" and len(pairs) < 2:
         raise ConfigError("layer auto compares pairs with one another; give two pairs or more, or a number.")
     form = prompt_format(model, tokenizer, chat_template)
-    encoded, read = [], []
+    encoded = []
     for number, pair in enumerate(pairs, 1):
         with prefix_errors(f"pair {number}"):
-            answers = [_encode(form, pair.prompt, answer, settings.max_length) for answer in (pair.concise, pair.verbose)]
-        encoded.append(answers)
-        asked = [prompt for prompt in (pair.concise_prompt, pair.verbose_prompt) if prompt]
-        room = longest_prompt(form, settings.max_length, 0)
-        read.append([prompt_tokens(form, prompt)[-room:] for prompt in asked] or [tokens for tokens, _ in answers])
+            encoded.append([_encode(form, pair.prompt, answer, settings.max_length) for answer in (pair.concise, pair.verbose)])
+    read = [_read(form, pair, answers, settings.max_length) for pair, answers in zip(pairs, encoded, strict=True)]
     with evaluation_mode(model):
         stacked = _differences(model, read, progress)
         favour = None if isinstance(settings.layer, int) else favours(model, encoded, stacked, form.end, settings.kl, progress)
@@ -201,17 +198,25 @@ def favours(
         return logs[0] - logs[1]
 
     unsteered = [preference(sides, SteeringVector(differences[0, 0].float(), 0, 1.0), 0.0) for sides in compared]
-    found = torch.zeros(differences.shape[1], dtype=torch.float64)
+    favour = torch.zeros(differences.shape[1], dtype=torch.float64)
     for layer, own in enumerate(differences.double().unbind(1)):
         with contextlib.suppress(ConfigError):  # of a vector that does not move the answers so far
             divergence = Divergence(model, SteeringVector(own.mean(0).float(), layer, 1.0), rows)
             strength = calibrate(divergence, bound, tolerance=0.1).strength
             for sides, before, difference in zip(compared, unsteered, own, strict=False):
                 vector = SteeringVector(((own.sum(0) - difference) / (len(own) - 1)).float(), layer, 1.0)
-                found[layer] += preference(sides, vector, strength) - before
+                favour[layer] += preference(sides, vector, strength) - before
         if progress is not None:
             progress(1)
-    return found / len(compared)
+    return favour / len(compared)
+
+
+def _read(form: PromptFormat, pair: Pair, answers: Sequence[Encoding], max_length: int) -> list[list[int]]:
+    """The tokens whose last is read, concise and verbose: of the prompts that ask for either side, or of prompt and answer."""
+    if not (pair.concise_prompt and pair.verbose_prompt):
+        return [tokens for tokens, _ in answers]
+    room = longest_prompt(form, max_length, 0)
+    return [prompt_tokens(form, prompt)[-room:] for prompt in (pair.concise_prompt, pair.verbose_prompt)]
 
 
 def _encode(form: PromptFormat, prompt: str | None, answer: str, max_length: int) -> Encoding:

@@ -59,12 +59,17 @@ def steering_run(
     briefly = Task("sums", {"test": tuple(replace(row, input=f"{BRIEFLY}{row.input}") for row in tasks[0].rows("test"))})
     how = EvalSettings(rows, False, max_new_tokens=max_new_tokens)
     with apply_temporarily(model, expert):
-        asked, ends = (
+        of_prompts, of_answers = (
             fit_vector(model, tokenizer, own, SteerSettings(kl=kl), chat_template=False)
             for own in (fitted, [Pair(pair.concise, pair.verbose, pair.prompt) for pair in fitted])
         )
         progress(0.7)
-        measured = {"": (asked, tasks[0]), "second ": (asked, tasks[1]), "brief ": (asked, briefly), "ends ": (ends, tasks[0])}
+        measured = {
+            "": (of_prompts, tasks[0]),
+            "second ": (of_prompts, tasks[1]),
+            "brief ": (of_prompts, briefly),
+            "ends ": (of_answers, tasks[0]),
+        }
         for prefix, (vector, task) in measured.items():
             scores = steered_scores(model, tokenizer, vector, [task], how, metrics=[last_number], seed=seed)
             for score in scores:
@@ -114,6 +119,6 @@ def _task(name: str, worked_rows: Sequence[tuple[str, str, str]], train: int, te
         return Row(prompt, verbose if source.random() < VERBOSE else terse)
 
     rows = [taught(*row) for row in worked_rows[: train + HELD_BACK]]
-    asked = [Row(prompt, verbose) for prompt, verbose, _ in worked_rows[len(rows) : len(rows) + test]]
-    splits = {"train": rows[:train], "validation": rows[train:], "test": asked}
+    tested = [Row(prompt, verbose) for prompt, verbose, _ in worked_rows[len(rows) : len(rows) + test]]
+    splits = {"train": rows[:train], "validation": rows[train:], "test": tested}
     return Task(name, {split: tuple(own) for split, own in splits.items()})
