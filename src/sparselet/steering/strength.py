@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparselet.errors import ConfigError
-from sparselet.steering.switch import POSITIONS, steered
+from sparselet.steering.switch import steered
 from sparselet.steering.vector import SteeringVector
 
+POSITIONS = 64  # tokens of an answer that are compared; later ones break where many steered ones are before them
 _STEPS = 40  # of a search
 _SMALL = 16  # part of the bound within which the divergence is taken for quadratic
 

@@ -16,7 +16,6 @@ from sparselet.generation.generate import WITHOUT_PREFIX
 from sparselet.generation.padding import padding_side
 from sparselet.steering.vector import SteeringVector
 
-POSITIONS = 16  # tokens of an answer that are compared
 
 
 class Steering:
