@@ -17,7 +17,6 @@ from sparselet.generation.padding import padding_side
 from sparselet.steering.vector import SteeringVector
 
 
-
 class Steering:
     """What is added in a block, at the last position of every pass, or from position `start` on.
 
