@@ -187,7 +187,7 @@ def favours(
     """
     ending = [] if end is None else [end]
     compared = [[([*tokens, *ending], start) for tokens, start in sides] for sides in encoded[:COMPARED_PAIRS]]
-    rows = [verbose for _, verbose in encoded[:COMPARED_ROWS]]
+    unsteered = [log_probability(model, *concise) - log_probability(model, *verbose) for concise, verbose in compared]
 
     def preference(sides: Sequence[Encoding], vector: SteeringVector, strength: float) -> float:
         with steered(model, vector, strength) as steering:
@@ -197,11 +197,13 @@ def favours(
                 logs.append(log_probability(model, tokens, start))
         return logs[0] - logs[1]
 
-    unsteered = [preference(sides, SteeringVector(differences[0, 0].float(), 0, 1.0), 0.0) for sides in compared]
-    favour = torch.zeros(differences.shape[1], dtype=torch.float64)
-    for layer, own in enumerate(differences.double().unbind(1)):
+    wide = differences.double()
+    layers = [SteeringVector(values, layer, 1.0) for layer, values in enumerate(wide.mean(0).float())]
+    divergence = Divergence(model, layers[0], [verbose for _, verbose in encoded[:COMPARED_ROWS]])
+    favour = torch.zeros(len(layers), dtype=torch.float64)
+    for layer, own in enumerate(wide.unbind(1)):
+        divergence.vector = layers[layer]
         with contextlib.suppress(ConfigError):  # of a vector that does not move the answers so far
-            divergence = Divergence(model, SteeringVector(own.mean(0).float(), layer, 1.0), rows)
             strength = calibrate(divergence, bound, tolerance=0.1).strength
             for sides, before, difference in zip(compared, unsteered, own, strict=False):
                 vector = SteeringVector(((own.sum(0) - difference) / (len(own) - 1)).float(), layer, 1.0)
