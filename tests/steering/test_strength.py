@@ -15,9 +15,16 @@ from sparselet.steering.strength import POSITIONS, Divergence, calibrate
 ROWS = [([5, 9, 200, 31, 7, 50, 60], 2), ([8, 8, 3], 0), (list(range(10, 40)), 5)]
 
 
-@given(st.floats(1e-6, 1e6), st.floats(1e-4, 5.0))
-def test_of_a_quadratic_divergence_all_is_known(curvature, bound):
-    found = calibrate(lambda strength: 0.5 * curvature * strength**2, bound)
+@given(st.floats(1e-6, 1e6), st.floats(1e-4, 5.0), st.floats(1e-3, 1e3))
+def test_of_a_quadratic_divergence_all_is_known_after_few_measurements(curvature, bound, begin):
+    measured = []
+
+    def kl(strength):
+        measured.append(strength)
+        return 0.5 * curvature * strength**2
+
+    found = calibrate(kl, bound, begin=begin)
+    assert len(measured) <= 6
     assert found.kl == pytest.approx(bound, rel=0.01)
     assert found.strength == pytest.approx(math.sqrt(2 * bound / curvature), rel=0.01)
     assert found.curvature == pytest.approx(curvature)
@@ -42,6 +49,13 @@ def test_on_a_model_the_divergence_is_the_bound(bound, layer):
     assert float(torch.cat(divergences).mean()) == pytest.approx(bound, rel=0.1)
     small = Divergence(model, vector, ROWS)(found.closed / 100)
     assert small == pytest.approx(0.5 * (found.closed / 100) ** 2 * found.curvature, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    "kl", [lambda x: min(3.0, x), lambda x: x**4, lambda x: math.exp(x) - 1 - x, lambda x: math.inf if x > 0.2 else x**2]
+)
+def test_a_divergence_that_is_not_quadratic_is_met_too(kl):
+    assert calibrate(kl, 0.03).kl == pytest.approx(0.03, rel=0.01)
 
 
 def test_a_vector_without_effect_and_a_bound_out_of_reach_are_refused():

@@ -91,9 +91,12 @@ def test_auto_takes_the_layer_that_favours_concise_answers_most_at_the_bound(pai
             logits = model(input_ids=torch.tensor([tokens])).logits.double().log_softmax(-1)
         return sum(float(logits[0, i, tokens[i + 1]]) for i in range(start, len(tokens) - 1)) / (len(tokens) - 1 - start)
 
+    begin = 1.0
     for layer, favour in enumerate(favours(model, encoded, differences, 1, bound).tolist()):
         mean = SteeringVector(differences[:, layer].mean(0), layer, 1.0)
-        strength = calibrate(Divergence(model, mean, [verbose for _, verbose in encoded]), bound, tolerance=0.1).strength
+        divergence = Divergence(model, mean, [verbose for _, verbose in encoded])
+        strength = calibrate(divergence, bound, tolerance=0.1, begin=begin).strength
+        begin = strength / 5
         rise = 0.0
         for i, sides in enumerate(encoded):
             other = SteeringVector(differences[[k for k in range(3) if k != i], layer].mean(0), layer, 1.0)

@@ -15,6 +15,8 @@ from sparselet.steering.vector import SteeringVector
 POSITIONS = 64  # tokens of an answer that are compared; later ones break where many steered ones are before them
 _STEPS = 40  # of a search
 _SMALL = 16  # part of the bound within which the divergence is taken for quadratic
+_NOISE = 4096  # part of the bound below which rounding may be what is measured
+_FACTOR = 1024.0  # the most a strength changes in a step
 
 
 @dataclass(frozen=True)
@@ -27,39 +29,57 @@ class Strength:
     closed: float
 
 
-def calibrate(kl: Callable[[float], float], bound: float, *, tolerance: float = 0.01) -> Strength:
+def calibrate(kl: Callable[[float], float], bound: float, *, tolerance: float = 0.01, begin: float = 1.0) -> Strength:
     """The strength whose measured divergence is `bound`, within a part of it, by default 1 %.
 
-    KL of a small step is quadratic, KL ≈ ½γ²c; c is measured at the largest γ = 2⁻ᵏ within a 16th of the bound. The search
-    begins at γ = √(bound / c), which predicts half of the bound, doubles until it is reached, and bisects on measured KL.
-    Raises ConfigError for a vector that does not move the answers.
+    KL of a small step is quadratic, KL ≈ ½γ²c; c is measured at a γ found from `begin`, where KL is at most a 16th of the
+    bound. From there γ is multiplied by √(bound / KL) until the bound is passed, and then found between two measured
+    strengths, log KL taken for linear in log γ. Raises ConfigError for a vector that does not move the answers.
     """
-    low, measured = 1.0, kl(1.0)
-    for _ in range(_STEPS):
-        if measured <= bound / _SMALL:
-            break
-        low /= 2
-        measured = kl(low)
-    curvature = 2 * measured / low**2
-    if not curvature > 0 or measured > bound / _SMALL:
-        raise ConfigError("the steering vector does not move the model's answers; take other pairs, or another `layer`.")
-    high = closed = math.sqrt(bound / curvature)
-    low = 0.0
-    for _ in range(_STEPS):
-        measured = kl(high)
-        if measured >= bound:
-            break
-        low, high = high, 2 * high
-    if measured < bound:
-        raise ConfigError(f"kl must be what the vector can reach; at strength {high:.3g} it is {measured:.3g}, not {bound:g}.")
-    middle = high
+    small, measured = _small_step(kl, bound, begin)
+    curvature = 2 * measured / small**2
+    closed = math.sqrt(bound / curvature)
+    low, strength = (small, measured), small
+    high: tuple[float, float] | None = None
     for _ in range(_STEPS):
         if abs(measured - bound) <= tolerance * bound:
             break
-        middle = (low + high) / 2
-        measured = kl(middle)
-        low, high = (middle, high) if measured < bound else (low, middle)
-    return Strength(middle, measured, curvature, closed)
+        if high is None:
+            strength = low[0] * max(1.1, math.sqrt(bound / low[1]))
+        else:
+            (below, kl_below), (above, kl_above) = low, high
+            part = math.log(bound / kl_below) / math.log(kl_above / kl_below)
+            strength = below * (above / below) ** min(0.9, max(0.1, part))
+        measured = kl(strength)
+        if measured < bound:
+            low = strength, measured
+        else:
+            high = strength, measured
+    if high is None and measured < (1 - tolerance) * bound:
+        raise ConfigError(
+            f"kl must be what the vector can reach; at strength {strength:.3g} it is {measured:.3g}, not {bound:g}."
+        )
+    return Strength(strength, measured, curvature, closed)
+
+
+def _small_step(kl: Callable[[float], float], bound: float, begin: float) -> tuple[float, float]:
+    """A strength whose divergence is small against the bound but above rounding, and that divergence. Raises ConfigError."""
+    strength, measured = begin, kl(begin)
+    low, high = 0.0, math.inf
+    for _ in range(_STEPS):
+        if bound / _NOISE <= measured <= bound / _SMALL:
+            return strength, measured
+        factor = math.sqrt(bound / (2 * _SMALL * measured)) if measured > 0 else _FACTOR
+        if measured < bound / _NOISE:
+            low, strength = strength, strength * min(_FACTOR, factor)
+        else:  # NaN too
+            high, strength = strength, strength * min(0.5, max(1 / _FACTOR, factor))
+        if low > _FACTOR:
+            break
+        if not low < strength < high:
+            strength = math.sqrt(low * high)
+        measured = kl(strength)
+    raise ConfigError("the steering vector does not move the model's answers; take other pairs, or another `layer`.")
 
 
 class Divergence:

@@ -201,10 +201,12 @@ def favours(
     layers = [SteeringVector(values, layer, 1.0) for layer, values in enumerate(wide.mean(0).float())]
     divergence = Divergence(model, layers[0], [verbose for _, verbose in encoded[:COMPARED_ROWS]])
     favour = torch.zeros(len(layers), dtype=torch.float64)
+    begin = 1.0
     for layer, own in enumerate(wide.unbind(1)):
         divergence.vector = layers[layer]
         with contextlib.suppress(ConfigError):  # of a vector that does not move the answers so far
-            strength = calibrate(divergence, bound, tolerance=0.1).strength
+            strength = calibrate(divergence, bound, tolerance=0.1, begin=begin).strength
+            begin = strength / 5  # of neighbours the strengths are similar
             for sides, before, difference in zip(compared, unsteered, own, strict=False):
                 vector = SteeringVector(((own.sum(0) - difference) / (len(own) - 1)).float(), layer, 1.0)
                 favour[layer] += preference(sides, vector, strength) - before
