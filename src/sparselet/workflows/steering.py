@@ -58,7 +58,7 @@ class SteerSettings:
 
     layer: int | Literal["auto"] = "auto"
     """Number of the block whose output is moved, from 0; auto takes the one that favours concise answers most at the bound."""
-    kl: float = 0.01
+    kl: float = 0.005
     """Bound of the KL divergence from the unsteered model, in nats a token, which sets the strength."""
     max_length: int = 1024
     """Tokens of a prompt and an answer; longer ones are cut from the left."""

@@ -13,7 +13,7 @@ _PAIRS = ("trec", "stsb_paraphrase", "antonyms", "num_to_words")  # two tasks th
 _FAST_SLOW = {"batch_size": 4, "epochs": 1, "learning_rate": 1e-3}
 _HOW = {"generations": 6, "pool": 3, "fast_every": 4, "fast_calls": 100, "fast_rows": 24, "max_new_tokens": 16}
 _ARMS: dict[str, dict[str, Any]] = {"both": {}, "weights": {"fast_calls": 0}, "supervised": {"slow": "sft"}}
-_BOUND = 0.01  # of the KL divergence of steering, in nats a token
+_BOUND = 0.005  # of the KL divergence of steering, in nats a token
 _GAIN = 0.4  # of the reward, at which steps, KL and loss are compared
 
 
