@@ -120,7 +120,7 @@ def _keeps(what: str, row: str, margin: float) -> Claim:
 
 
 _MERGED = CellPattern("many_experts", "default, 20: regmean", "held-in")
-_OTHERS = ("overlap", "uniform", "ties", "localize", "actmat", "tsv")
+_OTHERS = ("overlap", "uniform", "ties", "actmat", "tsv", "iso_c")
 
 MANY_CLAIMS: tuple[Claim, ...] = (
     _keeps("Routing", "routed", 3.0),
