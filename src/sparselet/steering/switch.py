@@ -109,22 +109,14 @@ def embedding_of(model: PreTrainedModel) -> Tensor:
 @torch.no_grad()
 def block_outputs(model: PreTrainedModel, tokens: list[int]) -> Tensor:
     """What each block writes at the last token, float32 [blocks, width]."""
-    with _written(model) as written:
-        model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
-    return torch.stack([states[0, -1].float().cpu() for states in written])
-
-
-@contextlib.contextmanager
-def _written(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """The outputs [rows, tokens, width] of all blocks in a pass within the block."""
     written: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        written.append(output[0] if isinstance(output, tuple) else output)
+        states = output[0] if isinstance(output, tuple) else output
+        written.append(states[0, -1].float().cpu())
 
-    handles = [block.register_forward_hook(keep) for block in blocks_of(model)]
-    try:
-        yield written
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack:
+        for block in blocks_of(model):
+            stack.callback(block.register_forward_hook(keep).remove)
+        model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
+    return torch.stack(written)
