@@ -114,6 +114,20 @@ def test_the_choice_is_what_was_measured_to_be_faster(shape, tokens, density, si
     assert choose(shape, tokens, blocks, (side, side), CPU) == expected
 
 
+def test_small_products_are_not_shared_by_many_threads():
+    blocks = round(0.1 * TALL[0] * TALL[1] / 16**2)
+    chosen = {threads: min((found := costs(TALL, 1024, blocks, (16, 16), threads)), key=found.get) for threads in (1, 2, 16)}
+    assert chosen == {1: "bands", 2: "bands", 16: "dense"}
+
+
+def test_the_number_of_threads_is_left_as_it_was():
+    before = torch.get_num_threads()
+    for density, side in ((0.1, 16), (0.01, 1)):
+        blocks = torch.arange(0, 192 * 576 // side**2, round(1 / density))
+        bands.banded_weight_gradient(torch.randn(64, 576), torch.randn(64, 192), blocks, (side, side))
+        assert torch.get_num_threads() == before
+
+
 @pytest.mark.parametrize("forced", [None, "dense", "bands", "triton"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("block", [(1, 576), (192, 1)])

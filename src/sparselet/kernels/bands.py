@@ -2,15 +2,19 @@
 
 For tiles a band is one row of tiles, and every computed entry is needed: density · the work of the dense product. For entries a
 band is `HEIGHT` rows, which together select 1 − (1 − density)^HEIGHT of the columns: few only at a low density. Whole rows, or
-columns, are one product. No tensor of the weight's size is created.
+columns, are one product. No tensor of the weight's size is created. Where the products are small one thread computes them all.
 """
+
+import contextlib
 
 import torch
 from torch import Tensor
 
 from sparselet.kernels.reference import ENTRY, Block, values_shape
+from sparselet.kernels.threads import one_thread
 
 HEIGHT = 16
+WAIT = 2**20  # multiplications that a thread could have done while threads wait for one another in a product
 
 
 def banded_weight_gradient(
@@ -38,10 +42,12 @@ def _tiles(rows: Tensor, columns: Tensor, blocks: Tensor, block_size: int) -> Te
     tiles = columns.view(per_row, block_size * tokens)  # a tile's columns lie together
     where = blocks % per_row
     result = rows.new_empty(len(blocks), block_size, block_size)
-    for band, start, end in _bands(blocks, per_row):
-        chosen = tiles.index_select(0, where[start:end]).view((end - start) * block_size, tokens)
-        product = rows[band * block_size : (band + 1) * block_size] @ chosen.t()
-        result[start:end] = product.view(block_size, end - start, block_size).transpose(0, 1)
+    bands = _bands(blocks, per_row)
+    with _threads(block_size, len(blocks) * block_size / len(bands), tokens):
+        for band, start, end in bands:
+            chosen = tiles.index_select(0, where[start:end]).view((end - start) * block_size, tokens)
+            product = rows[band * block_size : (band + 1) * block_size] @ chosen.t()
+            result[start:end] = product.view(block_size, end - start, block_size).transpose(0, 1)
     return result
 
 
@@ -52,13 +58,21 @@ def _entries(rows: Tensor, columns: Tensor, blocks: Tensor) -> Tensor:
     firsts = torch.searchsorted(needed, torch.arange(-(-len(rows) // HEIGHT) + 1, device=blocks.device) * width).tolist()
     within = blocks // width % HEIGHT
     result = rows.new_empty(len(blocks))
-    for band, start, end in _bands(blocks, HEIGHT * width):
-        first, last = firsts[band], firsts[band + 1]
-        chosen = columns.index_select(0, needed[first:last] % width)
-        product = rows[band * HEIGHT : (band + 1) * HEIGHT] @ chosen.t()
-        at = within[start:end] * (last - first) + place[start:end] - first
-        torch.index_select(product.view(-1), 0, at, out=result[start:end])
+    bands = _bands(blocks, HEIGHT * width)
+    with _threads(HEIGHT, len(needed) / len(bands), columns.shape[1]):
+        for band, start, end in bands:
+            first, last = firsts[band], firsts[band + 1]
+            chosen = columns.index_select(0, needed[first:last] % width)
+            product = rows[band * HEIGHT : (band + 1) * HEIGHT] @ chosen.t()
+            at = within[start:end] * (last - first) + place[start:end] - first
+            torch.index_select(product.view(-1), 0, at, out=result[start:end])
     return result
+
+
+def _threads(height: int, columns: float, tokens: int) -> contextlib.AbstractContextManager[None]:
+    """Within it products of a band of this height with so many columns are computed by one thread, if more would be slower."""
+    saved = height * columns * tokens * (1 - 1 / torch.get_num_threads())
+    return one_thread() if saved < WAIT else contextlib.nullcontext()
 
 
 def _bands(blocks: Tensor, size: int) -> list[tuple[int, int, int]]:

@@ -5,7 +5,7 @@ import os
 import torch
 
 from sparselet.errors import ArgumentError
-from sparselet.kernels.bands import HEIGHT
+from sparselet.kernels.bands import HEIGHT, WAIT
 from sparselet.kernels.reference import ENTRY, Block
 
 VARIANTS = ("dense", "bands", "triton")
@@ -72,5 +72,6 @@ def costs(shape: tuple[int, int], tokens: int, blocks: int, block: Block, thread
     else:
         touched_columns, sorting = blocks * block[1], 0.0  # of all bands together
     inputs = _TURN * (rows + columns) * tokens
-    bands = (_NARROW * height + _COPY) * touched_columns * tokens + inputs + sorting
-    return {"dense": dense / threads, "bands": bands / threads + _BAND * present}
+    products = (_NARROW * height + _COPY) * touched_columns * tokens
+    products = min(products, products / threads + _NARROW * WAIT * present)  # by one thread, or by all
+    return {"dense": dense / threads, "bands": products + (inputs + sorting) / threads + _BAND * present}
