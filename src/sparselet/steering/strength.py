@@ -17,6 +17,7 @@ _STEPS = 40  # of a search
 _SMALL = 16  # part of the bound within which the divergence is taken for quadratic
 _NOISE = 4096  # part of the bound below which rounding may be what is measured
 _FACTOR = 1024.0  # the most a strength changes in a step
+_LARGEST = _FACTOR**2  # strength at which a search gives up
 
 
 @dataclass(frozen=True)
@@ -33,53 +34,53 @@ def calibrate(kl: Callable[[float], float], bound: float, *, tolerance: float = 
     """The strength whose measured divergence is `bound`, within a part of it, by default 1 %.
 
     KL of a small step is quadratic, KL ≈ ½γ²c; c is measured at a γ found from `begin`, where KL is at most a 16th of the
-    bound. From there γ is multiplied by √(bound / KL) until the bound is passed, and then found between two measured
-    strengths, log KL taken for linear in log γ. Raises ConfigError for a vector that does not move the answers.
+    bound, and the search goes on from there. Raises ConfigError for a vector that does not move the answers, or not so far.
     """
-    small, measured = _small_step(kl, bound, begin)
+    small, measured = _search(kl, begin, kl(begin), bound / (2 * _SMALL), bound / _NOISE, bound / _SMALL)
+    if not bound / _NOISE <= measured <= bound / _SMALL:
+        raise ConfigError("the steering vector does not move the model's answers; take other pairs, or another `layer`.")
     curvature = 2 * measured / small**2
-    closed = math.sqrt(bound / curvature)
-    low, strength = (small, measured), small
-    high: tuple[float, float] | None = None
-    for _ in range(_STEPS):
-        if abs(measured - bound) <= tolerance * bound:
-            break
-        if high is None:
-            strength = low[0] * max(1.1, math.sqrt(bound / low[1]))
-        else:
-            (below, kl_below), (above, kl_above) = low, high
-            part = math.log(bound / kl_below) / math.log(kl_above / kl_below)
-            strength = below * (above / below) ** min(0.9, max(0.1, part))
-        measured = kl(strength)
-        if measured < bound:
-            low = strength, measured
-        else:
-            high = strength, measured
-    if high is None and measured < (1 - tolerance) * bound:
+    least = (1 - tolerance) * bound
+    strength, measured = _search(kl, small, measured, bound, least, (1 + tolerance) * bound)
+    if measured < least:
         raise ConfigError(
             f"kl must be what the vector can reach; at strength {strength:.3g} it is {measured:.3g}, not {bound:g}."
         )
-    return Strength(strength, measured, curvature, closed)
+    return Strength(strength, measured, curvature, math.sqrt(bound / curvature))
 
 
-def _small_step(kl: Callable[[float], float], bound: float, begin: float) -> tuple[float, float]:
-    """A strength whose divergence is small against the bound but above rounding, and that divergence. Raises ConfigError."""
-    strength, measured = begin, kl(begin)
-    low, high = 0.0, math.inf
+def _search(
+    kl: Callable[[float], float], strength: float, measured: float, target: float, least: float, most: float
+) -> tuple[float, float]:
+    """A strength whose divergence is from `least` to `most`, aiming at `target`, and that divergence; or where it gave up.
+
+    measured: kl(strength). Until it lies between two measured strengths KL is taken for quadratic, then log KL for linear in
+    log γ.
+    """
+    below: tuple[float, float] | None = None
+    above: tuple[float, float] | None = None
     for _ in range(_STEPS):
-        if bound / _NOISE <= measured <= bound / _SMALL:
-            return strength, measured
-        factor = math.sqrt(bound / (2 * _SMALL * measured)) if measured > 0 else _FACTOR
-        if measured < bound / _NOISE:
-            low, strength = strength, strength * min(_FACTOR, factor)
-        else:  # NaN too
-            high, strength = strength, strength * min(0.5, max(1 / _FACTOR, factor))
-        if low > _FACTOR:
+        if least <= measured <= most or (strength > _LARGEST and above is None):
             break
-        if not low < strength < high:
-            strength = math.sqrt(low * high)
+        factor = math.sqrt(target / measured) if measured > 0 else _FACTOR
+        if measured < least:
+            below = strength, measured
+            factor = min(_FACTOR, max(1.1, factor))
+        else:  # NaN too
+            above = strength, measured
+            factor = max(1 / _FACTOR, min(0.5, factor))
+        strength *= factor
+        if below and above:
+            strength = _between(below, above, target)
         measured = kl(strength)
-    raise ConfigError("the steering vector does not move the model's answers; take other pairs, or another `layer`.")
+    return strength, measured
+
+
+def _between(below: tuple[float, float], above: tuple[float, float], target: float) -> float:
+    """Where log KL, linear in log γ from (γ, KL) `below` to `above`, is the target's, a tenth from either end at least."""
+    (low, kl_low), (high, kl_high) = below, above
+    part = math.log(target / kl_low) / math.log(kl_high / kl_low) if kl_low > 0 else 0.5
+    return low * (high / low) ** min(0.9, max(0.1, part))
 
 
 class Divergence:
