@@ -1,5 +1,6 @@
 """studies/twenty.toml can be planned, each of its claims names cells of its table, and its numbers are as the table says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from sparselet.studies.verdicts import judge
 FILE = Path(__file__).parents[2] / "studies" / "twenty.toml"
 
 
-def table_of(preset):
-    settings = read_study(FILE, preset)
+def table_of(preset, **changes):
+    settings = replace(read_study(FILE, preset), **changes)
     data = {task: {split: f"{split} {task}" for split in ("train", "test", "all")} for task in settings.held_in}
     data |= {task: {"test": f"test {task}"} for task in settings.held_out}
     (table,) = make_tables(Study(settings, data, "base")).values()
@@ -40,6 +41,16 @@ def test_every_arm_number_and_merge_has_its_row(preset):
     by_change = table.rows[f"default, {largest}: routed, 4 merges by change"][0].draws[0]
     assert [unit.settings["by"] for unit in by_change] == ["change"] * largest
     assert all("by" not in unit.settings for unit in routed[0].draws[0])
+
+
+def test_fewer_experts_have_the_merges_of_their_number_no_held_out_tasks_and_no_more_groups_than_experts():
+    settings, table = table_of("", n_experts=(2, 20))
+    assert ("LoRA, QKV, 20: overlap" in table.rows, "default, 2: dare" in table.rows) == (False, False)
+    assert "default, 2: routed, 4 merges" not in table.rows
+    assert all(table.rows[f"{arm}, 2: regmean"][3] is None for arm in settings.finalists)
+    assert all(
+        len(table.rows[f"{arm}, 2: {row}"][0].draws[0]) == 2 for arm in settings.finalists for row in ("own expert", "regmean")
+    )
 
 
 def test_kept_is_the_share_of_the_own_experts_gain_and_the_worst_task_the_lowest():
